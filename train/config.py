@@ -1,0 +1,146 @@
+"""The settings of a training run: plain typed data, validated once, before anything is compiled.
+
+A recipe (`configs/<name>.py`) builds a `Config` in `get_config()`; the command line overrides single fields
+(`--config.optim.learning_rate=0.1`). Nothing below `train.loop` reads a `Config`: the loop hands each part its values.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from se_flax.errors import UserError, closest
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Attention:
+    """Which attention the network carries, and where. `kind="default"` keeps what the architecture's name says."""
+
+    kind: str = "default"  # default | none | se | eca | cbam | ese
+    placement: str = "standard"  # standard | pre | post | identity | 3x3
+    stages: tuple[int, ...] = ()  # the paper's numbers (2 = conv2_x ...); empty: every stage
+    reduction: float = 16.0  # se, cbam: hidden width = channels / reduction
+    squeeze: str = "mean"  # se: mean | max | none
+    gate: str = "sigmoid"  # se: sigmoid | tanh | relu | hard_sigmoid
+    bias: bool = True  # se: biases in both layers
+    kernel_size: int = 0  # eca: 0 takes the paper's rule
+
+
+@dataclass
+class Model:
+    """The network."""
+
+    name: str = "seresnet20"
+    num_classes: int = 0  # 0: as many as the data has
+    drop_rate: float = 0.0  # dropout before the classifier
+    drop_path_rate: float = 0.0  # stochastic depth of the last block; earlier blocks proportionally less
+    attention: Attention = field(default_factory=Attention)
+
+
+@dataclass
+class Data:
+    """Where images come from and how the host prepares them (uint8; the rest happens on the accelerator)."""
+
+    source: str = "digits"  # digits | folder:<path> | tfds:<name>
+    data_dir: str = ""  # tfds: where the prepared data sets lie (a bucket works); empty: TFDS's default
+    train_split: str = ""  # empty: the source's own ("train")
+    eval_split: str = ""  # empty: the source's own ("test", "validation" or "val")
+    eval_fraction: float = 0.1  # one folder without a train/val pair: this share is held out ...
+    split_seed: int = 0  # ... by this seed
+    bad_images: str = "error"  # error | skip (an unreadable image is replaced, counted and named at the end)
+    image_size: int = 32
+    train_crop: str = "resize"  # resize | random_resized (Inception's crop) | center
+    crop_scale: tuple[float, ...] = (0.08, 1.0)  # random_resized: share of the area
+    crop_ratio: tuple[float, ...] = (0.75, 4.0 / 3.0)  # random_resized: aspect
+    eval_crop_fraction: float = 1.0  # centre crop of image_size out of a short side image_size / fraction; 1: plain resize
+    interpolation: str = "bilinear"  # bilinear | bicubic
+    batch_size: int = 128  # global: over all devices and hosts
+    eval_batch_size: int = 0  # 0: batch_size
+    workers: int = 0  # processes that decode; 0: in this process, with threads
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass
+class Augment:
+    """Augmentation inside the jitted step; everything off by default."""
+
+    flip: bool = False  # horizontal, half of the images
+    pad: int = 0  # zero-pad by this many pixels and crop back at random
+    brightness: float = 0.0  # colour jitter: factor uniform in [1 - b, 1 + b]
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # shift uniform in [-h, h] turns
+    randaugment_layers: int = 0  # operations per image; 0: off
+    randaugment_magnitude: float = 9.0  # 0 ... 10
+    erase: float = 0.0  # random erasing: probability
+    cutout: int = 0  # side of a zeroed square in pixels; 0: off
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: float = 0.0  # alpha; with both, each pair of images draws one of the two
+
+
+@dataclass
+class Optim:
+    """Optimizer, schedule and what surrounds the update."""
+
+    name: str = "sgd"  # sgd | adamw | lamb | rmsprop | muon
+    learning_rate: float = 0.1  # at batch_size, not rescaled
+    schedule: str = "cosine"  # constant | step | cosine | exponential
+    warmup_epochs: float = 0.0  # linear, from zero
+    boundaries: tuple[float, ...] = ()  # step: epochs at which the rate is multiplied by decay_factor
+    decay_factor: float = 0.1  # step, exponential
+    decay_every_epochs: float = 2.4  # exponential: one factor per this many epochs, in a staircase
+    final_learning_rate: float = 0.0  # cosine: where it ends
+    momentum: float = 0.9  # sgd, rmsprop, muon
+    nesterov: bool = True  # sgd, muon
+    b1: float = 0.9  # adamw, lamb
+    b2: float = 0.999  # adamw, lamb
+    eps: float = 1e-8  # adamw, lamb, rmsprop (rmsprop: inside the root, as TensorFlow has it)
+    rmsprop_decay: float = 0.9
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool = False  # False: kernels only
+    clip_norm: float = 0.0  # global norm of the gradient; 0: off
+    accumulate: int = 1  # micro-batches per update
+    ema_decay: float = 0.0  # moving average of parameters and batch statistics; 0: off
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class Parallel:
+    """How the per-replica step is spread over devices."""
+
+    backend: str = "shard_map"  # shard_map | pmap
+    batch_norm: str = "replica"  # replica | global: whose statistics normalise a batch
+    devices: int = 0  # 0: all
+    distributed: bool = False  # several hosts: jax.distributed.initialize() before anything else
+
+
+@dataclass
+class Checkpoint:
+    """When state is written and what is kept."""
+
+    every_epochs: float = 1.0
+    every_steps: int = 0  # overrides every_epochs when > 0
+    keep_last: int = 2
+    keep_best: int = 1  # by evaluation top-1
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    epochs: float = 10.0
+    steps: int = 0  # overrides epochs when > 0
+    eval_every_epochs: float = 1.0
+    log_every_steps: int = 10
+    precision: str = "float32"  # float32 | bfloat16: of the network's arithmetic; parameters stay float32
+    seed: int = 0
+    profile: bool = False  # write a profiler trace of a few steps to <workdir>/profile
+    compilation_cache: str = "~/.cache/se-flax/xla"  # empty: off
