@@ -1,0 +1,223 @@
+"""Residual blocks. A block receives convolution, norm, activation and attention; it never asks which network it is in.
+
+Where attention sits follows Hu et al. 2020, section 6.5 and figure 5; see `Placement`.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_flax.errors import UserError, closest
+from se_flax.layers import avg_pool, drop_path
+
+Array = jax.Array
+ModuleDef = Callable[..., Any]
+
+
+class Placement(str, enum.Enum):
+    """Where a residual block carries its attention (Hu et al. 2020, section 6.5)."""
+
+    STANDARD = "standard"
+    """On the residual branch, before the sum."""
+    PRE = "pre"
+    """On the residual branch, before its first convolution (width from the block's input)."""
+    POST = "post"
+    """After the ReLU that follows the sum."""
+    IDENTITY = "identity"
+    """On the shortcut, parallel to the residual branch."""
+    AFTER_3X3 = "3x3"
+    """After the (first) 3x3 convolution and its norm, inside the residual branch."""
+
+    @classmethod
+    def parse(cls, value: "str | Placement") -> "Placement":
+        """Turns a name into a placement.
+
+        Raises:
+          UserError: no such placement.
+        """
+        names = [member.value for member in cls]
+        if value not in names:
+            raise UserError(f"unknown placement {value!r}; {closest(str(value), names)}")
+        return cls(value)
+
+
+class Block(nn.Module):
+    """What residual blocks share: their parts, and attention at the place that `placement` names.
+
+    Attributes:
+      features: width of the block; its output has `features * expansion` channels.
+      conv: convolution, called as `conv(features, kernel_size, strides=..., groups=..., name=...)`.
+      norm: batch norm, called as `norm(name=...)(x, train=...)`.
+      act: activation.
+      strides: of the block.
+      attention: attention class or partial, or None.
+      placement: where it sits.
+      attention_name: its submodule's name, as checkpoints have it.
+      downsample: shortcut where the block changes the shape, `project` or `pad_channels`.
+      groups: of the 3x3 convolution in a bottleneck.
+      base_width: channels per group at 64 features (ResNeXt's d).
+      stride_first: the stride sits in a bottleneck's first 1x1 (He et al. 2016, MSRA's Caffe models) instead of its
+        3x3 ("v1.5").
+      drop_path_rate: stochastic depth.
+      zero_init_last: the last norm's scale starts at zero, so that a block starts as the identity (Goyal et al. 2017,
+        section 5.1).
+    """
+
+    features: int
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array] = jax.nn.relu
+    strides: int = 1
+    attention: ModuleDef | None = None
+    placement: Placement = Placement.STANDARD
+    attention_name: str = "se"
+    downsample: ModuleDef | None = None
+    groups: int = 1
+    base_width: int = 64
+    stride_first: bool = False
+    drop_path_rate: float = 0.0
+    zero_init_last: bool = True
+
+    expansion = 1
+
+    def attend(self, x: Array, place: Placement, train: bool) -> Array:
+        """Attention on x if the block carries it at this place, else x."""
+        if self.attention is None or place is not self.placement:
+            return x
+        return self.attention(name=self.attention_name)(x, train=train)
+
+    def drop(self, branch: Array, train: bool) -> Array:
+        """Stochastic depth on the residual branch while training."""
+        if not train or self.drop_path_rate == 0.0:
+            return branch
+        return drop_path(branch, self.drop_path_rate, self.make_rng("dropout"))
+
+    def shortcut(self, x: Array, features: int, train: bool) -> Array:
+        """The identity, or its projection where the block changes the shape."""
+        if self.downsample is None or (self.strides == 1 and x.shape[-1] == features):
+            return x
+        return self.downsample(x, features, self.strides, conv=self.conv, norm=self.norm, train=train)
+
+    def last_norm(self, **kwargs: Any) -> Any:
+        """The norm that ends the residual branch."""
+        if self.zero_init_last:
+            kwargs["scale_init"] = nn.initializers.zeros_init()
+        return self.norm(**kwargs)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions (He et al. 2016, figure 5 left)."""
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+        y = self.attend(x, Placement.PRE, train)
+        y = self.conv(self.features, 3, strides=self.strides, name="conv1")(y)
+        y = self.norm(name="bn1")(y, train=train)
+        y = self.act(self.attend(y, Placement.AFTER_3X3, train))
+        y = self.conv(self.features, 3, name="conv2")(y)
+        y = self.last_norm(name="bn2")(y, train=train)
+        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
+        return self.attend(self.act(x + y), Placement.POST, train)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3, 1x1 (He et al. 2016, figure 5 right); grouped, ResNeXt's (Xie et al. 2017, figure 3c)."""
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, 4 * features]."""
+        width = self.features * self.base_width // 64 * self.groups
+        out = self.features * self.expansion
+        first, second = (self.strides, 1) if self.stride_first else (1, self.strides)
+        y = self.attend(x, Placement.PRE, train)
+        y = self.conv(width, 1, strides=first, name="conv1")(y)
+        y = self.act(self.norm(name="bn1")(y, train=train))
+        y = self.conv(width, 3, strides=second, groups=self.groups, name="conv2")(y)
+        y = self.norm(name="bn2")(y, train=train)
+        y = self.act(self.attend(y, Placement.AFTER_3X3, train))
+        y = self.conv(out, 1, name="conv3")(y)
+        y = self.last_norm(name="bn3")(y, train=train)
+        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
+        return self.attend(self.act(x + y), Placement.POST, train)
+
+
+class PreActBottleneck(Block):
+    """Norm and activation before each convolution, nothing after the sum (He et al. 2016b, figure 4e).
+
+    The shortcut of a block that changes the shape starts from the pre-activated input, as in the authors' code. POST
+    attention acts on the sum: there is no ReLU after it.
+    """
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, 4 * features]."""
+        out = self.features * self.expansion
+        changes = self.strides != 1 or x.shape[-1] != out
+        y = self.attend(x, Placement.PRE, train)
+        y = self.act(self.norm(name="bn1")(y, train=train))
+        # With PRE attention the shortcut must not see the gate: it is the block's input that is projected.
+        projected = y if changes and self.placement is not Placement.PRE else x
+        y = self.conv(self.features, 1, strides=self.strides, name="conv1")(y)
+        y = self.act(self.norm(name="bn2")(y, train=train))
+        y = self.conv(self.features, 3, name="conv2")(y)
+        y = self.act(self.norm(name="bn3")(self.attend(y, Placement.AFTER_3X3, train), train=train))
+        y = self.conv(out, 1, name="conv3")(y)
+        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        x = self.attend(self.shortcut(projected, out, train), Placement.IDENTITY, train)
+        return self.attend(x + y, Placement.POST, train)
+
+
+def project(
+    x: Array, features: int, strides: int, *, conv: ModuleDef, norm: ModuleDef | None, train: bool, average: bool = False
+) -> Array:
+    """Shortcut by a strided 1x1 convolution and norm (He et al. 2016, section 3.3, option B).
+
+    Its layers belong to the block that calls it and are named as torch numbers them: `downsample_0`, `downsample_1`,
+    and one further when a pooling layer comes first.
+
+    Args:
+      x: [N, H, W, C].
+      features: output channels.
+      strides: of the convolution.
+      conv: as in `Block`.
+      norm: as in `Block`; None leaves it out, as pre-activation networks do.
+      train: the norm uses the batch's statistics.
+      average: average-pool by the stride first and project at stride 1 (He et al. 2019, figure 2c: ResNet-D).
+
+    Returns:
+      [N, h, w, features].
+    """
+    first = 0
+    if average:
+        x = avg_pool(x, strides, strides) if strides > 1 else x
+        strides, first = 1, 1
+    x = conv(features, 1, strides=strides, name=f"downsample_{first}")(x)
+    return x if norm is None else norm(name=f"downsample_{first + 1}")(x, train=train)
+
+
+def project_linear(x: Array, features: int, strides: int, **parts: Any) -> Array:
+    """`project` without the norm: the shortcut of a pre-activation network (He et al. 2016b, section 4)."""
+    return project(x, features, strides, **{**parts, "norm": None})
+
+
+def pad_channels(x: Array, features: int, strides: int, **parts: Any) -> Array:
+    """Shortcut without parameters: every stride-th pixel, new channels zero (He et al. 2016, section 3.3, option A).
+
+    The zeros are split evenly before and after the old channels. The convolution, norm and mode that `parts` carries
+    are not needed.
+    """
+    del parts
+    x = x[:, ::strides, ::strides]
+    missing = features - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 3 + [(missing // 2, missing - missing // 2)])

@@ -1,0 +1,187 @@
+"""Convolution, batch norm and the small pieces that every backbone shares.
+
+They differ from Linen's own where checkpoints of other frameworks demand it: symmetric padding (PyTorch) beside
+TensorFlow's SAME, running variance from the unbiased estimate (PyTorch), and statistics that cannot go negative.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_flax.errors import UserError
+
+Array = jax.Array
+Dtype = Any
+
+# He et al. 2015, equation 14 (fan out), as the ResNets of torchvision and timm start.
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """2-D convolution, NHWC.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel, or (height, width).
+      strides: of both axes.
+      groups: input and output channels are split in so many groups.
+      dilation: of both axes.
+      padding: `"symmetric"` pads (k - 1) / 2 * dilation on both sides, as PyTorch networks do; `"SAME"` pads as
+        TensorFlow does (more at the end when the total is odd); or an explicit ((top, bottom), (left, right)).
+      use_bias: adds a bias.
+      kernel_init: initialiser of the kernel [kh, kw, features_in / groups, features].
+      bias_init: initialiser of the bias [features].
+      dtype: of the arithmetic; None takes the input's. Parameters are float32.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int] = 3
+    strides: int = 1
+    groups: int = 1
+    dilation: int = 1
+    padding: str | Sequence[tuple[int, int]] = "symmetric"
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = he_normal_fan_out
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, h, w, features]."""
+        size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
+        kernel = self.param(
+            "kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32
+        )
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        padding = self.padding
+        if padding == "symmetric":
+            padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
+        dtype = self.dtype or x.dtype
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            window_strides=(self.strides, self.strides),
+            padding=padding,
+            rhs_dilation=(self.dilation, self.dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y if bias is None else y + bias.astype(dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over N, H, W (Ioffe and Szegedy 2015, algorithm 1).
+
+    Statistics are computed in float32. The running variance is updated with the unbiased estimate (n / (n - 1)), as
+    PyTorch does and TensorFlow does not: a network trained there continues here with the same statistics. The
+    difference matters for small batches only (n counts pixels too).
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: share of the old running statistic that is kept, Flax's and TensorFlow's convention. PyTorch's 0.1 is
+        0.9 here.
+      axis_name: mapped device axis over which the batch statistics are averaged while training; None normalises each
+        replica by its own.
+      scale_init: initialiser of the scale.
+      dtype: of the output; None takes the input's.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    axis_name: str | None = None
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [..., C]; train: use and record the batch's statistics. Returns: the shape of x."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if train:
+            mean, var, count = self._batch_statistics(x)
+            if not self.is_initializing():
+                unbiased = var * (count / max(count - 1, 1))
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        y = x.astype(jnp.float32) * factor + (bias - mean * factor)
+        return y.astype(self.dtype or x.dtype)
+
+    def _batch_statistics(self, x: Array) -> tuple[Array, Array, int]:
+        axes = tuple(range(x.ndim - 1))
+        x = x.astype(jnp.float32)
+        mean, square = jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)
+        count = x.size // x.shape[-1]
+        if self.axis_name is not None and not self.is_initializing():
+            mean, square = jax.lax.pmean((mean, square), self.axis_name)
+            count *= jax.lax.axis_size(self.axis_name)
+        # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
+        # root of that is NaN.
+        return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
+
+
+def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Array:
+    """Maximum over size x size windows; x [N, H, W, C], `padding` pixels of -inf on every side."""
+    return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
+
+
+def avg_pool(x: Array, size: int, strides: int) -> Array:
+    """Mean over size x size windows of x [N, H, W, C]; windows that hang over the end average what they hold."""
+    hang = [(0, -(dim - size) % strides) for dim in x.shape[1:3]]
+    return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
+
+
+def drop_path(x: Array, rate: float, key: Array) -> Array:
+    """Stochastic depth (Huang et al. 2016): zeroes a residual branch for whole images, rescales the rest.
+
+    Args:
+      x: branch [N, ...].
+      rate: probability of dropping, below 1.
+      key: PRNG key.
+
+    Returns:
+      Array like x, with the expectation of x.
+    """
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def check_images(images: Array, channels: int) -> None:
+    """Refuses anything but float NHWC images.
+
+    Args:
+      images: what the network was called with.
+      channels: how many channels it expects.
+
+    Raises:
+      UserError: wrong rank, channel count or dtype.
+    """
+    if images.ndim != 4:
+        raise UserError(
+            f"got images of shape {tuple(images.shape)}; a network takes [N, H, W, {channels}] "
+            "(add the batch axis to a single image: images[None])"
+        )
+    if images.shape[-1] != channels:
+        hint = (
+            "; the channels come last, transpose from NCHW with images.transpose(0, 2, 3, 1)"
+            if images.shape[1] == channels
+            else f"; pass {channels} channels, or create the model with in_channels={images.shape[-1]}"
+        )
+        raise UserError(
+            f"got images of shape {tuple(images.shape)} with {images.shape[-1]} channels; this network takes "
+            f"[N, H, W, {channels}]{hint}"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"got images of dtype {images.dtype}; a network takes normalised floats: divide by 255, subtract the "
+            "mean and divide by the standard deviation of its checkpoint"
+        )

@@ -1,0 +1,57 @@
+"""Networks and their published weights as plain data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published checkpoint of a network and the preprocessing that belongs to it.
+
+    Attributes:
+      tag: its name after the architecture's (`ra2_in1k`).
+      hub_id: where it is published.
+      num_classes: of its classifier.
+      image_size: side of the images it was made for.
+      mean: per channel, of images in [0, 1], RGB.
+      std: likewise.
+      interpolation: of the resize, `bilinear` or `bicubic`.
+      crop: image_size / (short side after the resize).
+      licence: of the weights.
+    """
+
+    tag: str
+    hub_id: str
+    num_classes: int = 1000
+    image_size: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop: float = 0.875
+    licence: str = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of a family.
+
+    Attributes:
+      build: makes the module; takes the module's attributes as keywords.
+      num_params: trainable parameters with the default classifier, a number from the source; tests compare.
+      input_size: side of the images it was designed for.
+      source: paper, code or checkpoint that defines it.
+      weights: published checkpoints.
+    """
+
+    build: Callable[..., nn.Module]
+    num_params: int
+    input_size: int
+    source: str
+    weights: tuple[Weights, ...] = field(default=())
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes that this variant sets, by name."""
+        return dict(getattr(self.build, "keywords", {}))

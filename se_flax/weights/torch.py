@@ -1,0 +1,139 @@
+"""PyTorch's state dictionaries <-> Linen variables, by one rule.
+
+Submodules are named after torch's module path, with its list indexes joined by an underscore
+(`layer1.0.conv1` <-> `layer1_0/conv1`), so a key is renamed, never looked up:
+
+| Linen | torch | layout |
+|---|---|---|
+| `params .../kernel`, rank 4 | `weight` | HWIO <-> OIHW |
+| `params .../kernel`, rank 3 | `weight` | WIO <-> OIW |
+| `params .../kernel`, rank 2 | `weight` | IO <-> OI |
+| `params .../scale` | `weight` | as is |
+| `params .../bias` | `bias` | as is |
+| `batch_stats .../mean`, `.../var` | `running_mean`, `running_var` | as is |
+
+`num_batches_tracked` counts PyTorch's training batches; nothing reads it with a fixed momentum, so import drops it and
+export writes zero.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_flax.errors import UserError
+from se_flax.zoo import create_model, get_variant
+
+_COUNTER = "num_batches_tracked"
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# From torch's axes to ours, by rank of the kernel.
+_TO_OURS = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
+_TO_TORCH = {4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0)}
+
+Path = tuple[str, ...]
+
+
+def torch_key(path: Path) -> str:
+    """torch's key of a variable.
+
+    Args:
+      path: collection, submodules, leaf: `("params", "layer1_0", "conv1", "kernel")`.
+
+    Returns:
+      The key: `"layer1.0.conv1.weight"`.
+    """
+    modules = [re.sub(r"_(?=\d+(_\d+)*$)|(?<=\d)_(?=\d+$)", ".", part) for part in path[1:-1]]
+    return ".".join([*modules, _LEAVES.get(path[-1], path[-1])])
+
+
+def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shapes of a network's variables, without computing any.
+
+    Args:
+      model: a network.
+      image_size: side of the images to trace it with.
+
+    Returns:
+      Shape and dtype by path (collection first).
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return flax.traverse_util.flatten_dict(variables)
+
+
+def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes = _TO_TORCH.get(len(shape)) if path[-1] == "kernel" else None
+    return tuple(shape[a] for a in axes) if axes else tuple(shape)
+
+
+def _mismatch_report(name: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    parts = []
+    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if keys:
+            shown = ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
+            parts.append(f"{what}: {shown}")
+    return f"the state dict does not fit {name}; " + "; ".join(parts)
+
+
+def from_timm(name: str, state_dict: Mapping[str, np.ndarray], **attributes: Any) -> dict[str, Any]:
+    """Turns a PyTorch state dict into variables.
+
+    Args:
+      name: the network, one of `se_flax.list_models()`.
+      state_dict: NumPy arrays by torch's keys, in torch's layout.
+      **attributes: as given to `create_model`, when the network differs from its default.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}` of float32 arrays.
+
+    Raises:
+      UserError: keys that are missing, left over or of another shape, all in one message.
+    """
+    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
+    targets = {torch_key(path): path for path in shapes}
+    counters = {key.rsplit(".", 1)[0] + "." + _COUNTER for key, path in targets.items() if path[-1] == "mean"}
+    missing = [key for key in targets if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in targets and key not in counters]
+    wrong = [
+        f"{key} {tuple(np.shape(state_dict[key]))} instead of {_torch_shape(path, shapes[path].shape)}"
+        for key, path in targets.items()
+        if key in state_dict and tuple(np.shape(state_dict[key])) != _torch_shape(path, shapes[path].shape)
+    ]
+    if missing or unexpected or wrong:
+        raise UserError(_mismatch_report(name, missing, unexpected, wrong))
+    flat = {}
+    for key, path in targets.items():
+        value = np.asarray(state_dict[key])
+        axes = _TO_OURS.get(value.ndim) if path[-1] == "kernel" else None
+        flat[path] = jnp.asarray(value.transpose(axes) if axes else value, shapes[path].dtype)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def to_timm(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Turns variables into a PyTorch state dict; the inverse of `from_timm`.
+
+    Args:
+      name: the network (for the message; its layout is in the variables' names).
+      variables: `{"params": ..., "batch_stats": ...}`.
+
+    Returns:
+      NumPy arrays by torch's keys, in torch's layout.
+
+    Raises:
+      UserError: unknown network.
+    """
+    get_variant(name)
+    state_dict = {}
+    for path, value in flax.traverse_util.flatten_dict(dict(variables)).items():
+        value = np.asarray(value)
+        axes = _TO_TORCH.get(value.ndim) if path[-1] == "kernel" else None
+        key = torch_key(path)
+        state_dict[key] = np.ascontiguousarray(value.transpose(axes)) if axes else value
+        if path[-1] == "mean":
+            state_dict[key.rsplit(".", 1)[0] + "." + _COUNTER] = np.zeros((), np.int64)
+    return state_dict

@@ -1,0 +1,118 @@
+"""The zoo: every family's table of variants, collected once."""
+
+import dataclasses
+import fnmatch
+import functools
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import flax.linen as nn
+
+from se_flax.backbones import cifar_resnet, resnet
+from se_flax.errors import UserError, closest
+from se_flax.variant import Variant
+
+FAMILIES: tuple[ModuleType, ...] = (cifar_resnet, resnet)
+"""One module per family; each has a table `VARIANTS`. A new family adds its module here."""
+
+
+def collect(families: tuple[ModuleType, ...]) -> Mapping[str, Variant]:
+    """Joins the families' tables.
+
+    Args:
+      families: modules with a `VARIANTS` table.
+
+    Returns:
+      Read-only mapping from name to variant.
+
+    Raises:
+      ValueError: two families use one name.
+    """
+    table: dict[str, Variant] = {}
+    for family in families:
+        twice = table.keys() & family.VARIANTS.keys()
+        if twice:
+            raise ValueError(f"{family.__name__} defines {sorted(twice)[0]!r}, which another family defines already")
+        table.update(family.VARIANTS)
+    return MappingProxyType(table)
+
+
+VARIANTS = collect(FAMILIES)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the networks.
+
+    Args:
+      pattern: shell wildcard, such as `"*seresnet*"`.
+
+    Returns:
+      Sorted names that match.
+    """
+    return sorted(fnmatch.filter(VARIANTS, pattern))
+
+
+def get_variant(name: str) -> Variant:
+    """The entry of a network.
+
+    Raises:
+      UserError: unknown name; the message names the closest ones.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"unknown model {name!r}; {closest(str(name), VARIANTS)} (se_flax.list_models() gives all)")
+    return VARIANTS[name]
+
+
+def create_model(name: str, **attributes: Any) -> nn.Module:
+    """Builds a network.
+
+    Args:
+      name: one of `list_models()`.
+      **attributes: of the network's module, overriding the variant's: `num_classes`, `attention`, `stages`,
+        `placement`, `dtype`, `norm`, `drop_rate`, `drop_path_rate` and what else its class documents.
+
+    Returns:
+      A Linen module: `model.init(key, images)`, `model.apply(variables, images, train=False, return_features=False)`.
+
+    Raises:
+      UserError: unknown name or attribute, or a value that cannot be one.
+
+    Example:
+      >>> import se_flax
+      >>> model = se_flax.create_model("resnet50", num_classes=10, attention=se_flax.ECA, stages=(4, 5))
+      >>> model.num_classes
+      10
+    """
+    build = get_variant(name).build
+    cls = build
+    while isinstance(cls, functools.partial):
+        cls = cls.func
+    assert inspect.isclass(cls) and dataclasses.is_dataclass(cls)
+    allowed = {f.name for f in dataclasses.fields(cls)} - {"name", "parent"}
+    for given in attributes:
+        if given not in allowed:
+            raise UserError(f"{name} has no attribute {given!r}; {closest(given, allowed)}")
+    attention = attributes.get("attention")
+    if attention is not None and not callable(attention):
+        raise UserError(
+            f"got attention={attention!r}; pass a class or a partial of one, such as se_flax.SqueezeExcite or "
+            "functools.partial(se_flax.SqueezeExcite, reduction=8), or None"
+        )
+    if isinstance(attention, nn.Module):
+        raise UserError(
+            f"got the attention module {attention.__class__.__name__}(...), one instance that all blocks would share; "
+            f"pass the class, or functools.partial({attention.__class__.__name__}, ...)"
+        )
+    for key in ("stages", "depths"):
+        if isinstance(attributes.get(key), list):
+            attributes[key] = tuple(attributes[key])
+    if "placement" in attributes:
+        from se_flax.blocks import Placement
+
+        attributes["placement"] = Placement.parse(attributes["placement"])
+    classes = attributes.get("num_classes", 0)
+    if not isinstance(classes, int) or classes < 0:
+        raise UserError(f"got num_classes={classes!r}; give a whole number, 0 for no classifier")
+    return build(**attributes)
