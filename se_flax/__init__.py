@@ -1,8 +1,8 @@
 """Squeeze-and-excitation networks in JAX and Flax.
 
-    model = se_flax.create_model("seresnet50", num_classes=10)
-    variables = model.init(key, images)
-    logits = model.apply(variables, images)
+model = se_flax.create_model("seresnet50", num_classes=10)
+variables = model.init(key, images)
+logits = model.apply(variables, images)
 """
 
 from se_flax import functional

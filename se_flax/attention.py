@@ -173,7 +173,9 @@ class ECA(nn.Module):
         del train, base_channels
         size = F.eca_kernel_size(x.shape[-1], self.gamma, self.b) if self.kernel_size is None else self.kernel_size
         if size < 1 or size % 2 == 0:
-            raise UserError(f"got kernel_size={size} for ECA; give an odd positive number, or None for the paper's rule")
+            raise UserError(
+                f"got kernel_size={size} for ECA; give an odd positive number, or None for the paper's rule"
+            )
         kernel = _ChannelKernel(size, self.kernel_init, name="conv")()
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(F.channel_conv(F.squeeze(x), kernel)))
 

@@ -179,7 +179,14 @@ class PreActBottleneck(Block):
 
 
 def project(
-    x: Array, features: int, strides: int, *, conv: ModuleDef, norm: ModuleDef | None, train: bool, average: bool = False
+    x: Array,
+    features: int,
+    strides: int,
+    *,
+    conv: ModuleDef,
+    norm: ModuleDef | None,
+    train: bool,
+    average: bool = False,
 ) -> Array:
     """Shortcut by a strided 1x1 convolution and norm (He et al. 2016, section 3.3, option B).
 

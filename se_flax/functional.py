@@ -10,7 +10,6 @@ Notation: N images, H x W pixels, C channels, M = hidden width of the excitation
 import math
 from collections.abc import Callable, Mapping
 
-
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +34,7 @@ def hard_sigmoid(x: Array) -> Array:
 
 
 def hard_swish(x: Array) -> Array:
-    """x * ReLU6(x + 3) / 6 (Howard et al. 2019, section 5.2); shape and dtype of `x`."""
+    """X * ReLU6(x + 3) / 6 (Howard et al. 2019, section 5.2); shape and dtype of `x`."""
     return x * hard_sigmoid(x)
 
 
@@ -92,9 +91,6 @@ def lookup(table: Mapping[str, Elementwise], choice: "str | Elementwise", what: 
     if choice not in table:
         raise UserError(f"unknown {what} {choice!r}; {closest(str(choice), table)}, or a function of an array")
     return table[choice]
-
-
-
 
 
 def round_to_multiple(value: float, divisor: int = 8, limit: float = 0.9) -> int:
@@ -254,8 +250,10 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     z = z.astype(jnp.float32)
     padded = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(size // 2, size // 2)])
     # k is 3 to 9: a sum of shifted slices beats a one-channel convolution on every backend.
-    out = sum(kernel[i] * padded[..., i : i + z.shape[-1]] for i in range(size))
-    return out if bias is None else out + bias
+    out = jnp.zeros_like(z) if bias is None else jnp.broadcast_to(bias, z.shape).astype(jnp.float32)
+    for i in range(size):
+        out = out + kernel[i] * padded[..., i : i + z.shape[-1]]
+    return out
 
 
 def channel_gate_mean_max(

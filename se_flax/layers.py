@@ -52,9 +52,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, h, w, features]."""
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
-        kernel = self.param(
-            "kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32
-        )
+        kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         padding = self.padding
         if padding == "symmetric":

@@ -6,8 +6,9 @@ A recipe (`configs/<name>.py`) builds a `Config` in `get_config()`; the command 
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
-from se_flax.errors import UserError, closest
+from se_flax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,13 +54,15 @@ class Data:
     train_crop: str = "resize"  # resize | random_resized (Inception's crop) | center
     crop_scale: tuple[float, ...] = (0.08, 1.0)  # random_resized: share of the area
     crop_ratio: tuple[float, ...] = (0.75, 4.0 / 3.0)  # random_resized: aspect
-    eval_crop_fraction: float = 1.0  # centre crop of image_size out of a short side image_size / fraction; 1: plain resize
+    eval_crop_fraction: float = (
+        1.0  # centre crop of image_size out of a short side image_size / fraction; 1: plain resize
+    )
     interpolation: str = "bilinear"  # bilinear | bicubic
     batch_size: int = 128  # global: over all devices and hosts
     eval_batch_size: int = 0  # 0: batch_size
     workers: int = 0  # processes that decode; 0: in this process, with threads
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
 @dataclass
@@ -144,3 +147,56 @@ class Config:
     seed: int = 0
     profile: bool = False  # write a profiler trace of a few steps to <workdir>/profile
     compilation_cache: str = "~/.cache/se-flax/xla"  # empty: off
+
+
+# What may differ when a run is resumed: where and how fast it runs and what is recorded, or how long it lasts.
+RESUMABLE = (
+    "epochs",
+    "steps",
+    "eval_every_epochs",
+    "log_every_steps",
+    "profile",
+    "compilation_cache",
+    "checkpoint.",
+    "parallel.backend",
+    "parallel.devices",
+    "parallel.distributed",
+    "data.workers",
+    "data.eval_batch_size",
+    "data.data_dir",
+)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration as one level: `{"optim.learning_rate": 0.1, ...}`; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items() if not isinstance(config, dict) else config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
+    """Refuses to continue a run under settings that make it another one.
+
+    Args:
+      saved: flattened settings of the checkpoint.
+      config: the settings now.
+      workdir: where the checkpoint lies, for the message.
+
+    Raises:
+      UserError: they differ in more than `RESUMABLE`.
+    """
+    now = flatten(config)
+    changed = [
+        f"{key}={saved.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(RESUMABLE)
+    ]
+    if changed:
+        shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+        raise UserError(
+            f"{workdir} holds the checkpoint of another run ({shown}); use another --workdir, or the settings of that run"
+        )

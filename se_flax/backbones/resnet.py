@@ -178,5 +178,7 @@ VARIANTS: dict[str, Variant] = {
     "msra_seresnet152": Variant(partial(MSRA, depths=D152, attention=SE), 66_821_848, 224, _HU_MSRA),
     "seresnext50_32x4d": Variant(partial(RESNEXT, depths=D50, attention=SE), 27_559_896, 224, _HU),
     "seresnext101_32x4d": Variant(partial(RESNEXT, depths=D101, attention=SE), 48_955_416, 224, _HU),
-    "ecaresnet50": Variant(partial(BOTTLENECK, depths=D50, attention=ECA), 25_557_118, 224, "Wang et al. 2020, table 3"),
+    "ecaresnet50": Variant(
+        partial(BOTTLENECK, depths=D50, attention=ECA), 25_557_118, 224, "Wang et al. 2020, table 3"
+    ),
 }

@@ -39,7 +39,7 @@ Path = tuple[str, ...]
 
 
 def torch_key(path: Path) -> str:
-    """torch's key of a variable.
+    """Torch's key of a variable.
 
     Args:
       path: collection, submodules, leaf: `("params", "layer1_0", "conv1", "kernel")`.

@@ -1,0 +1,170 @@
+"""The command line: a recipe, a work directory, and settings that override the recipe's."""
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from absl import flags
+from ml_collections import config_flags
+
+from se_flax.errors import UserError, closest
+from train.config import Config
+
+USAGE = """\
+Train a network.
+
+  python -m train --config=configs/digits.py --workdir=runs/digits
+
+  --config=FILE[:ARGUMENT]   the recipe; its get_config() gives the settings (see configs/)
+  --workdir=DIR              checkpoints, metrics.jsonl, curves.png and TensorBoard events; a run found there is resumed
+  --config.A.B=VALUE         overrides one setting of the recipe; tuples in quotes: --config.optim.boundaries='(30,60)'
+  --help                     this text
+
+Settings, with the defaults that a recipe starts from:
+"""
+
+
+def settings_help() -> str:
+    """Every setting with its default and its comment in `train/config.py`."""
+    lines: list[str] = []
+
+    def walk(cls: type, prefix: str) -> None:
+        comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+        for f in dataclasses.fields(cls):
+            kind = get_type_hints(cls)[f.name]
+            if dataclasses.is_dataclass(kind):
+                assert isinstance(kind, type)
+                lines.append("")
+                walk(kind, f"{prefix}{f.name}.")
+            else:
+                left = f"  --config.{prefix}{f.name}={f.default!r}"
+                lines.append(f"{left:<58} {comments.get(f.name, '')}".rstrip())
+
+    walk(Config, "")
+    return "\n".join(lines)
+
+
+def _types(cls: type, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            found.update(_types(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _expected(kind: Any) -> str:
+    return _WORDS.get(kind, "a tuple of numbers such as '(30, 60)'")
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, str]:
+    """Reads a command line.
+
+    Args:
+      argv: its words, without the program's name.
+
+    Returns:
+      The recipe's settings with the overrides applied, and the work directory.
+
+    Raises:
+      UserError: a flag or setting that does not exist, a value of the wrong type, or a recipe that cannot be read.
+    """
+    types = _types(Config)
+    words = _joined([w if not re.match(r"-[a-z]", w) else "-" + w for w in argv])
+    recipe = [w for w in words if w.startswith("--config=")]
+    overrides = [w for w in words if w.startswith("--config.")]
+    workdir = [w for w in words if w.startswith("--workdir=")]
+    for word in words:
+        if word not in recipe + overrides + workdir:
+            raise UserError(f"unknown argument {word!r}; allowed: --config=, --workdir=, --config.<setting>=, --help")
+    if not recipe or not workdir:
+        missing = "--config=configs/<recipe>.py" if not recipe else "--workdir=<directory>"
+        raise UserError(
+            f"{missing} is missing; for example: python -m train --config=configs/digits.py --workdir=runs/digits"
+        )
+    for word in overrides:
+        name, _, value = word.removeprefix("--config.").partition("=")
+        if name not in types:
+            raise UserError(f"unknown setting {name!r}; {closest(name, types)} (python -m train --help lists all)")
+        if types[name] is bool and value.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"got --config.{name}={value}; {_expected(bool)} is expected")
+    _check_recipe(recipe[-1].removeprefix("--config="))
+
+    values = flags.FlagValues()
+    line = ["train", recipe[-1], *overrides]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=line)
+    try:
+        values(line)
+        config = holder.value
+    except (flags.Error, TypeError, ValueError) as error:
+        raise _explained(error, overrides, types) from error
+    if not isinstance(config, Config):
+        raise UserError(f"{recipe[-1]}: get_config() must return a train.config.Config, got {type(config).__name__}")
+    return config, workdir[-1].removeprefix("--workdir=")
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Turns `--flag value` into `--flag=value`."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1].startswith("--") and "=" not in out[-1] and not word.startswith("--"):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
+
+
+def _check_recipe(text: str) -> None:
+    path = Path(text.split(":", 1)[0])
+    if not path.is_file():
+        there = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        hint = closest(str(path), there) if there else "give the path of a file such as configs/digits.py"
+        raise UserError(f"there is no recipe {str(path)!r}; {hint}")
+
+
+def _explained(error: Exception, overrides: Sequence[str], types: dict[str, Any]) -> UserError:
+    """The override that a flags error is about, in one sentence; the recipe's own fault otherwise."""
+    for word in overrides:
+        name, _, value = word.removeprefix("--config.").partition("=")
+        if f"config.{name}=" in str(error) or f"config.{name}:" in str(error):
+            return UserError(f"got --config.{name}={value}; {_expected(types[name])} is expected")
+    return UserError(f"the recipe could not be read: {str(error).strip().splitlines()[-1]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+      argv: words of the command line, without the program's name; the process's own when None.
+
+    Returns:
+      The exit code: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped early by a signal.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help", "-help") for word in words):
+        print(USAGE + settings_help())
+        return 0
+    try:
+        config, workdir = parse(words)
+        from train.loop import run  # imports JAX, which a wrong flag need not wait for
+
+        outcome = run(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
+        return 130
+    if outcome.bad_images:
+        print(outcome.bad_images, file=sys.stderr)
+    print(outcome)
+    return 0 if outcome.completed else 130

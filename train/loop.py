@@ -1,0 +1,393 @@
+"""The story of a run: open the data, build the network, restore, step, evaluate, save, tell."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from se_flax.errors import UserError
+from train import optim
+from train.build import build_model
+from train.checkpoint import Checkpoints, Restored
+from train.config import Config, check_same_run, flatten
+from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
+from train.evaluate import Result, evaluate, padded_size
+from train.parallel import Replicas, make_replicas
+from train.report import Report
+from train.sources import open_data
+from train.step import TrainState, init_state, make_eval_step, make_train_step
+from train.validate import check_batch, check_classes, check_settings_of_run
+
+# Losses are looked at this many steps late, so that the host does not wait for a step it has only just started.
+_LAG = 2
+# A profile skips the compilation and the first steps, and stays small enough for a browser.
+_PROFILE_STEPS = (10, 15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: updates done.
+      completed: False when it was asked to stop early.
+      result: the last evaluation, if any was due.
+      best_top1: share of the best evaluation.
+      checkpoint: where the last checkpoint lies.
+      seconds: that this process took.
+      bad_images: what could not be read, in words, or None.
+    """
+
+    step: int
+    completed: bool
+    result: Result | None
+    best_top1: float
+    checkpoint: str
+    seconds: float
+    bad_images: str | None
+
+    def __str__(self) -> str:
+        taken = f"{self.seconds // 60:.0f} min {self.seconds % 60:.0f} s"
+        if not self.completed:
+            return f"stopped at step {self.step} after {taken}; checkpoint: {self.checkpoint}; run the same command to resume"
+        text = f"done in {taken}"
+        if self.result is not None:
+            r = self.result
+            text += f": top-1 {_share(r.top1, r.count)}, top-5 {_share(r.top5, r.count)}, best top-1 {100 * self.best_top1:.2f} %"
+        return f"{text}; checkpoint: {self.checkpoint}"
+
+
+def _share(part: int, count: int) -> str:
+    return f"{100 * part / count:.2f} % ({part:,} of {count:,})"
+
+
+def run(config: Config, workdir: str | Path) -> Outcome:
+    """Trains, or goes on training, in a work directory.
+
+    Args:
+      config: the settings.
+      workdir: where checkpoints and figures go; a checkpoint of the same run there is continued.
+
+    Returns:
+      How it ended.
+
+    Raises:
+      UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
+    """
+    started = time.monotonic()
+    check_settings_of_run(config)
+    if config.parallel.distributed:
+        jax.distributed.initialize()
+    if config.compilation_cache:
+        use_compilation_cache(config.compilation_cache)
+    workdir = prepare_workdir(workdir)
+    splits = open_data(config.data)
+    num_classes = check_classes(config, splits.class_names, config.data.source)
+    replicas = make_replicas(config.parallel.backend, config.parallel.devices)
+    check_batch(config, replicas)
+
+    per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
+    total = config.steps or max(1, round(config.epochs * per_epoch))
+    model = build_model(config, num_classes)
+    rate = optim.schedule(config.optim, per_epoch, total)
+    optimizer = optim.make_optimizer(config.optim, rate)
+    pixels = {"mean": config.data.mean, "std": config.data.std}
+    train_step = make_train_step(
+        model,
+        optimizer,
+        rate,
+        **pixels,
+        settings=config.augment,
+        num_classes=num_classes,
+        label_smoothing=config.optim.label_smoothing,
+        ema_decay=config.optim.ema_decay,
+        accumulate=config.optim.accumulate,
+    )
+
+    checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
+    saved = checkpoints.newest_run()
+    if saved is not None:
+        check_same_run(saved["config"], config, str(workdir))
+    state = replicas.replicate(
+        init_state(model, optimizer, config.data.image_size, config.seed, ema=config.optim.ema_decay > 0)
+    )
+    bad = BadImages(splits)
+    loader = train_loader(splits, config.data, seed=config.seed, bad=bad)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = restored.state
+        loader.set_state(restored.data)
+        checkpoints.forget_after(restored.step)
+    start = restored.step if restored else 0
+
+    def batches_for_evaluation() -> Iterator[Mapping[str, np.ndarray]]:
+        size = padded_size(config.data.eval_batch_size or config.data.batch_size, replicas.count)
+        return eval_batches(splits, config.data, batch_size=size, bad=bad)
+
+    primary = jax.process_index() == 0
+    report = Report(workdir, total, config.data.batch_size, start, primary=primary)
+    trainer = _Trainer(
+        config=config,
+        workdir=workdir,
+        state=state,
+        step=start,
+        total=total,
+        per_epoch=per_epoch,
+        loader=loader,
+        batches_for_evaluation=batches_for_evaluation,
+        train_step=replicas.spread(train_step, donate=True),
+        eval_step=replicas.spread(make_eval_step(model, **pixels)),
+        replicas=replicas,
+        checkpoints=checkpoints,
+        report=report,
+        run_info={"config": flatten(config), "class_names": list(splits.class_names)},
+    )
+    try:
+        for line in _introduction(config, state, replicas, len(splits.train), len(splits.eval), total, restored):
+            report.say(line)
+        if primary:
+            (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        completed = trainer.train()
+        checkpoints.close()
+    finally:
+        loader.close()
+        report.close()
+    newest = checkpoints.path(checkpoints.steps()[-1])
+    seconds = time.monotonic() - started
+    return Outcome(trainer.step, completed, trainer.result, trainer.best_top1, str(newest), seconds, bad.report())
+
+
+def _introduction(
+    config: Config,
+    state: TrainState,
+    replicas: Replicas,
+    train_size: int,
+    eval_size: int,
+    total: int,
+    restored: Restored | None,
+) -> Iterator[str]:
+    """What a person wants to know before the bar starts moving."""
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    yield f"{config.model.name}: {params:,} parameters; {config.data.source}: {train_size:,} + {eval_size:,} images"
+    kind = replicas.devices[0].device_kind
+    yield (
+        f"{total:,} steps of {config.data.batch_size} images on {replicas.count} x {kind} "
+        f"({replicas.backend}, {config.precision})"
+    )
+    if restored is not None:
+        yield from (f"warning: {text}; an older one is used" for text in restored.skipped)
+        yield f"resuming from step {restored.step:,}"
+
+
+@dataclasses.dataclass
+class _Trainer:
+    """A run under way: what changes from step to step, and the parts that it drives."""
+
+    config: Config
+    workdir: Path
+    state: TrainState
+    step: int
+    total: int
+    per_epoch: float
+    loader: Any
+    batches_for_evaluation: Callable[[], Iterator[Mapping[str, np.ndarray]]]
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., Any]
+    replicas: Replicas
+    checkpoints: Checkpoints
+    report: Report
+    run_info: dict[str, Any]
+    result: Result | None = None
+    best_top1: float = 0.0
+
+    def __post_init__(self) -> None:
+        settings = self.config.checkpoint
+        self._save_every = float(settings.every_steps) or settings.every_epochs * self.per_epoch
+        self._eval_every = self.config.eval_every_epochs * self.per_epoch
+        self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        self._window: list[dict[str, float]] = []
+        self._window_started = time.monotonic()
+
+    def train(self) -> bool:
+        """Runs to the last step; False when a signal stopped it before."""
+        first = self.step
+        if first >= self.total:
+            self._evaluate()
+            return True
+        with _stop_signals() as stop:
+            while self.step < self.total:
+                self._profile(self.step - first)
+                batch = self.replicas.shard(next(self.loader))
+                if self.step == first:
+                    self._compile(batch)
+                self.state, metrics = self.train_step(self.state, batch)
+                self.step += 1
+                self._pending.append((self.step, metrics))
+                self._look_at_losses(keep=_LAG)
+                last = self.step == self.total
+                stopping = stop() and not last
+                evaluating = last or self._due(self._eval_every)
+                if evaluating and not stopping:
+                    self._evaluate()
+                if last or stopping or self._due(self._save_every):
+                    self._save(with_metrics=evaluating and not stopping)
+                if stopping:
+                    return False
+        return True
+
+    def _due(self, every: float) -> bool:
+        """Whether a multiple of `every` steps (a fraction when epochs are) was reached by this step."""
+        return every > 0 and math.floor(self.step / every + 1e-9) > math.floor((self.step - 1) / every + 1e-9)
+
+    def _epoch(self, step: int) -> float:
+        return step / self.per_epoch
+
+    def _compile(self, batch: Any) -> None:
+        """Says what the first wait is for."""
+        begun = time.monotonic()
+        self.report.say("compiling the training step ...")
+        if hasattr(self.train_step, "lower"):
+            self.train_step = self.train_step.lower(self.state, batch).compile()
+        self.report.say(f"compiled in {time.monotonic() - begun:.1f} s")
+        self._window_started = time.monotonic()
+
+    def _profile(self, done: int) -> None:
+        if self.config.profile and done in _PROFILE_STEPS:
+            if done == _PROFILE_STEPS[0]:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+            else:
+                jax.block_until_ready(self.state.step)
+                jax.profiler.stop_trace()
+                self.report.say(
+                    f"profile of steps {_PROFILE_STEPS[0]} to {_PROFILE_STEPS[1]}: {self.workdir / 'profile'}"
+                )
+
+    def _look_at_losses(self, keep: int) -> None:
+        """Fetches the metrics of all steps but the last `keep`, and refuses to go on from a loss that is not finite."""
+        while len(self._pending) > keep:
+            step, metrics = self._pending.popleft()
+            figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
+                self._refuse(step, figures)
+            self._window.append(figures)
+            self.report.advance(figures["loss"], figures["accuracy"])
+            if step % self.config.log_every_steps == 0:
+                self._write_window(step)
+
+    def _write_window(self, step: int) -> None:
+        """Records the mean figures since the last record."""
+        if not self._window:
+            return
+        means = {
+            name: sum(figures[name] for figures in self._window) / len(self._window)
+            for name in ("loss", "accuracy", "grad_norm")
+        }
+        now = time.monotonic()
+        images = len(self._window) * self.config.data.batch_size
+        speed = images / max(now - self._window_started, 1e-9)
+        rate = self._window[-1]["learning_rate"]
+        self.report.write(
+            step, self._epoch(step), {**means, "learning_rate": rate, "images_per_second": round(speed, 2)}
+        )
+        self._window.clear()
+        self._window_started = now
+
+    def _refuse(self, step: int, figures: Mapping[str, float]) -> None:
+        self.checkpoints.finish()
+        steps = self.checkpoints.steps()
+        good = (
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}"
+            if steps
+            else "no checkpoint was written yet"
+        )
+        raise UserError(
+            f"the loss became {figures['loss']} and the gradient's norm {figures['grad_norm']} at step {step}; {good}; "
+            "lower optim.learning_rate, lengthen optim.warmup_epochs or set optim.clip_norm, and start in a new --workdir"
+        )
+
+    def _evaluate(self) -> None:
+        self._look_at_losses(keep=0)
+        begun = time.monotonic()
+        self.result = evaluate(self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas)
+        r = self.result
+        self.best_top1 = max(self.best_top1, r.top1 / r.count)
+        self.report.write(self.step, self._epoch(self.step), r.metrics())
+        self.report.say(
+            f"epoch {self._epoch(self.step):6.2f}: loss {r.loss:.4f}, top-1 {_share(r.top1, r.count)}, "
+            f"top-5 {_share(r.top5, r.count)} in {time.monotonic() - begun:.1f} s"
+        )
+        self.report.draw()
+        self._window_started = time.monotonic()
+
+    def _save(self, *, with_metrics: bool) -> None:
+        # No state follows a loss that was not looked at, and a resumed run starts its averages where this one does.
+        self._look_at_losses(keep=0)
+        self._write_window(self.step)
+        metrics = self.result.metrics() if with_metrics and self.result else None
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            data=self.loader.get_state(),
+            run={**self.run_info, "best_top1": self.best_top1},
+            metrics=metrics,
+        )
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled steps between runs, so that the second start is quick."""
+    path = Path(folder).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def prepare_workdir(workdir: str | Path) -> Path:
+    """Makes the work directory.
+
+    Raises:
+      UserError: there is a file of that name, or it cannot be written.
+    """
+    path = Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --workdir={workdir} ({error.strerror}); name a directory that can be created"
+        ) from error
+    return path
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts."""
+    seen: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        # Only the main thread may set handlers; a run started from another one is not stopped by signals.
+        try:
+            previous[name] = signal.signal(name, note)
+        except ValueError:
+            break
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)

@@ -1,0 +1,101 @@
+"""Cross-entropy and exact top-k counts, one number per example; reducing them is the caller's business.
+
+A mean over a padded last batch would weigh its examples wrongly. These functions return one value per example, in
+float32 whatever the logits' dtype, so that a step or an evaluation adds them up and divides once by a true count.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _check_shapes(logits: jax.Array, labels: jax.Array) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}; expected [n, classes]")
+    if labels.shape not in ((logits.shape[0],), logits.shape):
+        raise ValueError(f"labels have shape {labels.shape}; expected {logits.shape[:1]} or {logits.shape}")
+
+
+def _smoothed(targets: jax.Array, label_smoothing: float) -> jax.Array:
+    return (1.0 - label_smoothing) * targets + label_smoothing / targets.shape[-1]
+
+
+def one_hot_smoothed(labels: jax.Array, num_classes: int, label_smoothing: float = 0.0) -> jax.Array:
+    """Class indices as distributions: `(1 - s) * one_hot + s / num_classes`.
+
+    Szegedy et al., "Rethinking the Inception Architecture", section 7, with the uniform prior. The true class too
+    receives its share of `s`, as in PyTorch and Keras.
+
+    Args:
+      labels: integer [n].
+      num_classes: how many classes there are.
+      label_smoothing: `s`, in [0, 1).
+
+    Returns:
+      float32 [n, num_classes]. The row of a label outside 0 ... num_classes - 1 is NaN: a row of zeros would hide a
+      data set with more classes than the network behind a small loss.
+    """
+    labels = labels.astype(jnp.int32)  # uint8 could not be compared with 1000 classes
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    valid = (labels >= 0) & (labels < num_classes)
+    return jnp.where(valid[:, None], _smoothed(one_hot, label_smoothing), jnp.nan)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """Cross-entropy of each example between its label and the softmax of its logits.
+
+    Args:
+      logits: float [n, classes], any precision; computed in float32.
+      labels: integer [n], or float [n, classes]: the distributions that mixup and cutmix make.
+      label_smoothing: in [0, 1); applied to either kind of label (see `one_hot_smoothed`).
+      mask: bool [n], False for padding; None: every example counts.
+
+    Returns:
+      float32 [n]. Padding has loss 0 and gradient 0, even where its logits are NaN or its label is not a class.
+
+    Raises:
+      ValueError: the shapes do not fit each other.
+    """
+    _check_shapes(logits, labels)
+    logits = logits.astype(jnp.float32)
+    if labels.ndim == 1:
+        targets = one_hot_smoothed(labels, logits.shape[-1], label_smoothing)
+    else:
+        targets = _smoothed(labels.astype(jnp.float32), label_smoothing)
+    if mask is not None:
+        # Before the loss rather than after it: the gradient of a masked NaN would be 0 * NaN = NaN.
+        keep = mask.astype(bool)[:, None]
+        logits, targets = jnp.where(keep, logits, 0.0), jnp.where(keep, targets, 0.0)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether the label is among the k classes that score highest.
+
+    The label's rank is the number of classes with a strictly greater logit plus the number of lower-numbered classes
+    with an equal one, so exactly k classes are in the top k: `k=1` is `argmax(logits) == label`, and a network that
+    answers a constant is right once in as many classes as there are, not always. With k at or above the number of
+    classes every example with valid logits counts. Logits that contain a NaN are wrong, whatever the label.
+
+    Args:
+      logits: float [n, classes].
+      labels: integer [n]; a label outside 0 ... classes - 1 is wrong.
+      k: at least 1.
+
+    Returns:
+      bool [n]; its integer sum over a split is an exact count.
+
+    Raises:
+      ValueError: k below 1, or shapes that do not fit each other.
+    """
+    _check_shapes(logits, labels)
+    if k < 1 or labels.ndim != 1:
+        raise ValueError(f"k is {k} and labels have shape {labels.shape}; expected k >= 1 and one class index a row")
+    labels = labels.astype(jnp.int32)
+    classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    is_label = classes == labels[:, None]
+    score = jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)  # a sum of one term: exact
+    ahead = (logits > score) | ((logits == score) & (classes < labels[:, None]))
+    valid = jnp.any(is_label, axis=-1) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return valid & (jnp.sum(ahead, axis=-1) < k)

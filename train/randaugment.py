@@ -1,0 +1,342 @@
+"""RandAugment on the accelerator (Cubuk et al. 2020, section 3): a few random operations per image.
+
+The fourteen operations of the paper act on one float32 RGB image in [0, 1] and are vmapped over a batch. Under `vmap`
+every image pays for every operation, so they share their work: the geometric ones are one affine warp, four of the
+colour ones are one blend with a degenerate image. The ranges are those of the paper's published TensorFlow code
+(Apache-2.0), quirks included: a higher magnitude makes posterize and solarize *weaker*, and the magnitude 5 leaves
+color, contrast, brightness and sharpness as they are. Three deliberate differences: the warp is bilinear, not nearest;
+values stay float32 between operations instead of being rounded to 8 bits; posterize keeps at least one bit (the
+published code keeps none below magnitude 2.5 and returns a black image).
+
+Gathers and scatters of single pixels are slow on a TPU (compiled for v5e, XLA's estimate for one warp of 128 images of
+224x224 is 320 ms by gathers and under 2 ms as matrix products), so the warp and equalize's histogram and table have a
+second form made of matrix products, chosen by the platform for which the step is compiled.
+"""
+
+import jax
+import jax.numpy as jnp
+
+OPS = (
+    "identity",
+    "autocontrast",
+    "equalize",
+    "rotate",
+    "solarize",
+    "color",
+    "posterize",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear-x",
+    "shear-y",
+    "translate-x",
+    "translate-y",
+)
+MAX_MAGNITUDE = 10.0
+GREY = (128 / 255, 128 / 255, 128 / 255)  # what the geometric operations uncover, as in the published code
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode "L"
+
+
+def randaugment(
+    image: jax.Array, key: jax.Array, layers: int, magnitude: float, fill: tuple[float, ...] = GREY
+) -> jax.Array:
+    """Applies `layers` operations, each drawn uniformly (with replacement) from `OPS`.
+
+    Cubuk et al. 2020, figure 2. Geometric operations draw their direction with probability 1/2.
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+      key: the image's key.
+      layers: how many operations (the paper's N); static.
+      magnitude: 0 ... 10 (the paper's M); static.
+      fill: RGB in [0, 1] where a geometric operation looks outside the image.
+
+    Returns:
+      float32 [H, W, 3] in [0, 1].
+    """
+    for which, direction in jax.random.uniform(key, (layers, 2)):
+        op = jnp.floor(which * len(OPS)).astype(jnp.int32)
+        sign = jnp.where(direction < 0.5, -1.0, 1.0)
+        image = apply_op(image, op, magnitude, sign, fill)
+    return image
+
+
+def apply_op(
+    image: jax.Array,
+    op: int | jax.Array,
+    magnitude: float,
+    sign: float | jax.Array = 1.0,
+    fill: tuple[float, ...] = GREY,
+) -> jax.Array:
+    """Applies one operation.
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+      op: int32 scalar, an index into `OPS`; may be traced.
+      magnitude: 0 ... 10; static.
+      sign: +1 or -1, the direction of a geometric operation; +1 rotates counter-clockwise, as PIL does.
+      fill: RGB in [0, 1] where a geometric operation looks outside the image.
+
+    Returns:
+      float32 [H, W, 3] in [0, 1].
+    """
+    share = magnitude / MAX_MAGNITUDE
+    grey = luma(image)
+    factor = 0.1 + 1.8 * share
+    degenerate = _select(
+        op,
+        {
+            "color": lambda: jnp.broadcast_to(grey, image.shape),
+            "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
+            "brightness": lambda: jnp.zeros_like(image),
+            "sharpness": lambda: _smooth(image),
+        },
+        default=image,
+    )
+    return _select(
+        op,
+        {
+            "identity": lambda: image,
+            "autocontrast": lambda: autocontrast(image),
+            "equalize": lambda: equalize(image),
+            "solarize": lambda: solarize(image, int(share * 256)),
+            "posterize": lambda: posterize(image, max(1, int(share * 4))),
+            **dict.fromkeys(
+                ("rotate", "shear-x", "shear-y", "translate-x", "translate-y"),
+                lambda: warp(image, _affine(op, share * jnp.float32(sign), image.shape[0], image.shape[1]), fill),
+            ),
+        },
+        default=blend(degenerate, image, factor),
+    )
+
+
+def _select(op, branches, default):
+    """`branches[OPS[op]]()`, or the default; a branch that several names share is computed and selected once."""
+    names: dict = {}
+    for name, branch in branches.items():
+        names.setdefault(branch, []).append(name)
+    out = default
+    for branch, shared in names.items():
+        chosen = jnp.isin(jnp.asarray(op), jnp.array([OPS.index(name) for name in shared]))
+        out = jnp.where(chosen, branch(), out)
+    return out
+
+
+def blend(degenerate: jax.Array, image: jax.Array, factor: float | jax.Array) -> jax.Array:
+    """`degenerate + factor * (image - degenerate)`, clipped to [0, 1]: PIL's ImageEnhance.
+
+    Args:
+      degenerate: float32 [..., 3], the image at factor 0.
+      image: float32 [..., 3], the image at factor 1.
+      factor: above 1 extrapolates.
+
+    Returns:
+      float32 [..., 3] in [0, 1].
+    """
+    return jnp.clip(degenerate + factor * (image - degenerate), 0.0, 1.0)
+
+
+def luma(image: jax.Array) -> jax.Array:
+    """The grey value of each pixel (ITU-R 601 weights, as PIL and torchvision have them).
+
+    Args:
+      image: float32 [..., 3].
+
+    Returns:
+      float32 [..., 1].
+    """
+    red, green, blue = (image[..., c : c + 1] for c in range(3))
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+
+
+def _smooth(image: jax.Array) -> jax.Array:
+    """PIL's ImageFilter.SMOOTH: [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, the outermost pixels as they were."""
+    rows = image[:-2] + image[1:-1] + image[2:]
+    inner = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4.0 * image[1:-1, 1:-1]) / 13.0
+    frame = ((1, 1), (1, 1), (0, 0))
+    kept = jnp.pad(jnp.zeros_like(inner, bool), frame, constant_values=True)
+    return jnp.where(kept, image, jnp.pad(inner, frame))  # a select fuses; writing a slice copies the image
+
+
+def autocontrast(image: jax.Array) -> jax.Array:
+    """Stretches each channel to [0, 1]; a constant channel stays as it is (PIL's ImageOps.autocontrast).
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+
+    Returns:
+      float32 [H, W, 3] in [0, 1].
+    """
+    low, high = jnp.min(image, axis=(0, 1)), jnp.max(image, axis=(0, 1))
+    flat = high <= low
+    stretched = (image - low) / jnp.where(flat, 1.0, high - low)
+    return jnp.where(flat, image, jnp.clip(stretched, 0.0, 1.0))
+
+
+def _levels(image: jax.Array) -> jax.Array:
+    """The nearest of the 256 grey levels, int32."""
+    return jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.int32)
+
+
+def solarize(image: jax.Array, threshold: int) -> jax.Array:
+    """Inverts the values at and above a threshold (PIL's ImageOps.solarize).
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+      threshold: 0 ... 256, in grey levels; 256 inverts nothing.
+
+    Returns:
+      float32 [H, W, 3] in [0, 1].
+    """
+    return jnp.where(_levels(image) < threshold, image, 1.0 - image)
+
+
+def posterize(image: jax.Array, bits: int) -> jax.Array:
+    """Keeps the highest bits of each 8-bit value (PIL's ImageOps.posterize).
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+      bits: 1 ... 8; static.
+
+    Returns:
+      float32 [H, W, 3] in [0, 1].
+    """
+    mask = 256 - 2 ** (8 - bits)
+    return (_levels(image) & mask).astype(jnp.float32) / 255.0
+
+
+def equalize(image: jax.Array) -> jax.Array:
+    """Flattens the histogram of each channel, with PIL's integer arithmetic (ImageOps.equalize).
+
+    Args:
+      image: float32 [H, W, 3] in [0, 1].
+
+    Returns:
+      float32 [H, W, 3], multiples of 1/255; a channel of one level (or nearly so) stays as it is.
+    """
+    levels = _levels(image)
+    counts = jax.lax.platform_dependent(levels, tpu=_count_by_products, default=_count_by_scatter)
+    highest = jnp.max(levels, axis=(0, 1))  # [3]
+    last = jnp.take_along_axis(counts, highest[:, None], axis=1)
+    step = (levels.shape[0] * levels.shape[1] - last) // 255  # [3, 1]
+    below = jnp.cumsum(counts, axis=1) - counts
+    table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255).astype(jnp.float32)
+    equalized = jax.lax.platform_dependent(table, levels, tpu=_look_up_by_products, default=_look_up_by_gather)
+    return jnp.where(step[:, 0] == 0, image, equalized / 255.0)
+
+
+def _count_by_scatter(levels: jax.Array) -> jax.Array:
+    """Histograms [3, 256] of int32 levels [H, W, 3]."""
+    bins = (levels + 256 * jnp.arange(3)).reshape(-1)
+    return jnp.zeros(3 * 256, jnp.int32).at[bins].add(1, mode="promise_in_bounds").reshape(3, 256)
+
+
+def _nibbles(levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One-hot codes [H, W, 3, 16] of the upper and the lower four bits: 32 numbers a value instead of 256."""
+    digits = jnp.arange(16)
+    upper = (levels[..., None] >> 4) == digits
+    lower = (levels[..., None] & 15) == digits
+    return upper.astype(jnp.float32), lower.astype(jnp.float32)
+
+
+def _count_by_products(levels: jax.Array) -> jax.Array:
+    """The same histograms; exact in a TPU's bfloat16 products too, which add ones in float32."""
+    upper, lower = _nibbles(levels)
+    return jnp.einsum("hwcu,hwcl->cul", upper, lower).reshape(3, 256).astype(jnp.int32)
+
+
+def _look_up_by_gather(table: jax.Array, levels: jax.Array) -> jax.Array:
+    """`table[c, levels[h, w, c]]` for a table [3, 256] and levels [H, W, 3]."""
+    return table.reshape(-1).at[levels + 256 * jnp.arange(3)].get(mode="promise_in_bounds")
+
+
+def _look_up_by_products(table: jax.Array, levels: jax.Array) -> jax.Array:
+    """The same; exact in bfloat16 too, which holds every integer up to 256."""
+    upper, lower = _nibbles(levels)
+    rows = jnp.einsum("hwcu,cul->hwcl", upper, table.reshape(3, 16, 16))
+    return jnp.sum(rows * lower, axis=-1)
+
+
+def _affine(op: int | jax.Array, amount: jax.Array, height: int, width: int) -> jax.Array:
+    """The matrix for `warp` of a geometric operation at `amount` in [-1, 1] of its range.
+
+    Rotation up to 30 degrees about the centre, shear up to 0.3 about the upper left corner, translation up to 100 of
+    224 pixels (the published code moves 100 pixels at every size; here the share of the side is what stays).
+    """
+    angle = amount * (jnp.pi / 6)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x, y = width / 2, height / 2
+    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
+    shear, shift = 0.3 * amount, amount * (100 / 224)
+    matrices = {
+        "rotate": (*(cos, -sin, x - cos * x + sin * y), *(sin, cos, y - sin * x - cos * y)),
+        "shear-x": (one, shear, zero, zero, one, zero),
+        "shear-y": (one, zero, zero, shear, one, zero),
+        "translate-x": (one, zero, shift * width, zero, one, zero),
+        "translate-y": (one, zero, zero, zero, one, shift * height),
+    }
+    matrix = jnp.stack((one, zero, zero, zero, one, zero))
+    for name, entries in matrices.items():
+        matrix = jnp.where(jnp.asarray(op) == OPS.index(name), jnp.stack(entries), matrix)
+    return matrix
+
+
+def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) -> jax.Array:
+    """Affine warp with bilinear interpolation, in the convention of PIL's `Image.transform(size, AFFINE, matrix)`.
+
+    The output at (x, y) is the input at (a x + b y + c, d x + e y + f), where pixel i has its centre at i + 1/2.
+
+    Args:
+      image: float32 [H, W, 3].
+      matrix: float32 [6], (a, b, c, d, e, f); a must not be near 0.
+      fill: RGB where the input position lies outside the image.
+
+    Returns:
+      float32 [H, W, 3].
+    """
+    height, width, _ = image.shape
+    a, b, c, d, e, f = matrix
+    x, y = jnp.arange(width) + 0.5, (jnp.arange(height) + 0.5)[:, None]
+    x, y = a * x + b * y + c, d * x + e * y + f  # [H, W] each
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    warped = jax.lax.platform_dependent(image, matrix, x, y, tpu=_sample_by_products, default=_sample_by_gather)
+    return jnp.where(inside[..., None], warped, jnp.asarray(fill, jnp.float32))
+
+
+def _sample_by_gather(image: jax.Array, matrix: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Bilinear samples at positions x, y [H, W]; beyond the outermost centres the border's values continue."""
+    del matrix
+    height, width, _ = image.shape
+    x, y = jnp.clip(x - 0.5, 0.0, width - 1.0), jnp.clip(y - 0.5, 0.0, height - 1.0)
+    left, top = x.astype(jnp.int32), y.astype(jnp.int32)
+    right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
+    along, down = (x - left)[..., None], (y - top)[..., None]
+    pixels = image.reshape(-1, 3)
+
+    def at(row, column):
+        return pixels.at[row * width + column].get(mode="promise_in_bounds")
+
+    upper = at(top, left) * (1.0 - along) + at(top, right) * along
+    lower = at(bottom, left) * (1.0 - along) + at(bottom, right) * along
+    return upper * (1.0 - down) + lower * down
+
+
+def _sample_by_products(image: jax.Array, matrix: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The same in two one-dimensional passes, each a product with hat functions that XLA makes on the fly.
+
+    Pass one moves every column u to the rows at which the output will want it; pass two moves every row. Shears and
+    translations come out as by gathers; a rotation interpolates between neighbours along a slanted line, which differs
+    by about as much as bilinear interpolation itself does from the true surface.
+    """
+    del y
+    height, width, _ = image.shape
+    a, b, c, d, e, f = matrix
+    column, row = (jnp.arange(width) + 0.5)[:, None], jnp.arange(height) + 0.5
+    along_column = d * (column - b * row - c) / a + e * row + f  # [W, H]: where column u meets output row y
+
+    def hats(position, size):
+        position = jnp.clip(position - 0.5, 0.0, size - 1.0)
+        return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(size)))
+
+    columns = jnp.einsum("uyv,vuc->yuc", hats(along_column, height), image, precision="highest")
+    return jnp.einsum("yxu,yuc->yxc", hats(x, width), columns, precision="highest")

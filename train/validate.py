@@ -1,0 +1,90 @@
+"""Checks a whole configuration before anything is read or compiled."""
+
+import math
+
+from se_flax.errors import UserError
+from train import augment, optim
+from train.build import build_model
+from train.config import Config
+from train.parallel import Replicas
+from train.sources import check_settings
+
+
+def check_settings_of_run(config: Config) -> None:
+    """Checks what can be checked without data or devices.
+
+    Args:
+      config: the settings.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    for name in ("epochs", "eval_every_epochs"):
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"got {name}={value}; it must be positive")
+    positive = {
+        "data.batch_size": config.data.batch_size,
+        "log_every_steps": config.log_every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"got {name}={value}; it must be at least 1")
+    not_negative = {
+        "steps": config.steps,
+        "model.num_classes": config.model.num_classes,
+        "data.eval_batch_size": config.data.eval_batch_size,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+    }
+    for name, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"got {name}={value}; it must not be negative")
+    for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"got model.{name}={value}; a probability below 1 is allowed")
+    optim.check(config.optim)
+    augment.check(config.augment, config.data.image_size)
+    check_settings(config.data)
+    build_model(config, max(config.model.num_classes, 1))
+
+
+def check_classes(config: Config, class_names: tuple[str, ...], source: str) -> int:
+    """The number of classes of a run.
+
+    Args:
+      config: the settings.
+      class_names: of the data.
+      source: of the data, for the message.
+
+    Returns:
+      The number of classes.
+
+    Raises:
+      UserError: the settings contradict the data.
+    """
+    asked, found = config.model.num_classes, len(class_names)
+    if asked and asked != found:
+        raise UserError(
+            f"got model.num_classes={asked}, but {source} has {found} classes; "
+            f"set it to {found}, or to 0 to take the data's"
+        )
+    return found
+
+
+def check_batch(config: Config, replicas: Replicas) -> None:
+    """Checks that the batch can be spread over the devices.
+
+    Raises:
+      UserError: it does not divide into equal micro-batches, or mixing would need an even number.
+    """
+    parts = replicas.count * config.optim.accumulate
+    size = config.data.batch_size
+    if size % parts:
+        raise UserError(
+            f"data.batch_size={size} does not divide into {parts} equal parts ({replicas.count} devices x "
+            f"optim.accumulate={config.optim.accumulate}); choose a multiple of {parts}"
+        )
+    augment.check(config.augment, config.data.image_size, size // parts)
