@@ -5,7 +5,8 @@ share of where that is not the map's own (EfficientNet's blocks reduce relative 
 what lets any attention go into any backbone: `create_model("resnet50", attention=ECA)`.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from se_flax import functional as F
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
+from se_flax.norms import LayerNorm
 
 Array = jax.Array
 Initializer = nn.initializers.Initializer
@@ -23,7 +25,7 @@ he_normal = nn.initializers.he_normal()
 
 
 class _Pointwise(nn.Module):
-    """Parameters of a 1x1 convolution, kernel [1, 1, C_in, C_out] as checkpoints hold them, returned as [C_in, C_out]."""
+    """Parameters of a 1x1 convolution: kernel [1, 1, C_in, C_out] as checkpoints hold it, returned as [C_in, C_out]."""
 
     features: int
     use_bias: bool
@@ -152,6 +154,7 @@ class ECA(nn.Module):
       kernel_size: k, odd; None takes the paper's rule from the channel count.
       gamma: slope of that rule.
       b: offset of that rule.
+      from_base: the rule takes `base_channels`: a network pruned after training keeps the kernels of its old widths.
       gate: by name or as a function.
       kernel_init: initialiser of the kernel.
       dtype: accepted for uniformity; the gate is always float32.
@@ -163,6 +166,7 @@ class ECA(nn.Module):
     kernel_size: int | None = None
     gamma: float = 2.0
     b: float = 1.0
+    from_base: bool = False
     gate: str | F.Elementwise = "sigmoid"
     kernel_init: Initializer = he_normal
     dtype: Any = None
@@ -170,8 +174,9 @@ class ECA(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
-        del train, base_channels
-        size = F.eca_kernel_size(x.shape[-1], self.gamma, self.b) if self.kernel_size is None else self.kernel_size
+        del train
+        channels = base_channels if self.from_base and base_channels else x.shape[-1]
+        size = F.eca_kernel_size(channels, self.gamma, self.b) if self.kernel_size is None else self.kernel_size
         if size < 1 or size % 2 == 0:
             raise UserError(
                 f"got kernel_size={size} for ECA; give an odd positive number, or None for the paper's rule"
@@ -219,3 +224,115 @@ class CBAM(nn.Module):
         logits = Conv(1, self.kernel_size, kernel_init=self.kernel_init, name="spatial_conv")(F.spatial_descriptor(x))
         logits = BatchNorm(momentum=self.momentum, axis_name=self.axis_name, name="spatial_bn")(logits, train=train)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+
+
+def _affine(z: Array, kernel: Array, bias: Array | None) -> Array:
+    y = jnp.matmul(z, kernel, precision=jax.lax.Precision.HIGHEST)
+    return y if bias is None else y + bias
+
+
+class _ContextMlp(nn.Module):
+    """Two 1x1 convolutions with a layer norm between them; parameters `fc1`, `norm`, `fc2`."""
+
+    hidden: int
+    activation: str | F.Elementwise
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        layer = (True, self.kernel_init, nn.initializers.zeros_init())
+        channels = z.shape[-1]
+        z = LayerNorm(1e-6, name="norm")(_affine(z, *_Pointwise(self.hidden, *layer, name="fc1")(channels)))
+        z = F.lookup(F.ACTIVATIONS, self.activation, "activation")(z)
+        return _affine(z, *_Pointwise(channels, *layer, name="fc2")(self.hidden))
+
+
+class GlobalContext(nn.Module):
+    """Global context attention: the squeeze is a softmax-weighted mean (Cao et al. 2019, section 3.3: GC block).
+
+    As in timm, the context gates the map (the paper adds it). Parameters: `conv_attn` (kernel [1, 1, C, 1], bias) and
+    `mlp_scale` with `fc1`, `norm` (a layer norm) and `fc2`.
+
+    Attributes:
+      reduction: hidden width M = C / reduction. Ignored when `fraction` is given.
+      fraction: M = C * fraction.
+      rounding: of M, see `functional.reduced_width`.
+      activation: between the layers, by name or as a function.
+      gate: by name or as a function.
+      kernel_init: initialiser of the kernels.
+      dtype: accepted for uniformity; context and gate are always float32.
+    """
+
+    reduction: float = 8.0
+    fraction: float | None = None
+    rounding: str | Callable[[float], int] = "nearest"
+    activation: str | F.Elementwise = "relu"
+    gate: str | F.Elementwise = "sigmoid"
+    kernel_init: Initializer = he_normal
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
+        """Args: x [N, H, W, C]; base_channels: what the width is a share of. Returns: [N, H, W, C] of x's dtype."""
+        del train
+        n, h, w, channels = x.shape
+        share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
+        hidden = F.reduced_width(base_channels or channels, **share, rounding=self.rounding)
+        query = _Pointwise(1, True, self.kernel_init, nn.initializers.zeros_init(), name="conv_attn")(channels)
+        pixels = x.astype(jnp.float32).reshape(n, h * w, channels)
+        weights = jax.nn.softmax(_affine(pixels, *query), axis=1)
+        context = jnp.einsum("npc,npo->noc", pixels, weights, precision=jax.lax.Precision.HIGHEST)[:, None]
+        logits = _ContextMlp(hidden, self.activation, self.kernel_init, name="mlp_scale")(context)
+        return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+
+
+def weigh_branches(
+    branches: Sequence[Array],
+    width: int,
+    *,
+    norm: Callable[..., Any],
+    train: bool,
+    act: F.Elementwise = jax.nn.relu,
+    groups: int = 1,
+    use_bias: bool = False,
+    names: tuple[str, str, str] = ("fc_reduce", "bn", "fc_select"),
+) -> Array:
+    """Sum of branches, each weighed per image and channel (Li et al. 2019; Zhang et al. 2022; section 3.1 of both).
+
+    The weights come from the mean of the branches' sum by two layers as in squeeze-and-excitation, and compete in a
+    softmax over the branches. A single branch competes with nothing: its weight is a sigmoid.
+
+    Its layers belong to the module that calls it: `<names[0]>/kernel` [1, 1, C / groups, width], `<names[1]>` a batch
+    norm, `<names[2]>/kernel` [1, 1, width / groups, R * C], and biases.
+
+    Args:
+      branches: R maps [N, H, W, C].
+      width: of the hidden layer.
+      norm: batch norm between the layers, called as `norm(name=..., dtype=...)(z, train=...)`.
+      train: the norm uses the batch's statistics.
+      act: activation after it.
+      groups: channel groups K that are gated apart (ResNeSt's cardinality).
+      use_bias: biases in both layers.
+      names: of the two layers and the norm between them.
+
+    Returns:
+      [N, H, W, C] of the branches' dtype.
+    """
+    count, channels = len(branches), branches[0].shape[-1]
+    layer = (use_bias, he_normal, nn.initializers.zeros_init())
+
+    def grouped(z: Array, features: int, name: str) -> Array:
+        kernel, bias = _Pointwise(features, *layer, name=name)(z.shape[-1] // groups)
+        z = z.reshape(z.shape[0], groups, -1)
+        # A grouped kernel holds the outputs of all groups side by side, each over its own group's inputs.
+        kernel = kernel.reshape(z.shape[-1], groups, features // groups)
+        out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(-1, features)
+        return out if bias is None else out + bias
+
+    z = functools.reduce(jnp.add, [F.squeeze(branch)[:, 0, 0] for branch in branches])
+    z = grouped(z, width, names[0])
+    z = act(norm(name=names[1], dtype=jnp.float32)(z, train=train))
+    logits = grouped(z, count * channels, names[2]).reshape(-1, groups, count, channels // groups)
+    gates = jax.nn.softmax(logits, axis=2) if count > 1 else jax.nn.sigmoid(logits)
+    gates = jnp.moveaxis(gates, 2, 0).reshape(count, -1, 1, 1, channels)
+    return functools.reduce(jnp.add, [F.scale(branch, gate) for branch, gate in zip(branches, gates, strict=True)])

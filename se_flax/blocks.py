@@ -18,7 +18,7 @@ Array = jax.Array
 ModuleDef = Callable[..., Any]
 
 
-class Placement(str, enum.Enum):
+class Placement(enum.StrEnum):
     """Where a residual block carries its attention (Hu et al. 2020, section 6.5)."""
 
     STANDARD = "standard"
@@ -62,6 +62,8 @@ class Block(nn.Module):
       base_width: channels per group at 64 features (ResNeXt's d).
       stride_first: the stride sits in a bottleneck's first 1x1 (He et al. 2016, MSRA's Caffe models) instead of its
         3x3 ("v1.5").
+      antialias: halves the map after the strided 3x3 convolution and its activation, and takes the stride from the
+        convolution (Zhang 2019, section 3.2): `average_by_2`, `layers.blur_pool` or None.
       drop_path_rate: stochastic depth.
       zero_init_last: the last norm's scale starts at zero, so that a block starts as the identity (Goyal et al. 2017,
         section 5.1).
@@ -79,16 +81,26 @@ class Block(nn.Module):
     groups: int = 1
     base_width: int = 64
     stride_first: bool = False
+    antialias: Callable[[Array], Array] | None = None
     drop_path_rate: float = 0.0
     zero_init_last: bool = True
 
     expansion = 1
 
-    def attend(self, x: Array, place: Placement, train: bool) -> Array:
+    def attend(self, x: Array, place: Placement, train: bool, base_channels: int | None = None) -> Array:
         """Attention on x if the block carries it at this place, else x."""
         if self.attention is None or place is not self.placement:
             return x
-        return self.attention(name=self.attention_name)(x, train=train)
+        return self.attention(name=self.attention_name)(x, train=train, base_channels=base_channels)
+
+    def low_pass(self, x: Array) -> Array:
+        """Anti-aliased halving in place of the convolution's stride, where the block has both."""
+        return self.antialias(x) if self.antialias is not None and self.strides > 1 else x
+
+    @property
+    def conv_strides(self) -> int:
+        """Stride that is left to the convolution: none where `low_pass` does the halving."""
+        return self.strides if self.antialias is None else 1
 
     def drop(self, branch: Array, train: bool) -> Array:
         """Stochastic depth on the residual branch while training."""
@@ -109,6 +121,44 @@ class Block(nn.Module):
         return self.norm(**kwargs)
 
 
+class ConvNorm(nn.Module):
+    """Convolution, norm and activation as one submodule, `conv` and `bn`, where checkpoints nest them so.
+
+    Attributes:
+      features: output channels.
+      conv: as in `Block`.
+      norm: as in `Block`.
+      kernel_size: side of the kernel.
+      strides: of the convolution.
+      groups: of the convolution.
+      dilation: of the convolution.
+      act: activation; None for none.
+    """
+
+    features: int
+    conv: ModuleDef
+    norm: ModuleDef
+    kernel_size: int = 1
+    strides: int = 1
+    groups: int = 1
+    dilation: int = 1
+    act: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+        x = self.conv(
+            self.features,
+            self.kernel_size,
+            strides=self.strides,
+            groups=self.groups,
+            dilation=self.dilation,
+            name="conv",
+        )(x)
+        x = self.norm(name="bn")(x, train=train)
+        return x if self.act is None else self.act(x)
+
+
 class BasicBlock(Block):
     """Two 3x3 convolutions (He et al. 2016, figure 5 left)."""
 
@@ -116,9 +166,9 @@ class BasicBlock(Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
         y = self.attend(x, Placement.PRE, train)
-        y = self.conv(self.features, 3, strides=self.strides, name="conv1")(y)
+        y = self.conv(self.features, 3, strides=self.conv_strides, name="conv1")(y)
         y = self.norm(name="bn1")(y, train=train)
-        y = self.act(self.attend(y, Placement.AFTER_3X3, train))
+        y = self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
         y = self.conv(self.features, 3, name="conv2")(y)
         y = self.last_norm(name="bn2")(y, train=train)
         y = self.drop(self.attend(y, Placement.STANDARD, train), train)
@@ -127,7 +177,16 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3, 1x1 (He et al. 2016, figure 5 right); grouped, ResNeXt's (Xie et al. 2017, figure 3c)."""
+    """1x1, 3x3, 1x1 (He et al. 2016, figure 5 right); grouped, ResNeXt's (Xie et al. 2017, figure 3c).
+
+    Attributes:
+      reduce_first: the first 1x1 has so many times fewer channels than the 3x3 (2 in SENet-154: Hu et al. 2020,
+        appendix).
+      widths: of the three convolutions outright, for networks whose channels were pruned one by one.
+    """
+
+    reduce_first: int = 1
+    widths: tuple[int, int, int] | None = None
 
     expansion = 4
 
@@ -135,19 +194,25 @@ class Bottleneck(Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, 4 * features]."""
         width = self.features * self.base_width // 64 * self.groups
-        out = self.features * self.expansion
-        first, second = (self.strides, 1) if self.stride_first else (1, self.strides)
+        unpruned = self.features * self.expansion
+        first, second, out = self.widths or (width // self.reduce_first, width, unpruned)
         y = self.attend(x, Placement.PRE, train)
-        y = self.conv(width, 1, strides=first, name="conv1")(y)
+        y = self.conv(first, 1, strides=self.conv_strides if self.stride_first else 1, name="conv1")(y)
         y = self.act(self.norm(name="bn1")(y, train=train))
-        y = self.conv(width, 3, strides=second, groups=self.groups, name="conv2")(y)
-        y = self.norm(name="bn2")(y, train=train)
-        y = self.act(self.attend(y, Placement.AFTER_3X3, train))
+        y = self.middle(y, second, train)
         y = self.conv(out, 1, name="conv3")(y)
         y = self.last_norm(name="bn3")(y, train=train)
-        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        # The attention of a pruned network kept the size that it had before the channels went.
+        y = self.drop(self.attend(y, Placement.STANDARD, train, base_channels=unpruned), train)
         x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)
+
+    def middle(self, y: Array, width: int, train: bool) -> Array:
+        """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""
+        strides = 1 if self.stride_first else self.conv_strides
+        y = self.conv(width, 3, strides=strides, groups=self.groups, name="conv2")(y)
+        y = self.norm(name="bn2")(y, train=train)
+        return self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
 
 
 class PreActBottleneck(Block):
@@ -187,6 +252,7 @@ def project(
     norm: ModuleDef | None,
     train: bool,
     average: bool = False,
+    kernel_size: int = 1,
 ) -> Array:
     """Shortcut by a strided 1x1 convolution and norm (He et al. 2016, section 3.3, option B).
 
@@ -201,6 +267,7 @@ def project(
       norm: as in `Block`; None leaves it out, as pre-activation networks do.
       train: the norm uses the batch's statistics.
       average: average-pool by the stride first and project at stride 1 (He et al. 2019, figure 2c: ResNet-D).
+      kernel_size: of the convolution where it strides (3 in SENet-154: Hu et al. 2020, appendix); 1 elsewhere.
 
     Returns:
       [N, h, w, features].
@@ -209,8 +276,13 @@ def project(
     if average:
         x = avg_pool(x, strides, strides) if strides > 1 else x
         strides, first = 1, 1
-    x = conv(features, 1, strides=strides, name=f"downsample_{first}")(x)
+    x = conv(features, kernel_size if strides > 1 else 1, strides=strides, name=f"downsample_{first}")(x)
     return x if norm is None else norm(name=f"downsample_{first + 1}")(x, train=train)
+
+
+def average_by_2(x: Array) -> Array:
+    """Mean over 2x2 windows, the anti-aliasing of timm's `aa` networks; [N, H, W, C] to [N, H / 2, W / 2, C]."""
+    return avg_pool(x, 2, 2)
 
 
 def project_linear(x: Array, features: int, strides: int, **parts: Any) -> Array:

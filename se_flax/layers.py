@@ -138,6 +138,23 @@ def avg_pool(x: Array, size: int, strides: int) -> Array:
     return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
 
 
+def blur_pool(x: Array) -> Array:
+    """Halves the resolution behind a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
+
+    Args:
+      x: [N, H, W, C].
+
+    Returns:
+      [N, ceil(H / 2), ceil(W / 2), C]; one pixel of zeros is assumed around the map.
+    """
+    for axis in (1, 2):
+        size = x.shape[axis]
+        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        before, here, after = (jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3))
+        x = (before + 2 * here + after) * 0.25
+    return x
+
+
 def drop_path(x: Array, rate: float, key: Array) -> Array:
     """Stochastic depth (Huang et al. 2016): zeroes a residual branch for whole images, rescales the rest.
 

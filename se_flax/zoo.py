@@ -10,11 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from se_flax.backbones import cifar_resnet, resnet
+from se_flax.backbones import cifar_resnet, efficientnet, mnasnet, mobilenetv3, resnest, resnet, senet, sknet
 from se_flax.errors import UserError, closest
-from se_flax.variant import Variant
+from se_flax.variant import Variant, published_weights
 
-FAMILIES: tuple[ModuleType, ...] = (cifar_resnet, resnet)
+FAMILIES: tuple[ModuleType, ...] = (cifar_resnet, efficientnet, mnasnet, mobilenetv3, resnest, resnet, senet, sknet)
 """One module per family; each has a table `VARIANTS`. A new family adds its module here."""
 
 
@@ -55,14 +55,28 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_variant(name: str) -> Variant:
-    """The entry of a network.
+    """The entry of a network, with its published checkpoints.
 
     Raises:
       UserError: unknown name; the message names the closest ones.
     """
     if name not in VARIANTS:
         raise UserError(f"unknown model {name!r}; {closest(str(name), VARIANTS)} (se_flax.list_models() gives all)")
-    return VARIANTS[name]
+    variant = VARIANTS[name]
+    return variant if variant.weights else dataclasses.replace(variant, weights=published_weights().get(name, ()))
+
+
+def _check_attention(attention: Any) -> None:
+    if attention is not None and not callable(attention):
+        raise UserError(
+            f"got attention={attention!r}; pass a class or a partial of one, such as se_flax.SqueezeExcite or "
+            "functools.partial(se_flax.SqueezeExcite, reduction=8), or None"
+        )
+    if isinstance(attention, nn.Module):
+        raise UserError(
+            f"got the attention module {attention.__class__.__name__}(...), one instance that all blocks would share; "
+            f"pass the class, or functools.partial({attention.__class__.__name__}, ...)"
+        )
 
 
 def create_model(name: str, **attributes: Any) -> nn.Module:
@@ -94,18 +108,11 @@ def create_model(name: str, **attributes: Any) -> nn.Module:
     for given in attributes:
         if given not in allowed:
             raise UserError(f"{name} has no attribute {given!r}; {closest(given, allowed)}")
-    attention = attributes.get("attention")
-    if attention is not None and not callable(attention):
-        raise UserError(
-            f"got attention={attention!r}; pass a class or a partial of one, such as se_flax.SqueezeExcite or "
-            "functools.partial(se_flax.SqueezeExcite, reduction=8), or None"
-        )
-    if isinstance(attention, nn.Module):
-        raise UserError(
-            f"got the attention module {attention.__class__.__name__}(...), one instance that all blocks would share; "
-            f"pass the class, or functools.partial({attention.__class__.__name__}, ...)"
-        )
-    for key in ("stages", "depths"):
+    given_attention = attributes.get("attention")
+    by_stage = isinstance(given_attention, tuple | list) and getattr(cls, "ATTENTION_BY_STAGE", False)
+    for attention in given_attention if by_stage else [given_attention]:  # type: ignore[union-attr]
+        _check_attention(attention)
+    for key in ("stages", "depths", "attention"):
         if isinstance(attributes.get(key), list):
             attributes[key] = tuple(attributes[key])
     if "placement" in attributes:

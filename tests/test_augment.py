@@ -18,18 +18,8 @@ from train import augment as aug
 from train.config import IMAGENET_MEAN, Augment
 
 SIZE = 16
-EVERYTHING = Augment(
-    flip=True,
-    pad=2,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    randaugment_layers=1,
-    randaugment_magnitude=9.0,
-    erase=0.5,
-    cutout=4,
-)
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+EVERYTHING = Augment(flip=True, pad=2, randaugment_layers=1, erase=0.5, cutout=4, **JITTER)
 
 
 def pictures(count, size=SIZE, seed=0):
@@ -227,10 +217,8 @@ def test_erasing_fills_one_rectangle_of_the_stated_area_and_aspect():
     assert 240 < erased.sum() < 360
     boxes = np.array(list(boxes_of(marked[erased])))
     tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    # A side was rounded by half a pixel at most.
-    assert np.all((tall - 0.5) * (wide - 0.5) <= 0.33 * size**2) and np.all(
-        (tall + 0.5) * (wide + 0.5) >= 0.02 * size**2
-    )
+    least, most = (tall - 0.5) * (wide - 0.5), (tall + 0.5) * (wide + 0.5)  # before the sides were rounded
+    assert np.all(least <= 0.33 * size**2) and np.all(most >= 0.02 * size**2)
     assert np.all((tall - 0.5) / (wide + 0.5) <= 3.3) and np.all((tall + 0.5) / (wide - 0.5) >= 0.3)
     assert 0.35 < (tall > wide).mean() < 0.65
     assert boxes[:, :2].min() == 0 and boxes[:, 2:].max() == size

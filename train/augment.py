@@ -6,6 +6,7 @@ spread over devices; every operation has its own number under that key, so switc
 What is off is not traced and costs nothing.
 """
 
+import functools
 import math
 
 import jax
@@ -46,15 +47,12 @@ def check(settings: Augment, image_size: int, local_batch: int | None = None) ->
     for name in ("mixup", "cutmix"):
         alpha = getattr(settings, name)
         if not (alpha >= 0 and math.isfinite(alpha)):
-            raise UserError(
-                f"augment.{name}={alpha} must be 0 or more: it is the alpha of a Beta distribution; 0 switches it off"
-            )
+            what = "it is the alpha of a Beta distribution; 0 switches it off"
+            raise UserError(f"augment.{name}={alpha} must be 0 or more: {what}")
         if alpha > 0 and local_batch is not None and local_batch % 2:
-            raise UserError(
-                f"augment.{name}={alpha} mixes pairs of neighbours, but a device sees {local_batch} images at a time, "
-                "an odd number: choose data.batch_size so that every device's share is even, "
-                f"or switch it off with augment.{name}=0"
-            )
+            what = f"mixes pairs of neighbours, but a device sees {local_batch} images at a time, an odd number"
+            remedy = "choose data.batch_size so that every device's share is even, or switch it off with"
+            raise UserError(f"augment.{name}={alpha} {what}: {remedy} augment.{name}=0")
 
 
 def _within(name: str, value: float, low: float, high: float, remedy: str) -> None:
@@ -75,9 +73,7 @@ def example_keys(key: jax.Array, global_index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
 
 
-def augment(
-    images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[float, float, float] = BLACK
-) -> jax.Array:
+def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[float, ...] = BLACK) -> jax.Array:
     """Everything that concerns one image alone.
 
     In this order: pad and crop, flip, RandAugment, colour jitter, random erasing, Cutout. What RandAugment's geometric
@@ -97,23 +93,18 @@ def augment(
       ValueError: the images are not floating-point RGB.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images must be floating-point [N, H, W, 3] in [0, 1], not {images.dtype} {list(images.shape)}"
-        )
-
+        given = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"images must be floating-point [N, H, W, 3] in [0, 1], not {given}")
     jitter = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
-    layers, magnitude = settings.randaugment_layers, settings.randaugment_magnitude
 
     def one(image, key):
-        def key_of(number):
-            return jax.random.fold_in(key, number)
-
+        key_of = functools.partial(jax.random.fold_in, key)
         if settings.pad:
             image = pad_and_crop(image, key_of(_CROP), settings.pad, fill)
         if settings.flip:
             image = flip(image, key_of(_FLIP))
-        if layers:
-            image = randaugment(image, key_of(_RANDAUGMENT), layers, magnitude)
+        if (layers := settings.randaugment_layers) > 0:
+            image = randaugment(image, key_of(_RANDAUGMENT), layers, settings.randaugment_magnitude)
         if any(jitter):
             image = colour_jitter(image, key_of(_JITTER), *jitter)
         if settings.erase:
@@ -198,7 +189,7 @@ def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
     Returns:
       float32 [..., 3] in [0, 1].
     """
-    red, green, blue = (image[..., c] for c in range(3))
+    red, green, blue = jnp.moveaxis(image, -1, 0)
     value = jnp.max(image, axis=-1)
     chroma = value - jnp.min(image, axis=-1)
     divisor = jnp.where(chroma > 0, chroma, 1.0)
@@ -209,7 +200,8 @@ def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
     )
     # HSV to RGB without its six cases: a channel falls from value by chroma * clip(min(k, 4 - k), 0, 1), where k is how
     # far the hue has gone past the channel's own sixth.
-    position = jnp.mod(jnp.array([5.0, 3.0, 1.0]) + (sixths + 6.0 * turns)[..., None], 6.0)
+    position = jnp.array([5.0, 3.0, 1.0]) + (sixths + 6.0 * turns)[..., None]
+    position = position - 6.0 * jnp.floor(position / 6.0)
     fall = jnp.clip(jnp.minimum(position, 4.0 - position), 0.0, 1.0)
     return jnp.clip(value[..., None] - chroma[..., None] * fall, 0.0, 1.0)
 
@@ -310,16 +302,13 @@ def mix(
         chosen = jax.random.bernoulli(which_key)
         return jnp.where(chosen, boxed[0], plain[0]), jnp.where(chosen, boxed[1], plain[1])
 
-    weight, share = jax.vmap(draw)(keys[::2])
-
     def with_partner(values, weight):
         pairs = values.astype(jnp.float32).reshape(count // 2, 2, *values.shape[1:])
-        weight = weight[:, None]
         # Not partner + weight * difference: weights 0 and 1 shall copy exactly.
-        mixed = weight * pairs + (1.0 - weight) * pairs[:, ::-1]
-        return mixed.reshape(values.shape).astype(values.dtype)
+        return (weight * pairs + (1.0 - weight) * pairs[:, ::-1]).reshape(values.shape).astype(values.dtype)
 
-    return with_partner(images, weight), with_partner(labels, share[:, None])
+    weight, share = jax.vmap(draw)(keys[::2])
+    return with_partner(images, weight[:, None]), with_partner(labels, share[:, None, None])
 
 
 def cutmix_box(key: jax.Array, alpha: float, height: int, width: int) -> tuple[jax.Array, ...]:
@@ -339,13 +328,11 @@ def cutmix_box(key: jax.Array, alpha: float, height: int, width: int) -> tuple[j
     size = jnp.array([height, width])
     extent = (side * size).astype(jnp.int32)
     start = _whole(jax.random.uniform(place_key, (2,)), size) - extent // 2
-    top, left = jnp.clip(start, 0, size)
-    bottom, right = jnp.clip(start + extent, 0, size)
-    return top, left, bottom, right
+    return *jnp.clip(start, 0, size), *jnp.clip(start + extent, 0, size)
 
 
 def _beta(key, alpha):
-    """A draw of Beta(alpha, alpha). The usual alpha = 1 is the uniform one, which needs no rejection loop."""
+    """A draw of Beta(alpha, alpha); alpha = 1 is the uniform distribution, which needs no rejection loop."""
     if isinstance(alpha, float | int) and alpha == 1:
         return jax.random.uniform(key)
     return jax.random.beta(key, alpha, alpha)

@@ -1,8 +1,10 @@
 """The command line: a recipe, a work directory, and settings that override the recipe's."""
 
 import dataclasses
+import errno
 import inspect
 import re
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from se_flax.errors import UserError, closest
-from train.config import Config
+from train.config import Config, flatten
 
 USAGE = """\
 Train a network.
@@ -97,19 +99,21 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
             raise UserError(f"unknown setting {name!r}; {closest(name, types)} (python -m train --help lists all)")
         if types[name] is bool and value.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"got --config.{name}={value}; {_expected(bool)} is expected")
-    _check_recipe(recipe[-1].removeprefix("--config="))
-
+    config = load_recipe(recipe[-1].removeprefix("--config="))
     values = flags.FlagValues()
-    line = ["train", recipe[-1], *overrides]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=line)
+    line = ["train", *overrides]
     try:
+        holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=line)
         values(line)
-        config = holder.value
     except (flags.Error, TypeError, ValueError) as error:
         raise _explained(error, overrides, types) from error
-    if not isinstance(config, Config):
-        raise UserError(f"{recipe[-1]}: get_config() must return a train.config.Config, got {type(config).__name__}")
-    return config, workdir[-1].removeprefix("--workdir=")
+    given = flatten(holder.value)
+    for word in overrides:
+        name, _, value = word.removeprefix("--config.").partition("=")
+        # A tuple's parser takes words for strings.
+        if isinstance(given[name], list) and any(isinstance(part, str) for part in given[name]):
+            raise UserError(f"got --config.{name}={value}; {_expected(types[name])} is expected")
+    return holder.value, workdir[-1].removeprefix("--workdir=")
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -123,12 +127,35 @@ def _joined(words: Sequence[str]) -> list[str]:
     return out
 
 
-def _check_recipe(text: str) -> None:
-    path = Path(text.split(":", 1)[0])
+def load_recipe(text: str) -> Config:
+    """Runs a recipe.
+
+    Args:
+      text: `path.py`, or `path.py:argument` for a recipe whose `get_config` takes one.
+
+    Returns:
+      What its `get_config` gives.
+
+    Raises:
+      UserError: no such file, no `get_config`, an argument that it does not take, or a result of another type.
+    """
+    name, *argument = text.split(":", 1)
+    path = Path(name)
     if not path.is_file():
         there = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        hint = closest(str(path), there) if there else "give the path of a file such as configs/digits.py"
-        raise UserError(f"there is no recipe {str(path)!r}; {hint}")
+        hint = closest(name, there) if there else "give the path of a file such as configs/digits.py"
+        raise UserError(f"there is no recipe {name!r}; {hint}")
+    get_config = runpy.run_path(name).get("get_config")
+    if get_config is None:
+        raise UserError(f"{name} has no function get_config(); see configs/digits.py")
+    try:
+        inspect.signature(get_config).bind(*argument)
+    except TypeError as error:
+        raise UserError(f"{name} takes no argument, got {text!r}; leave out ':{argument[0]}'") from error
+    config = get_config(*argument)
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {name} must return a train.config.Config, got {type(config).__name__}")
+    return config
 
 
 def _explained(error: Exception, overrides: Sequence[str], types: dict[str, Any]) -> UserError:
@@ -160,6 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = run(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full, {error.filename or 'a file of the run'} could not be written; free some space, "
+            "then run the same command to resume from the last checkpoint",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)

@@ -198,5 +198,6 @@ def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
     if changed:
         shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise UserError(
-            f"{workdir} holds the checkpoint of another run ({shown}); use another --workdir, or the settings of that run"
+            f"{workdir} holds the checkpoint of another run ({shown}); "
+            "use another --workdir, or the settings of that run"
         )

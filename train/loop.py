@@ -58,11 +58,13 @@ class Outcome:
     def __str__(self) -> str:
         taken = f"{self.seconds // 60:.0f} min {self.seconds % 60:.0f} s"
         if not self.completed:
-            return f"stopped at step {self.step} after {taken}; checkpoint: {self.checkpoint}; run the same command to resume"
+            text = f"stopped at step {self.step} after {taken}"
+            return f"{text}; checkpoint: {self.checkpoint}; run the same command to resume"
         text = f"done in {taken}"
         if self.result is not None:
             r = self.result
-            text += f": top-1 {_share(r.top1, r.count)}, top-5 {_share(r.top5, r.count)}, best top-1 {100 * self.best_top1:.2f} %"
+            text += f": top-1 {_share(r.top1, r.count)}, top-5 {_share(r.top5, r.count)}"
+            text += f", best top-1 {100 * self.best_top1:.2f} %"
         return f"{text}; checkpoint: {self.checkpoint}"
 
 
@@ -311,7 +313,8 @@ class _Trainer:
         )
         raise UserError(
             f"the loss became {figures['loss']} and the gradient's norm {figures['grad_norm']} at step {step}; {good}; "
-            "lower optim.learning_rate, lengthen optim.warmup_epochs or set optim.clip_norm, and start in a new --workdir"
+            "lower optim.learning_rate, lengthen optim.warmup_epochs or set optim.clip_norm, "
+            "and start in a new --workdir"
         )
 
     def _evaluate(self) -> None:

@@ -2,6 +2,9 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
+
 from se_flax.errors import UserError
 from train import augment, optim
 from train.build import build_model
@@ -42,13 +45,19 @@ def check_settings_of_run(config: Config) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise UserError(f"got {name}={value}; it must not be negative")
+    for name, pixel in {"mean": config.data.mean, "std": config.data.std}.items():
+        if len(pixel) != 3 or (name == "std" and min(pixel) <= 0):
+            raise UserError(f"got data.{name}={pixel}; three numbers (red, green, blue) are expected, std positive")
     for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
         if not 0.0 <= value < 1.0:
             raise UserError(f"got model.{name}={value}; a probability below 1 is allowed")
     optim.check(config.optim)
     augment.check(config.augment, config.data.image_size)
     check_settings(config.data)
-    build_model(config, max(config.model.num_classes, 1))
+    model = build_model(config, max(config.model.num_classes, 1))
+    size = config.data.image_size
+    # Tracing asks every module whether its attributes make sense, and takes no more than a second.
+    jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
 
 
 def check_classes(config: Config, class_names: tuple[str, ...], source: str) -> int:

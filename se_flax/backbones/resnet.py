@@ -1,4 +1,9 @@
-"""ResNet, SE-ResNet and ResNeXt (He et al. 2016; Hu et al. 2020, table 1; Xie et al. 2017)."""
+"""ResNet, ResNeXt, SENet and what grew from them (He et al. 2016; Xie et al. 2017; Hu et al. 2020, table 1).
+
+The later members change the edges, not the middle: deep and tiered stems and a pooled shortcut (He et al. 2019:
+ResNet-D), anti-aliasing (Zhang 2019), a convolution for the max-pooling (Bello et al. 2021: ResNet-RS), another
+attention (Wang et al. 2020: ECA), pruned channels. Each of these is one attribute here.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.attention import ECA, SqueezeExcite
-from se_flax.blocks import BasicBlock, Bottleneck, ModuleDef, Placement, project
+from se_flax.backbones import pruned_widths
+from se_flax.blocks import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, max_pool
 from se_flax.variant import Variant
@@ -42,21 +48,113 @@ def attention_stages(stages: Sequence[int] | None, count: int) -> frozenset[int]
     return frozenset(stages)
 
 
+def stem_7x7(
+    x: Array, features: int, *, conv: ModuleDef, norm: ModuleDef, act: Callable[[Array], Array], train: bool
+) -> Array:
+    """One 7x7 convolution at stride 2, norm and activation (He et al. 2016, table 1).
+
+    Its layers, like those of every stem and pooling here, belong to the network that calls it and have torch's names.
+
+    Args:
+      x: images [N, H, W, C].
+      features: of the network's first stage.
+      conv: convolution, called as `conv(features, kernel_size, strides=..., name=...)`.
+      norm: batch norm, called as `norm(name=...)(x, train=...)`.
+      act: activation.
+      train: the norms use the batch's statistics.
+
+    Returns:
+      [N, H / 2, W / 2, features].
+    """
+    x = conv(features, 7, strides=2, name="conv1")(x)
+    return act(norm(name="bn1")(x, train=train))
+
+
+def deep_stem(
+    x: Array,
+    features: int,
+    *,
+    conv: ModuleDef,
+    norm: ModuleDef,
+    act: Callable[[Array], Array],
+    train: bool,
+    widths: tuple[int, ...] = (32, 32, 64),
+) -> Array:
+    """A stack of 3x3 convolutions, the first at stride 2 (He et al. 2019, figure 2b: ResNet-C).
+
+    Args:
+      x: images [N, H, W, C].
+      features: of the network's first stage.
+      conv: as in `stem_7x7`.
+      norm: as in `stem_7x7`.
+      act: activation.
+      train: the norms use the batch's statistics.
+      widths: of the convolutions at 64 features; scaled with `features`. Unequal ones make the tiered stem.
+
+    Returns:
+      [N, H / 2, W / 2, widths[-1] * features / 64].
+    """
+    *inner, last = (width * features // 64 for width in widths)
+    strides = 2
+    # Torch counts the activations of its list too: convolutions are 0, 3, 6, norms 1, 4.
+    for i, width in enumerate(inner):
+        x = conv(width, 3, strides=strides, name=f"conv1_{3 * i}")(x)
+        x = act(norm(name=f"conv1_{3 * i + 1}")(x, train=train))
+        strides = 1
+    x = conv(last, 3, strides=strides, name=f"conv1_{3 * len(inner)}")(x)
+    return act(norm(name="bn1")(x, train=train))
+
+
+def max_pooling(x: Array, **parts: Any) -> Array:
+    """3x3 max-pooling at stride 2 (He et al. 2016, table 1); it has no use for the `parts` of a network."""
+    del parts
+    return max_pool(x)
+
+
+def mean_pooling(x: Array, **parts: Any) -> Array:
+    """2x2 mean at stride 2, the stem pooling of timm's anti-aliased networks; an odd last row or column is left out."""
+    del parts
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def conv_pooling(x: Array, *, conv: ModuleDef, norm: ModuleDef, act: Callable[[Array], Array], train: bool) -> Array:
+    """3x3 convolution at stride 2 in place of the pooling, with norm and activation (Bello et al. 2021, table 10).
+
+    Args:
+      x: [N, H, W, C].
+      conv: as in `stem_7x7`.
+      norm: as in `stem_7x7`.
+      act: activation.
+      train: the norm uses the batch's statistics.
+
+    Returns:
+      [N, H / 2, W / 2, C].
+    """
+    x = conv(x.shape[-1], 3, strides=2, name="maxpool_0")(x)
+    return act(norm(name="maxpool_1")(x, train=train))
+
+
 class ResNet(nn.Module):
-    """Residual network for 224-pixel images: 7x7 stem, max-pooling, four stages, mean, classifier.
+    """Residual network for 224-pixel images: stem, pooling, four stages, mean, classifier.
 
     Attributes:
       depths: blocks per stage.
-      block: `BasicBlock` or `Bottleneck`.
+      block: `BasicBlock`, `Bottleneck` or a partial of one.
       num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
       attention: attention class or partial in every block of `stages`; None for none.
       stages: which stages carry it, in the paper's numbers (2 to 5); None for all.
       placement: where in a block it sits, see `blocks.Placement`.
+      stem: from the images to half their size: `stem_7x7`, or a partial of `deep_stem`.
+      pool: between the stem and the first stage: `max_pooling`, `mean_pooling`, `conv_pooling`, or None.
+      strides: of the stages. (1, 2, 2, 1) keeps the last stage at twice the usual resolution.
+      downsample: shortcut where a block changes the shape: `project` or a partial of it.
       groups: of the 3x3 convolutions (ResNeXt's cardinality).
       base_width: channels per group at 64 features.
       stride_first: stride in a bottleneck's first 1x1 (the MSRA form that the paper's GFLOPs count) instead of its
-        3x3 ("v1.5", torchvision and timm).
+        3x3 ("v1.5").
       width: features of the first stage.
+      widths: of every bottleneck's three convolutions, per stage and block, in place of what `width`, `groups` and
+        `base_width` give (pruned networks).
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
@@ -64,6 +162,8 @@ class ResNet(nn.Module):
       drop_path_rate: stochastic depth of the last block; earlier ones linearly less (Huang et al. 2016, section 3).
       zero_init_last: each block starts as the identity.
       in_channels: of the images.
+      attention_name: submodule name of the attention in its block.
+      classifier_name: submodule name of the classifier.
       dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
     """
 
@@ -73,10 +173,15 @@ class ResNet(nn.Module):
     attention: ModuleDef | None = None
     stages: tuple[int, ...] | None = None
     placement: str | Placement = Placement.STANDARD
+    stem: Callable[..., Array] = stem_7x7
+    pool: Callable[..., Array] | None = max_pooling
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    downsample: Callable[..., Array] = project
     groups: int = 1
     base_width: int = 64
     stride_first: bool = False
     width: int = 64
+    widths: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
@@ -84,6 +189,8 @@ class ResNet(nn.Module):
     drop_path_rate: float = 0.0
     zero_init_last: bool = True
     in_channels: int = 3
+    attention_name: str = "se"
+    classifier_name: str = "fc"
     dtype: Any = None
 
     @nn.compact
@@ -97,65 +204,113 @@ class ResNet(nn.Module):
 
         Returns:
           float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
-          stem (stride 2) and the four stages (strides 4, 8, 16, 32).
+          stem (stride 2) and the four stages (strides 4, 8, 16, 32). Of stages at one resolution, the last one's map.
 
         Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage.
+          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; `strides` or
+            `widths` that do not fit `depths`.
         """
         check_images(images, self.in_channels)
+        self._check_stages()
         attending = attention_stages(self.stages, len(self.depths))
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
+        parts = {"conv": conv, "norm": norm, "act": self.act, "train": train}
 
-        x = images.astype(self.dtype or images.dtype)
-        x = conv(self.width, 7, strides=2, name="conv1")(x)
-        x = self.act(norm(name="bn1")(x, train=train))
+        x = self.stem(images.astype(self.dtype or images.dtype), self.width, **parts)
         features = [x]
-        x = max_pool(x)
+        if self.pool is not None:
+            x = self.pool(x, **parts)
         total, index = sum(self.depths), 0
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
+                pruned = {} if self.widths is None else {"widths": self.widths[stage][i]}
                 x = self.block(
                     self.width * 2**stage,
                     conv=conv,
                     norm=norm,
                     act=self.act,
-                    strides=2 if i == 0 and stage > 0 else 1,
+                    strides=self.strides[stage] if i == 0 else 1,
                     attention=self.attention if stage + 2 in attending else None,
                     placement=Placement.parse(self.placement),
-                    downsample=project,
+                    attention_name=self.attention_name,
+                    downsample=self.downsample,
                     groups=self.groups,
                     base_width=self.base_width,
                     stride_first=self.stride_first,
                     drop_path_rate=self.drop_path_rate * index / max(total - 1, 1),
                     zero_init_last=self.zero_init_last,
                     name=f"layer{stage + 1}_{i}",
+                    **pruned,
                 )(x, train=train)
                 index += 1
+            if x.shape[1:3] == features[-1].shape[1:3]:
+                features.pop()
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
         if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
+            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name=self.classifier_name)(x)
         return (x, features) if return_features else x
 
+    def _check_stages(self) -> None:
+        if len(self.strides) != len(self.depths):
+            raise UserError(f"got strides={self.strides} for {len(self.depths)} stages; give one stride per stage")
+        if self.widths is not None and tuple(map(len, self.widths)) != tuple(self.depths):
+            raise UserError(
+                f"got depths={self.depths}, but widths for {tuple(map(len, self.widths))} blocks; a pruned network has "
+                "one triple of widths per block: change both, or take the network that it was pruned from"
+            )
 
-BASIC = partial(ResNet, block=BasicBlock)
-BOTTLENECK = partial(ResNet, block=Bottleneck)
-RESNEXT = partial(BOTTLENECK, groups=32, base_width=4)
-MSRA = partial(BOTTLENECK, stride_first=True)
+
+DEEP = partial(deep_stem, widths=(32, 32, 64))
+WIDE_DEEP = partial(deep_stem, widths=(64, 64, 128))
+TIERED = partial(deep_stem, widths=(24, 32, 64))
+AVERAGED = partial(project, average=True)
+SMOOTH_BOTTLENECK = partial(Bottleneck, antialias=average_by_2)
 
 SE = SqueezeExcite
 # timm rounds the hidden width to a multiple of eight, which shows only where blocks are narrower than 128 channels.
 SE_OF_8 = partial(SqueezeExcite, rounding="multiple_of_8_any")
+SE_QUARTER = partial(SqueezeExcite, reduction=4.0)
+PRUNED_ECA = partial(ECA, from_base=True)
+
+BASIC = partial(ResNet, block=BasicBlock)
+BOTTLENECK = partial(ResNet, block=Bottleneck)
+RESNEXT = partial(BOTTLENECK, groups=32, base_width=4)
+RESNEXT_32X8D = partial(BOTTLENECK, groups=32, base_width=8)
+MSRA = partial(BOTTLENECK, stride_first=True)
+RESNET_D = partial(BOTTLENECK, stem=DEEP, downsample=AVERAGED)
+RESNET_T = partial(BOTTLENECK, stem=TIERED, downsample=AVERAGED)
+RESNEXT_D = partial(RESNEXT, stem=DEEP, downsample=AVERAGED)
+RESNEXT_T = partial(RESNEXT, stem=TIERED, downsample=AVERAGED)
+RESNEXT_D_32X8D = partial(RESNEXT_32X8D, stem=DEEP, downsample=AVERAGED)
+SMOOTH_D = partial(RESNET_D, block=SMOOTH_BOTTLENECK, pool=mean_pooling)
+SMOOTH_RESNEXT_D = partial(RESNEXT_D_32X8D, block=SMOOTH_BOTTLENECK, pool=mean_pooling)
+RS = partial(RESNET_D, pool=conv_pooling, attention=SE_QUARTER)
+SENET = partial(
+    ResNet,
+    block=partial(Bottleneck, reduce_first=2),
+    downsample=partial(project, kernel_size=3),
+    groups=64,
+    base_width=4,
+    drop_rate=0.2,
+)
 
 D18, D34, D50, D101, D152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+D26, D200, D269 = (2, 2, 2, 2), (3, 24, 36, 3), (3, 30, 48, 8)
 
 _HE = "He et al. 2016, table 1; stride as in torchvision and timm"
 _MSRA = "He et al. 2016, table 1; stride as in the released Caffe models"
 _HU = "Hu et al. 2020, table 1; timm"
 _HU_MSRA = "Hu et al. 2020, tables 1 and 2; released Caffe model's stride"
+_HU_154 = "Hu et al. 2020, appendix; stem named as in timm's port from Gluon"
 _XIE = "Xie et al. 2017, table 1"
+_WANG = "Wang et al. 2020, table 3"
+_D = "He et al. 2019, figure 2 (ResNet-D), with attention; timm"
+_AA = "ResNet-D with 2x2 means for its strides (after Zhang 2019), with attention; timm"
+_PRUNED = "ResNet-D with ECA, pruned as in Aflalo et al. 2020; timm"
+_RS = "Bello et al. 2021, table 10; timm"
 
 VARIANTS: dict[str, Variant] = {
     "resnet18": Variant(partial(BASIC, depths=D18), 11_689_512, 224, _HE),
@@ -178,7 +333,49 @@ VARIANTS: dict[str, Variant] = {
     "msra_seresnet152": Variant(partial(MSRA, depths=D152, attention=SE), 66_821_848, 224, _HU_MSRA),
     "seresnext50_32x4d": Variant(partial(RESNEXT, depths=D50, attention=SE), 27_559_896, 224, _HU),
     "seresnext101_32x4d": Variant(partial(RESNEXT, depths=D101, attention=SE), 48_955_416, 224, _HU),
-    "ecaresnet50": Variant(
-        partial(BOTTLENECK, depths=D50, attention=ECA), 25_557_118, 224, "Wang et al. 2020, table 3"
+    "ecaresnet50": Variant(partial(BOTTLENECK, depths=D50, attention=ECA), 25_557_118, 224, _WANG),
+    "seresnext101_32x8d": Variant(partial(RESNEXT_32X8D, depths=D101, attention=SE), 93_569_048, 224, _HU),
+    "seresnext101_64x4d": Variant(
+        partial(BOTTLENECK, depths=D101, groups=64, base_width=4, attention=SE), 88_232_984, 224, _HU
     ),
+    "senet154": Variant(partial(SENET, depths=D152, stem=WIDE_DEEP, attention=SE), 115_088_984, 224, _HU_154),
+    "seresnet50t": Variant(partial(RESNET_T, depths=D50, attention=SE), 28_104_720, 224, _D),
+    "seresnet152d": Variant(partial(RESNET_D, depths=D152, attention=SE), 66_841_080, 256, _D),
+    "seresnet200d": Variant(partial(RESNET_D, depths=D200, attention=SE), 71_855_096, 224, _D),
+    "seresnet269d": Variant(partial(RESNET_D, depths=D269, attention=SE), 113_672_760, 224, _D),
+    "seresnext26d_32x4d": Variant(partial(RESNEXT_D, depths=D26, attention=SE), 16_809_512, 224, _D),
+    "seresnext26t_32x4d": Variant(partial(RESNEXT_T, depths=D26, attention=SE), 16_806_976, 224, _D),
+    "seresnext101d_32x8d": Variant(partial(RESNEXT_D_32X8D, depths=D101, attention=SE), 93_588_280, 224, _D),
+    "seresnetaa50d": Variant(partial(SMOOTH_D, depths=D50, attention=SE), 28_107_256, 224, _AA),
+    "seresnextaa101d_32x8d": Variant(partial(SMOOTH_RESNEXT_D, depths=D101, attention=SE), 93_588_280, 224, _AA),
+    "seresnextaa201d_32x8d": Variant(
+        partial(SMOOTH_RESNEXT_D, depths=(3, 24, 36, 4), stem=WIDE_DEEP, attention=SE), 149_394_904, 320, _AA
+    ),
+    "ecaresnet26t": Variant(partial(RESNET_T, depths=D26, attention=ECA), 16_011_916, 256, _D),
+    "ecaresnet50t": Variant(partial(RESNET_T, depths=D50, attention=ECA), 25_573_814, 224, _D),
+    "ecaresnet50d": Variant(partial(RESNET_D, depths=D50, attention=ECA), 25_576_350, 224, _D),
+    "ecaresnet101d": Variant(partial(RESNET_D, depths=D101, attention=ECA), 44_568_563, 224, _D),
+    "ecaresnet200d": Variant(partial(RESNET_D, depths=D200, attention=ECA), 64_693_400, 224, _D),
+    "ecaresnet269d": Variant(partial(RESNET_D, depths=D269, attention=ECA), 102_093_077, 320, _D),
+    "ecaresnet50d_pruned": Variant(
+        partial(RESNET_D, depths=D50, attention=PRUNED_ECA, widths=pruned_widths.ECARESNET50D), 19_939_713, 224, _PRUNED
+    ),
+    "ecaresnet101d_pruned": Variant(
+        partial(RESNET_D, depths=D101, attention=PRUNED_ECA, widths=pruned_widths.ECARESNET101D),
+        24_876_040,
+        224,
+        _PRUNED,
+    ),
+    "ecaresnetlight": Variant(
+        partial(BOTTLENECK, depths=(1, 1, 11, 3), downsample=AVERAGED, attention=ECA), 30_162_046, 224, _D
+    ),
+    "ecaresnext26t_32x4d": Variant(partial(RESNEXT_T, depths=D26, attention=ECA), 15_406_220, 224, _D),
+    "ecaresnext50t_32x4d": Variant(partial(RESNEXT_T, depths=D50, attention=ECA), 25_045_686, 224, _D),
+    "resnetrs50": Variant(partial(RS, depths=D50), 35_691_912, 160, _RS),
+    "resnetrs101": Variant(partial(RS, depths=D101), 63_618_696, 192, _RS),
+    "resnetrs152": Variant(partial(RS, depths=D152), 86_621_576, 256, _RS),
+    "resnetrs200": Variant(partial(RS, depths=D200), 93_209_992, 256, _RS),
+    "resnetrs270": Variant(partial(RS, depths=(4, 29, 53, 4)), 129_861_448, 256, _RS),
+    "resnetrs350": Variant(partial(RS, depths=(4, 36, 72, 4)), 163_956_168, 288, _RS),
+    "resnetrs420": Variant(partial(RS, depths=(4, 44, 87, 4)), 191_891_656, 320, _RS),
 }

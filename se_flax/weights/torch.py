@@ -8,6 +8,7 @@ Submodules are named after torch's module path, with its list indexes joined by 
 | `params .../kernel`, rank 4 | `weight` | HWIO <-> OIHW |
 | `params .../kernel`, rank 3 | `weight` | WIO <-> OIW |
 | `params .../kernel`, rank 2 | `weight` | IO <-> OI |
+| `params .../experts`, rank 5 | `weight`, rank 2 | EHWIO <-> E, (OIHW flattened) |
 | `params .../scale` | `weight` | as is |
 | `params .../bias` | `bias` | as is |
 | `batch_stats .../mean`, `.../var` | `running_mean`, `running_var` | as is |
@@ -16,6 +17,7 @@ Submodules are named after torch's module path, with its list indexes joined by 
 export writes zero.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +32,14 @@ from se_flax.errors import UserError
 from se_flax.zoo import create_model, get_variant
 
 _COUNTER = "num_batches_tracked"
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {
+    "kernel": "weight",
+    "experts": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # From torch's axes to ours, by rank of the kernel.
 _TO_OURS = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0)}
@@ -66,9 +75,51 @@ def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDt
     return flax.traverse_util.flatten_dict(variables)
 
 
-def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a variable in torch's layout.
+
+    Args:
+      path: the variable's, collection first.
+      shape: in our layout.
+    """
+    if path[-1] == "experts":
+        return (shape[0], math.prod(shape[1:]))
     axes = _TO_TORCH.get(len(shape)) if path[-1] == "kernel" else None
     return tuple(shape[a] for a in axes) if axes else tuple(shape)
+
+
+def to_torch_layout(path: Path, value: np.ndarray) -> np.ndarray:
+    """One variable in torch's layout.
+
+    Args:
+      path: the variable's, collection first.
+      value: in our layout.
+
+    Returns:
+      Contiguous array.
+    """
+    if path[-1] == "experts":
+        return np.ascontiguousarray(value.transpose(0, 4, 3, 1, 2)).reshape(torch_shape(path, value.shape))
+    axes = _TO_TORCH.get(value.ndim) if path[-1] == "kernel" else None
+    return np.ascontiguousarray(value.transpose(axes)) if axes else value
+
+
+def from_torch_layout(path: Path, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One variable in our layout; the inverse of `to_torch_layout`.
+
+    Args:
+      path: the variable's, collection first.
+      value: in torch's layout.
+      shape: in ours.
+
+    Returns:
+      Array of that shape.
+    """
+    if path[-1] == "experts":
+        experts, height, width, inputs, outputs = shape
+        return value.reshape(experts, outputs, inputs, height, width).transpose(0, 3, 4, 2, 1)
+    axes = _TO_OURS.get(value.ndim) if path[-1] == "kernel" else None
+    return value.transpose(axes) if axes else value
 
 
 def _mismatch_report(name: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
@@ -100,17 +151,16 @@ def from_timm(name: str, state_dict: Mapping[str, np.ndarray], **attributes: Any
     missing = [key for key in targets if key not in state_dict]
     unexpected = [key for key in state_dict if key not in targets and key not in counters]
     wrong = [
-        f"{key} {tuple(np.shape(state_dict[key]))} instead of {_torch_shape(path, shapes[path].shape)}"
+        f"{key} {tuple(np.shape(state_dict[key]))} instead of {torch_shape(path, shapes[path].shape)}"
         for key, path in targets.items()
-        if key in state_dict and tuple(np.shape(state_dict[key])) != _torch_shape(path, shapes[path].shape)
+        if key in state_dict and tuple(np.shape(state_dict[key])) != torch_shape(path, shapes[path].shape)
     ]
     if missing or unexpected or wrong:
         raise UserError(_mismatch_report(name, missing, unexpected, wrong))
     flat = {}
     for key, path in targets.items():
         value = np.asarray(state_dict[key])
-        axes = _TO_OURS.get(value.ndim) if path[-1] == "kernel" else None
-        flat[path] = jnp.asarray(value.transpose(axes) if axes else value, shapes[path].dtype)
+        flat[path] = jnp.asarray(from_torch_layout(path, value, shapes[path].shape), shapes[path].dtype)
     return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -130,10 +180,8 @@ def to_timm(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     get_variant(name)
     state_dict = {}
     for path, value in flax.traverse_util.flatten_dict(dict(variables)).items():
-        value = np.asarray(value)
-        axes = _TO_TORCH.get(value.ndim) if path[-1] == "kernel" else None
         key = torch_key(path)
-        state_dict[key] = np.ascontiguousarray(value.transpose(axes)) if axes else value
+        state_dict[key] = to_torch_layout(path, np.asarray(value))
         if path[-1] == "mean":
             state_dict[key.rsplit(".", 1)[0] + "." + _COUNTER] = np.zeros((), np.int64)
     return state_dict

@@ -1,0 +1,1 @@
+"""Comparison of our networks with outputs that timm computed from the same synthetic weights."""

@@ -1,0 +1,154 @@
+"""Fixtures and how a network of ours is held against one; see README.md beside this file."""
+
+import functools
+import gzip
+import json
+import math
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import se_flax
+from se_flax.weights.torch import torch_key, torch_shape, variable_shapes
+from parity import synthetic
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def fixture(name):
+    """The numbers of a network, or its names and shapes only (`specs`)."""
+    path = HERE / "fixtures" / f"{name}.json.gz"
+    with gzip.open(path if path.exists() else HERE / "specs" / path.name, "rt") as file:
+        return json.load(file)
+
+
+def state_dict(name):
+    return synthetic.state_dict(fixture(name)["entries"], fixture(name)["norm_scales"])
+
+
+def nhwc(shape):
+    """The reference images in our layout."""
+    return synthetic.images(shape).transpose(0, 2, 3, 1)
+
+
+def check_names_and_count(name):
+    """timm's entries are exactly ours (`from_timm` is strict) and come back bit for bit; the counts are timm's."""
+    reference = fixture(name)
+    given = state_dict(name)
+    variables = se_flax.from_timm(name, given)
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert count == reference["num_params"] == se_flax.get_variant(name).num_params
+    back = se_flax.to_timm(name, variables)
+    assert back.keys() == given.keys()
+    for key, value in given.items():
+        assert back[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+    return variables
+
+
+def check_layout(name):
+    """Names, shapes and counts are timm's, without computing a weight (`from_timm` needs nothing else)."""
+    reference = fixture(name)
+    size = reference["input_shape"][-1] if "input_shape" in reference else 64
+    shapes = variable_shapes(se_flax.create_model(name), size)
+    ours = {torch_key(path): torch_shape(path, leaf.shape) for path, leaf in shapes.items()}
+    theirs = {key: tuple(shape) for key, shape in reference["entries"] if not key.endswith("num_batches_tracked")}
+    assert ours == theirs
+    count = sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path[0] == "params")
+    assert count == reference["num_params"] == se_flax.get_variant(name).num_params
+
+
+def check_evaluation(name, variables, tolerance=1e-4):
+    """Logits and sampled stage features within `tolerance` of the reference's largest value.
+
+    The network runs operation by operation: equal operations of deep networks and of their relatives compile once.
+    """
+    reference = fixture(name)
+    images = nhwc(reference["input_shape"])
+    logits, maps = se_flax.create_model(name).apply(variables, images, return_features=True)
+    expected = np.asarray(reference["logits"])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    assert len(maps) == len(reference["features"])
+    for i, (x, feature) in enumerate(zip(maps, reference["features"], strict=True)):
+        x = np.asarray(x, np.float64).transpose(0, 3, 1, 2)
+        assert list(x.shape) == feature["shape"]
+        sample = np.asarray(feature["sample"])
+        picked = x.ravel()[synthetic.sample_index(x.size)]
+        np.testing.assert_allclose(picked, sample, rtol=0, atol=tolerance * np.abs(sample).max(), err_msg=f"map {i}")
+        np.testing.assert_allclose(x.mean(), feature["mean"], rtol=0, atol=tolerance * feature["std"])
+        np.testing.assert_allclose(x.std(ddof=1), feature["std"], rtol=tolerance)
+
+
+def train_step(name, variables, dtype, act=None):
+    """Loss, gradients and new batch statistics of the fixture's step, computed in `dtype`.
+
+    Args:
+      name: the network.
+      variables: float32 variables.
+      dtype: float32 or float64 (with `double_precision` around the call).
+      act: activation in place of the network's own.
+
+    Returns:
+      Loss, gradients and statistics by torch's keys, float64 on the host.
+    """
+    reference = fixture(name)["train"]
+    assert reference["labels"] == "arange(8)"
+    images, labels = nhwc(reference["batch_shape"]).astype(dtype), np.arange(8)
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), variables)
+    model = se_flax.create_model(name, **({} if act is None else {"act": act}))
+
+    def loss(params):
+        logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        assert logits.dtype == dtype
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
+        return -chosen.mean(), new["batch_stats"]
+
+    (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    grads, stats = (
+        {key: np.asarray(leaf, np.float64) for key, leaf in se_flax.to_timm(name, {kind: tree}).items()}
+        for kind, tree in (("params", grads), ("batch_stats", stats))
+    )
+    return float(value), grads, stats
+
+
+def check_loss_and_statistics(name, value, stats):
+    reference = fixture(name)["train"]
+    np.testing.assert_allclose(value, reference["loss"], rtol=1e-5)
+    for key, projection in reference["stats"].items():
+        given = stats[key]
+        error = abs(np.vdot(synthetic.probe(key, given.shape), given) - projection)
+        assert error <= 1e-5 * np.linalg.norm(given), f"{key}: {error}"
+
+
+def gradient_errors(name, grads):
+    """Relative errors of every gradient's norm and projection (both in units of the norm), by torch's key."""
+    errors = {}
+    for key, (norm, projection) in fixture(name)["train"]["grads"].items():
+        given = grads[key]
+        errors[key] = (
+            abs(np.linalg.norm(given) - norm) / norm,
+            abs(np.vdot(synthetic.probe(key, given.shape), given) - projection) / norm,
+        )
+    assert errors.keys() == grads.keys()
+    return errors
+
+
+def check_gradients(name, grads, tolerance=1e-3):
+    """Norms and projections within `tolerance` of the gradient's norm.
+
+    A gradient that is zero in exact arithmetic (a bias in front of a batch norm) is rounding noise in both networks: it
+    is held against the norm of all gradients together.
+    """
+    reference = fixture(name)["train"]["grads"]
+    total = np.sqrt(sum(norm**2 for norm, _ in reference.values()))
+    for key, errors in gradient_errors(name, grads).items():
+        norm = reference[key][0]
+        assert max(errors) * norm <= tolerance * norm + 1e-6 * total, f"{key}: {errors}, norm {norm} of {total}"
+
+
+def leaves(tree):
+    return flax.traverse_util.flatten_dict(tree, sep="/")

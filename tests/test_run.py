@@ -1,0 +1,312 @@
+"""Whole runs: stopped and resumed, damaged, evaluated, diverging; and the files they leave."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import train.loop
+from se_flax.errors import UserError
+from train.checkpoint import Checkpoints
+from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
+from train.loop import run
+from train.report import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One compilation cache for all runs here, so that each program is compiled once."""
+    return str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture
+def config(cache):
+    return Config(
+        model=Model(name="seresnet20", drop_path_rate=0.1),
+        data=Data(source="digits", image_size=8, batch_size=48, eval_batch_size=90),
+        augment=Augment(flip=True, pad=1, mixup=0.2),
+        optim=Optim(learning_rate=0.05, schedule="constant", ema_decay=0.9, label_smoothing=0.1),
+        parallel=Parallel(devices=1),
+        checkpoint=Checkpoint(every_steps=4, keep_last=2, keep_best=1),
+        steps=STEPS,
+        eval_every_epochs=0.2,
+        log_every_steps=2,
+        compilation_cache=cache,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("whole")
+    outcome = run(config.__wrapped__(cache), workdir)
+    return workdir, outcome
+
+
+def arrays_of(workdir, step):
+    """Every array of a checkpoint's state, read without the training program."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(Path(workdir) / "checkpoints" / str(step) / "state")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def figures_of(workdir):
+    """Rows of metrics.jsonl without the timings."""
+    return [
+        {k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_same_bits(one, other):
+    a, b = arrays_of(one, STEPS), arrays_of(other, STEPS)
+    assert a.keys() == b.keys()
+    assert any("opt_state" in k for k in a) and any("ema" in k for k in a) and any("key" in k for k in a)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def stop_after(step, monkeypatch, number=signal.SIGTERM):
+    """Sends this process a signal while the given step is being computed."""
+    original = train.loop._Trainer._look_at_losses
+
+    def look(self, keep):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        original(self, keep)
+
+    monkeypatch.setattr(train.loop._Trainer, "_look_at_losses", look)
+
+
+@pytest.mark.parametrize(("step", "number"), [(3, signal.SIGTERM), (7, signal.SIGINT)])
+def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch, step, number):
+    with monkeypatch.context() as patch:
+        stop_after(step, patch, number)
+        stopped = run(config, tmp_path)
+    assert not stopped.completed and stopped.step == step
+    assert str(stopped).startswith(f"stopped at step {step} after") and "run the same command to resume" in str(stopped)
+    finished = run(config, tmp_path)
+    assert finished.completed and finished.step == STEPS
+    assert_same_bits(tmp_path, uninterrupted[0])
+    whole = {row["step"]: row for row in figures_of(uninterrupted[0]) if "eval_loss" in row}
+    resumed = {row["step"]: row for row in figures_of(tmp_path) if "eval_loss" in row}
+    assert resumed == whole
+
+
+def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(config, uninterrupted, tmp_path, cache):
+    """SIGKILL gives no chance to save: the run falls back to step 4 or 8 and still ends at the same bits."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "import sys; sys.path.insert(0, {tests!r})\nimport test_run\n"
+        "def get_config(): return test_run.config.__wrapped__({cache!r})\n".format(
+            tests=str(ROOT / "tests"), cache=cache
+        )
+    )
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "train", f"--config={recipe}", f"--workdir={workdir}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints" / "4").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    run(config, workdir)
+    assert_same_bits(workdir, uninterrupted[0])
+
+
+def test_a_finished_run_leaves_what_people_look_at(uninterrupted):
+    workdir, outcome = uninterrupted
+    assert outcome.completed
+    assert f"checkpoint: {workdir}/checkpoints/{STEPS}" in str(outcome)
+    assert f"({outcome.result.top1:,} of 360)" in str(outcome)
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8, 10, 12]
+    evals = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evals] == [6, 12]  # a fifth of an epoch is 5.99 steps
+    assert evals[-1]["eval_count"] == 360 and evals[-1]["eval_top1_count"] == outcome.result.top1
+    with Image.open(workdir / "curves.png") as picture:
+        assert min(picture.size) > 300
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50  # something is drawn
+    (events,) = (workdir / "events").iterdir()
+    assert events.name.startswith("events.out.tfevents") and events.stat().st_size > 500
+    assert json.loads((workdir / "config.json").read_text())["optim.ema_decay"] == 0.9
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(uninterrupted):
+    workdir, _ = uninterrupted
+    checkpoints = Checkpoints(workdir, keep_last=2, keep_best=1)
+    assert checkpoints.steps()[-2:] == [8, 12]
+    assert len(checkpoints.steps()) <= 3
+    checkpoints.close()
+
+
+def test_resuming_a_finished_run_evaluates_it_again(config, uninterrupted):
+    workdir, before = uninterrupted
+    again = run(config, workdir)
+    assert again.completed and again.result == before.result
+
+
+def copy_of(workdir, target):
+    import shutil
+
+    return Path(shutil.copytree(workdir, target / "copy"))
+
+
+def state_files(workdir, step):
+    folder = workdir / "checkpoints" / str(step) / "state"
+    return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(config, uninterrupted, tmp_path, damage, capsys):
+    workdir = copy_of(uninterrupted[0], tmp_path)
+    victim = state_files(workdir, STEPS)[-1]
+    content = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "cut short":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        victim.unlink()
+    outcome = run(config, workdir)
+    err = capsys.readouterr().err
+    assert f"warning: checkpoint {workdir}/checkpoints/12 is damaged" in err
+    assert "resuming from step 8" in err
+    assert outcome.step == STEPS
+    assert_same_bits(workdir, uninterrupted[0])
+
+
+def test_a_half_written_checkpoint_is_not_seen(config, uninterrupted, tmp_path, capsys):
+    """What a crash leaves while Orbax writes: a temporary directory, or a step's directory without all of its items."""
+    import shutil
+
+    workdir = copy_of(uninterrupted[0], tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / "12" / "data")
+    (workdir / "digests" / "12.json").unlink()
+    run(config, workdir)
+    assert "resuming from step 8" in capsys.readouterr().err
+    assert_same_bits(workdir, uninterrupted[0])
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(config, uninterrupted, tmp_path):
+    workdir = copy_of(uninterrupted[0], tmp_path)
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.is_dir():
+            state_files(workdir, folder.name)[-1].unlink()
+    with pytest.raises(UserError, match=r"none of the \d checkpoints in .* is whole: .*start anew with another --workdir"):
+        run(config, workdir)
+
+
+def test_another_runs_work_directory_is_refused(config, uninterrupted):
+    config.optim.learning_rate = 0.07
+    config.augment.flip = False
+    text = (
+        r"holds the checkpoint of another run \(augment.flip=True there and False here; "
+        r"optim.learning_rate=0.05 there and 0.07 here\); use another --workdir"
+    )
+    with pytest.raises(UserError, match=text):
+        run(config, uninterrupted[0])
+
+
+def test_a_run_may_be_prolonged_and_spread_differently(config, uninterrupted, tmp_path, capsys):
+    workdir = copy_of(uninterrupted[0], tmp_path)
+    config.steps, config.parallel.devices, config.eval_every_epochs = STEPS + 2, 2, 100.0
+    outcome = run(config, workdir)
+    assert outcome.step == STEPS + 2
+    assert "resuming from step 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch_size", "devices", "backend"), [(7, 1, "shard_map"), (100, 8, "shard_map"), (500, 3, "pmap")])
+def test_evaluation_counts_are_exact_for_any_batch_and_devices(
+    config, uninterrupted, tmp_path, batch_size, devices, backend
+):
+    """The same integers as the run itself counted, though 360 divides by none of these."""
+    workdir = copy_of(uninterrupted[0], tmp_path)
+    config.data.eval_batch_size = batch_size
+    config.parallel.devices, config.parallel.backend = devices, backend
+    again = run(config, workdir).result
+    expected = uninterrupted[1].result
+    assert (again.count, again.top1, again.top5) == (360, expected.top1, expected.top5)
+    assert again.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    config.optim.schedule, config.optim.decay_factor, config.optim.boundaries = "step", 1e30, (6 / (1437 / 48),)
+    config.optim.weight_decay = 0.0
+    with pytest.raises(UserError) as caught:
+        run(config, tmp_path)
+    assert "the loss became" in str(caught.value) and "at step 8" in str(caught.value)
+    assert f"the last good checkpoint is {tmp_path}/checkpoints/4" in str(caught.value)
+    assert "lower optim.learning_rate" in str(caught.value)
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_whole(config, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    original = ocp.CheckpointManager.save
+
+    def full(self, step, **kwargs):
+        if step == 8:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing") from OSError(errno.ENOSPC, "No space left on device")
+        return original(self, step, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError) as caught:
+        run(config, tmp_path)
+    assert "the disk is full: the checkpoint of step 8 could not be written" in str(caught.value)
+    assert f"the newest whole checkpoint is {tmp_path}/checkpoints/4; free some space" in str(caught.value)
+
+
+def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys, monkeypatch):
+    from train import cli
+
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(cli, "parse", lambda words: (config, str(tmp_path)))
+    assert cli.main([]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the disk is full") and "free some space" in error
+
+
+def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to --workdir=.*taken.*; name a directory that can be created"):
+        run(config, tmp_path / "taken")
+
+
+def test_a_folder_of_images_trains_and_names_its_bad_ones(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("day", "night"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = rng.integers(0, 100, (20, 24, 3)) + (120 if name == "day" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / name / f"{i}.jpg")
+    (tmp_path / "images" / "day" / "3.jpg").write_bytes(b"not an image")
+    config.data.source, config.data.bad_images = f"folder:{tmp_path}/images", "skip"
+    config.data.train_crop, config.data.batch_size, config.steps = "random_resized", 20, 8
+    outcome = run(config, tmp_path / "run")
+    assert outcome.completed
+    assert "1 of" in outcome.bad_images and "3.jpg" in outcome.bad_images
+
+
+def test_a_profile_is_written_on_request(config, tmp_path):
+    config.profile, config.steps = True, 17
+    run(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
