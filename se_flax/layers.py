@@ -117,14 +117,23 @@ class BatchNorm(nn.Module):
     def _batch_statistics(self, x: Array) -> tuple[Array, Array, int]:
         axes = tuple(range(x.ndim - 1))
         x = x.astype(jnp.float32)
-        mean, square = jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)
+        across = self.axis_name if not self.is_initializing() else None
         count = x.size // x.shape[-1]
-        if self.axis_name is not None and not self.is_initializing():
-            mean, square = jax.lax.pmean((mean, square), self.axis_name)
-            count *= jax.lax.axis_size(self.axis_name)
+        if across is not None:
+            count *= jax.lax.axis_size(across)
+        if x.size == x.shape[0] * x.shape[-1]:
+            # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
+            # second pass over a vector per image costs nothing.
+            mean = _replica_mean(jnp.mean(x, axes), across)
+            return mean, _replica_mean(jnp.mean(jnp.square(x - mean), axes), across), count
+        mean, square = _replica_mean((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)), across)
         # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
         # root of that is NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
+
+
+def _replica_mean(tree: Any, axis_name: str | None) -> Any:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Array:

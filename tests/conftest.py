@@ -1,8 +1,22 @@
-"""What must be settled before JAX is imported: eight devices on one CPU, and no compilation cache between runs."""
+"""What must be settled before JAX is imported: eight devices on one CPU, and a compilation cache of this test run alone.
+
+The tests of whole runs compile the same step again and again, in several processes; the cache lives as long as the test
+run, so no result depends on an earlier one.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+_OWN = "PYTEST_XDIST_WORKER" not in os.environ
+if _OWN:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="se-flax-xla-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+def pytest_unconfigure():
+    if _OWN:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

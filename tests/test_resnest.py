@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import compare, layout
+from parity import compare
 
 import se_flax
 from se_flax.backbones import resnest
@@ -19,8 +19,7 @@ PARTS = {"conv": se_flax.Conv, "norm": se_flax.BatchNorm, "downsample": project}
 
 @pytest.mark.parametrize("name", resnest.VARIANTS)
 def test_layout_of_timm(name):
-    layout.check_layout(name)
-    layout.check_input_size(name)
+    compare.check_layout(name)
 
 
 @pytest.mark.parametrize("name", ["resnest26d"])

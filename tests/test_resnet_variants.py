@@ -1,16 +1,17 @@
 """Stems, shortcuts, anti-aliasing, pruning and strides of the ResNets."""
 
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import compare, layout
+from parity import compare
 
 import se_flax
 from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
-from se_flax.backbones import resnet
+from se_flax.backbones import resnest, resnet, senet, sknet
 from se_flax.backbones.resnet import ResNet, conv_pooling, deep_stem, mean_pooling, stem_7x7
 from se_flax.blocks import BasicBlock, Bottleneck, average_by_2, project
 from se_flax.errors import UserError
@@ -183,12 +184,27 @@ def test_half_precision_keeps_parameters_and_logits_in_single():
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", [name for name in resnet.VARIANTS if layout.known(name)])
+OURS_ALONE = re.compile(r"(msra_)?(se)?resnet\d+|resnext\d+_32x4d|ecaresnet50")
+HAVE_FIXTURES = [
+    name
+    for name in resnet.VARIANTS
+    if not OURS_ALONE.fullmatch(name)
+    or name in ("seresnet18", "seresnet34", "seresnet50", "seresnet101", "seresnet152")
+]
+
+
+@pytest.mark.parametrize("name", HAVE_FIXTURES)
 def test_layout_of_timm(name):
-    layout.check_layout(name)
-    layout.check_input_size(name)
+    compare.check_layout(name)
 
 
 @pytest.mark.parametrize("name", ["seresnext26t_32x4d", "ecaresnet26t", "ecaresnet50d_pruned"])
 def test_numbers_of_timm(name):
     compare.check_evaluation(name, compare.check_names_and_count(name))
+
+
+def test_input_size_is_that_of_the_first_published_checkpoint():
+    for family in (resnet, senet, sknet, resnest):
+        for name in family.VARIANTS.keys() - (resnet.VARIANTS.keys() - set(HAVE_FIXTURES)):
+            sizes = [checkpoint["input_size"][1] for checkpoint in compare.fixture(name)["checkpoints"]]
+            assert se_flax.get_variant(name).input_size == (sizes[0] if sizes else 224), name

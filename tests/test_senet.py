@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import compare, layout
+from parity import compare
 
 import se_flax
 from se_flax.backbones import senet
@@ -15,8 +15,7 @@ from se_flax.backbones.senet import CaffeBasicBlock, caffe_max_pooling
 
 @pytest.mark.parametrize("name", senet.VARIANTS)
 def test_layout_of_timm(name):
-    layout.check_layout(name)
-    layout.check_input_size(name)
+    compare.check_layout(name)
 
 
 @pytest.mark.parametrize("name", ["legacy_seresnet18", "legacy_seresnext26_32x4d"])
@@ -68,7 +67,7 @@ def test_attention_of_a_basic_block_sees_no_negative_value():
 
 def test_the_released_and_the_modern_bottleneck_network_have_the_same_parameters():
     """Only names differ: a checkpoint of one form fits the other, entry by entry."""
-    given = {key: shape for key, shape in compare.fixture("legacy_seresnet50")["entries"]}
+    given = dict(compare.fixture("legacy_seresnet50")["entries"])
     renamed = {
         key.replace("layer0.", "").replace("se_module", "se").replace("last_linear", "fc"): shape
         for key, shape in given.items()

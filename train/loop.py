@@ -86,11 +86,11 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
     """
     started = time.monotonic()
-    check_settings_of_run(config)
-    if config.parallel.distributed:
-        jax.distributed.initialize()
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
+    if config.parallel.distributed:
+        jax.distributed.initialize()
+    check_settings_of_run(config)
     workdir = prepare_workdir(workdir)
     splits = open_data(config.data)
     num_classes = check_classes(config, splits.class_names, config.data.source)

@@ -1,7 +1,9 @@
 """Fixtures and how a network of ours is held against one; see README.md beside this file."""
 
+import contextlib
 import functools
 import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import se_flax
-from se_flax.weights.torch import torch_key, torch_shape, variable_shapes
 from parity import synthetic
+from se_flax.weights.torch import torch_key, torch_shape, variable_shapes
 
 HERE = Path(__file__).parent
 
@@ -62,14 +64,16 @@ def check_layout(name):
     assert count == reference["num_params"] == se_flax.get_variant(name).num_params
 
 
-def check_evaluation(name, variables, tolerance=1e-4):
+def check_evaluation(name, variables, tolerance=1e-4, whole=False):
     """Logits and sampled stage features within `tolerance` of the reference's largest value.
 
     The network runs operation by operation: equal operations of deep networks and of their relatives compile once.
+    `whole` compiles it in one piece instead, faster where few operations are equal (mobile networks).
     """
     reference = fixture(name)
     images = nhwc(reference["input_shape"])
-    logits, maps = se_flax.create_model(name).apply(variables, images, return_features=True)
+    apply = functools.partial(se_flax.create_model(name).apply, return_features=True)
+    logits, maps = (jax.jit(apply) if whole else apply)(variables, images)
     expected = np.asarray(reference["logits"])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert len(maps) == len(reference["features"])
@@ -105,7 +109,7 @@ def train_step(name, variables, dtype, act=None):
         logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
         assert logits.dtype == dtype
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
-        return -chosen.mean(), new["batch_stats"]
+        return -chosen.mean(), new.get("batch_stats", {})  # absent without batch norms
 
     (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     grads, stats = (
@@ -113,6 +117,37 @@ def train_step(name, variables, dtype, act=None):
         for kind, tree in (("params", grads), ("batch_stats", stats))
     )
     return float(value), grads, stats
+
+
+@contextlib.contextmanager
+def double_precision(monkeypatch):
+    """Within it our networks compute in float64: what they compute "in float32" too."""
+    with jax.enable_x64(True), monkeypatch.context() as patch:
+        patch.setattr(jnp, "float32", jnp.float64)
+        yield
+
+
+def relu_with_flips(flips):
+    """ReLU whose derivative is that of the other side of zero at a few units.
+
+    Args:
+      flips: flat positions (NHWC), by the ReLU's rank in the order of the calls of one trace.
+
+    Returns:
+      An activation for one trace.
+    """
+    calls = itertools.count()
+
+    def act(x):
+        positions = flips.get(next(calls))
+        if positions is None:
+            return jax.nn.relu(x)
+        slope = (x > 0).ravel()
+        slope = slope.at[np.array(positions)].set(~slope[np.array(positions)]).reshape(x.shape)
+        # The value is the ReLU's, the derivative `slope`.
+        return jax.lax.stop_gradient(jax.nn.relu(x) - x * slope) + x * slope
+
+    return act
 
 
 def check_loss_and_statistics(name, value, stats):

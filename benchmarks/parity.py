@@ -1,0 +1,155 @@
+"""Measures how far our networks are from timm's, and writes the table `docs/parity.md`.
+
+    python -m benchmarks.parity NAME [NAME ...]     # these networks, then the table
+    python -m benchmarks.parity --all               # every network with a fixture that has no result yet
+    python -m benchmarks.parity                     # only the table, from the results so far
+
+Results are appended to `benchmarks/results/parity.jsonl`, one line per network and run; the table shows the last one.
+All numbers are float32 on the CPU against fixtures made with timm 1.0.31 and PyTorch 2.13 on another CPU, from the same
+synthetic weights and images (`tests/parity`). Fixtures elsewhere are found with `--fixtures FOLDER`.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import se_flax
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from parity import compare, synthetic  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "parity.jsonl"
+TABLE = ROOT / "docs" / "parity.md"
+# A gradient below this share of all gradients' norm is zero in exact arithmetic (a bias in front of a batch norm): both
+# networks hold rounding noise there, and comparing noise says nothing.
+NOISE = 1e-5
+HEAD = """# Parity with timm
+
+Largest differences from timm 1.0.31 (PyTorch 2.13), float32 on the CPU, for the same weights and images. Written by
+`python -m benchmarks.parity`; the fixtures and the weights' rule are in `tests/parity`.
+
+- **Logits**: two images in evaluation mode; largest difference over the largest logit.
+- **Features**: 64 sampled values of every returned map, likewise; the worst map.
+- **Loss**: relative, one training step of eight images (networks under 30 M parameters).
+- **Statistics**: running means and variances after that step, projected on a random vector, over the norm.
+- **Gradients**: norm and projection of every parameter's gradient, over its norm; the median and the worst. Those that
+  are zero in exact arithmetic (a bias in front of a batch norm) are left out. In a network with ReLU the sign of an
+  activation near zero may differ by rounding, and with it a whole gradient path; smooth activations show no such jumps.
+- Every state dict goes to our variables and back bit for bit.
+
+| architecture | parameters | logits | features | loss | statistics | gradients: median | worst |
+|---|---:|---:|---:|---:|---:|---:|---:|
+"""
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Differences of one network from its fixture.
+
+    Args:
+      name: a network with a fixture.
+
+    Returns:
+      The differences by their names, the parameter count, the worst gradient's key and the seconds it took.
+    """
+    start = time.perf_counter()
+    reference = compare.fixture(name)
+    variables = compare.check_names_and_count(name)
+    model, images = se_flax.create_model(name), compare.nhwc(reference["input_shape"])
+    logits, maps = jax.jit(lambda v, x: model.apply(v, x, return_features=True))(variables, images)
+    expected = np.asarray(reference["logits"])
+    result: dict[str, Any] = {
+        "name": name,
+        "parameters": reference["num_params"],
+        "logits": float(np.abs(logits - expected).max() / np.abs(expected).max()),
+        "features": max(_feature_error(*pair) for pair in zip(maps, reference["features"], strict=True)),
+    }
+    if "train" in reference:
+        value, grads, stats = compare.train_step(name, variables, np.float32)
+        result |= _step_errors(name, reference["train"], value, grads, stats)
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _feature_error(given: jax.Array, feature: dict[str, Any]) -> float:
+    x = np.asarray(given).transpose(0, 3, 1, 2)
+    if list(x.shape) != feature["shape"]:
+        raise ValueError(f"a map is {list(x.shape)} instead of {feature['shape']}")
+    sample = np.asarray(feature["sample"])
+    return float(np.abs(x.ravel()[synthetic.sample_index(x.size)] - sample).max() / np.abs(sample).max())
+
+
+def _step_errors(name: str, train: dict[str, Any], value: float, grads: Any, stats: Any) -> dict[str, Any]:
+    total = np.sqrt(sum(norm**2 for norm, _ in train["grads"].values()))
+    errors = compare.gradient_errors(name, grads)
+    real = {key: max(pair) for key, pair in errors.items() if train["grads"][key][0] > NOISE * total}
+    worst = max(real, key=lambda key: real[key])
+    statistics = [
+        abs(np.vdot(synthetic.probe(key, stats[key].shape), stats[key]) - projection) / np.linalg.norm(stats[key])
+        for key, projection in train["stats"].items()
+    ]
+    return {
+        "loss": abs(value - train["loss"]) / abs(train["loss"]),
+        "statistics": float(max(statistics, default=0.0)),
+        "gradients_median": float(np.median(list(real.values()))),
+        "gradients_worst": float(real[worst]),
+        "worst_gradient": worst,
+        "zero_gradients": len(errors) - len(real),
+    }
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """The last result of every network."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The document with one line per network."""
+
+    def number(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:.1e}" if key in row else ""
+
+    keys = ("logits", "features", "loss", "statistics", "gradients_median", "gradients_worst")
+    lines = [
+        f"| `{name}` | {row['parameters']:,} | {' | '.join(number(row, key) for key in keys)} |\n"
+        for name, row in sorted(rows.items())
+    ]
+    return HEAD + "".join(lines)
+
+
+def main() -> None:
+    """Measures what the command line names and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="networks to measure")
+    parser.add_argument("--all", action="store_true", help="every network with a fixture and without a result")
+    parser.add_argument("--fixtures", type=Path, help="folder with `fixtures/NAME.json.gz`, instead of tests/parity")
+    options = parser.parse_args()
+    if options.fixtures:
+        compare.HERE = options.fixtures
+    names = list(options.names)
+    if options.all:
+        found = {path.name.split(".")[0] for path in (compare.HERE / "fixtures").glob("*.json.gz")}
+        missing = (found & set(se_flax.list_models())) - results().keys()
+        names += sorted(missing, key=lambda name: se_flax.get_variant(name).num_params)
+    RESULTS.parent.mkdir(exist_ok=True)
+    for name in names:
+        row = measure(name)
+        print(json.dumps(row), flush=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        jax.clear_caches()
+        gc.collect()
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(results()))
+
+
+if __name__ == "__main__":
+    main()

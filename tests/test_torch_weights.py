@@ -1,0 +1,139 @@
+"""Names and layouts of PyTorch's state dictionaries; `test_resnet.py` holds whole networks against timm."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import se_flax
+from se_flax import ECA, UserError
+from se_flax.weights.torch import torch_key, variable_shapes
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("params/conv1/kernel", "conv1.weight"),
+        ("params/bn1/scale", "bn1.weight"),
+        ("params/bn1/bias", "bn1.bias"),
+        ("batch_stats/bn1/mean", "bn1.running_mean"),
+        ("batch_stats/layer4_2/bn3/var", "layer4.2.bn3.running_var"),
+        ("params/layer1_0/conv1/kernel", "layer1.0.conv1.weight"),
+        ("params/layer3_22/downsample_0/kernel", "layer3.22.downsample.0.weight"),
+        ("params/layer1_0/se/fc1/bias", "layer1.0.se.fc1.bias"),
+        ("params/blocks_3_11/conv_pw/kernel", "blocks.3.11.conv_pw.weight"),
+        ("params/blocks_3_11/se/conv_reduce/kernel", "blocks.3.11.se.conv_reduce.weight"),
+        ("params/conv_stem/kernel", "conv_stem.weight"),
+        ("params/fc/bias", "fc.bias"),
+    ],
+)
+def test_a_path_is_renamed_by_rule(path, key):
+    assert torch_key(tuple(path.split("/"))) == key
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    """A network in torch's own layout, made without our exporter."""
+    shapes = {"conv1.weight": (16, 3, 3, 3), "linear.weight": (10, 64), "linear.bias": (10,)}
+    shapes |= {f"bn1.{leaf}": (16,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+    channels = 16
+    for stage, width in enumerate((16, 32, 64), 1):
+        for i in range(3):
+            block = f"layer{stage}.{i}"
+            shapes |= {f"{block}.conv1.weight": (width, channels, 3, 3), f"{block}.conv2.weight": (width, width, 3, 3)}
+            for bn in ("bn1", "bn2"):
+                shapes |= {
+                    f"{block}.{bn}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")
+                }
+            channels = width
+    rng = np.random.default_rng(0)
+    values = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    counters = {key.replace("running_mean", "num_batches_tracked") for key in shapes if key.endswith("running_mean")}
+    return values | {key: np.asarray(7, np.int64) for key in counters}
+
+
+def test_layouts(state_dict):
+    variables = se_flax.from_timm("resnet20", state_dict)
+    params = variables["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    kernel = state_dict["layer2.0.conv1.weight"]
+    assert params["layer2_0"]["conv1"]["kernel"].shape == (3, 3, 16, 32)
+    for o, i, h, w in ((0, 0, 0, 0), (31, 2, 1, 0), (5, 15, 2, 1)):
+        assert params["layer2_0"]["conv1"]["kernel"][h, w, i, o] == kernel[o, i, h, w]
+    np.testing.assert_array_equal(params["linear"]["kernel"], state_dict["linear.weight"].T)
+    np.testing.assert_array_equal(params["layer1_2"]["bn2"]["scale"], state_dict["layer1.2.bn2.weight"])
+    stats = variables["batch_stats"]["layer1_2"]["bn2"]
+    np.testing.assert_array_equal(stats["mean"], state_dict["layer1.2.bn2.running_mean"])
+    np.testing.assert_array_equal(stats["var"], state_dict["layer1.2.bn2.running_var"])
+
+
+def test_round_trip_is_exact_and_the_counters_start_anew(state_dict):
+    back = se_flax.to_timm("resnet20", se_flax.from_timm("resnet20", state_dict))
+    assert back.keys() == state_dict.keys()
+    for key, value in state_dict.items():
+        expected = np.zeros((), np.int64) if key.endswith("num_batches_tracked") else value
+        assert back[key].dtype == expected.dtype
+        np.testing.assert_array_equal(back[key], expected)
+        assert back[key].flags.c_contiguous
+
+
+def test_counters_may_be_absent(state_dict):
+    few = {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    se_flax.from_timm("resnet20", few)
+
+
+def test_a_rank_3_kernel_is_a_1d_convolution():
+    model = se_flax.create_model("resnet20", attention=ECA, depth=1)
+    shapes = variable_shapes(model, 32)
+    rng = np.random.default_rng(0)
+    variables = {"params": {}, "batch_stats": {}}
+    for path, leaf in shapes.items():
+        at = variables
+        for part in path[:-1]:
+            at = at.setdefault(part, {})
+        at[path[-1]] = rng.standard_normal(leaf.shape).astype(np.float32)
+    given = se_flax.to_timm("resnet20", variables)
+    assert given["layer1.0.se.conv.weight"].shape == (1, 1, 3)
+    back = se_flax.from_timm("resnet20", given, attention=ECA, depth=1)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_everything_that_is_wrong_is_in_one_message(state_dict):
+    wrong = dict(state_dict)
+    del wrong["layer1.0.conv1.weight"], wrong["bn1.running_var"]
+    wrong["layer9.0.conv1.weight"] = np.zeros(3, np.float32)
+    wrong["conv1.num_batches_tracked"] = np.zeros((), np.int64)  # of a convolution: nothing we know
+    wrong["linear.weight"] = np.zeros((100, 64), np.float32)
+    wrong["conv1.weight"] = wrong["conv1.weight"].transpose(2, 3, 1, 0)
+    with pytest.raises(UserError) as error:
+        se_flax.from_timm("resnet20", wrong)
+    message = str(error.value)
+    assert message.startswith("the state dict does not fit resnet20; missing: ")
+    missing, unexpected, shapes = re.fullmatch(
+        r".*missing: (.*); unexpected: (.*); of another shape: (.*)", message
+    ).groups()
+    assert set(missing.split(", ")) == {"layer1.0.conv1.weight", "bn1.running_var"}
+    assert set(unexpected.split(", ")) == {"layer9.0.conv1.weight", "conv1.num_batches_tracked"}
+    assert "linear.weight (100, 64) instead of (10, 64)" in shapes
+    assert "conv1.weight (3, 3, 3, 16) instead of (16, 3, 3, 3)" in shapes
+
+
+def test_a_long_list_of_differences_is_shortened(state_dict):
+    with pytest.raises(UserError, match=r"missing: (\S+ ){8}\.\.\. \(\d+ in all\)"):
+        se_flax.from_timm("seresnet56", state_dict)
+
+
+def test_attributes_are_those_of_create_model(state_dict):
+    few = dict(state_dict)
+    few["linear.weight"], few["linear.bias"] = few["linear.weight"][:7], few["linear.bias"][:7]
+    variables = se_flax.from_timm("resnet20", few, num_classes=7)
+    assert variables["params"]["linear"]["kernel"].shape == (64, 7)
+    with pytest.raises(UserError, match=r"unexpected: linear\.weight, linear\.bias"):
+        se_flax.from_timm("resnet20", state_dict, num_classes=0)
+
+
+def test_an_unknown_network_names_the_closest():
+    for call in (lambda: se_flax.from_timm("resnet21", {}), lambda: se_flax.to_timm("resnet21", {})):
+        with pytest.raises(UserError, match="unknown model 'resnet21'; closest: "):
+            call()
