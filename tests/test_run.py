@@ -276,7 +276,10 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole(config, tmp_path, monkey
 def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys, monkeypatch):
     from train import cli
 
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(train.loop.Report, "write", full)
     monkeypatch.setattr(cli, "parse", lambda words: (config, str(tmp_path)))
     assert cli.main([]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
