@@ -18,7 +18,12 @@ def get_config(model: str = "seresnet20") -> Config:
         data=Data(source="tfds:cifar10", image_size=32, batch_size=128, mean=MEAN, std=STD),
         augment=Augment(flip=True, pad=4),
         optim=Optim(
-            name="sgd", learning_rate=0.1, schedule="step", boundaries=(82.0, 123.0), decay_factor=0.1, weight_decay=1e-4
+            name="sgd",
+            learning_rate=0.1,
+            schedule="step",
+            boundaries=(82.0, 123.0),
+            decay_factor=0.1,
+            weight_decay=1e-4,
         ),
         checkpoint=Checkpoint(every_epochs=5),
         epochs=164,

@@ -13,8 +13,8 @@ Data:      tfds:imagenet2012, prepared as ArrayRecord (see docs/data.md); --conf
 Neither was run by this project to its end: that takes a TPU or GPU for hours to days.
 """
 
-from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
 from se_flax.errors import UserError, closest
+from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
 
 
 def get_config(recipe: str = "paper") -> Config:
@@ -66,9 +66,7 @@ def modern() -> Config:
     return Config(
         model=Model(name="seresnet50", drop_path_rate=0.05),
         data=data(2048),
-        augment=Augment(
-            flip=True, randaugment_layers=2, randaugment_magnitude=7, mixup=0.1, cutmix=1.0
-        ),
+        augment=Augment(flip=True, randaugment_layers=2, randaugment_magnitude=7, mixup=0.1, cutmix=1.0),
         optim=Optim(
             name="lamb",
             learning_rate=8e-3,

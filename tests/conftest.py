@@ -1,4 +1,4 @@
-"""What must be settled before JAX is imported: eight devices on one CPU, and a compilation cache of this test run alone.
+"""What must be settled before JAX is imported: eight devices on one CPU, a compilation cache of this test run alone.
 
 The tests of whole runs compile the same step again and again, in several processes; the cache lives as long as the test
 run, so no result depends on an earlier one.

@@ -50,7 +50,10 @@ def test_flags_and_values_may_be_two_words():
         ([], r"--config=configs/<recipe>.py is missing; for example: python -m train"),
         ([DIGITS], r"--workdir=<directory> is missing"),
         (["--config=configs/digts.py", WORKDIR], r"no recipe 'configs/digts.py'; closest: configs/digits.py"),
-        ([DIGITS, WORKDIR, "--config.optim.learning_rte=1"], r"unknown setting 'optim.learning_rte'; closest: optim.learn"),
+        (
+            [DIGITS, WORKDIR, "--config.optim.learning_rte=1"],
+            r"unknown setting 'optim.learning_rte'; closest: optim.learn",
+        ),
         ([DIGITS, WORKDIR, "--config.steps=many"], r"got --config.steps=many; a whole number is expected"),
         ([DIGITS, WORKDIR, "--config.optim.learning_rate=fast"], r"learning_rate=fast; a number is expected"),
         ([DIGITS, WORKDIR, "--config.profile=perhaps"], r"got --config.profile=perhaps; true or false is expected"),
@@ -86,7 +89,10 @@ def test_a_wrong_command_line_is_one_sentence(words, text, capsys, monkeypatch):
         ("epochs=-1", r"got epochs=-1.0; it must be positive"),
         ("model.num_classes=7", r"got model.num_classes=7, but digits has 10 classes; set it to 10, or to 0"),
         ("model.drop_rate=1.5", r"got model.drop_rate=1.5; a probability below 1 is allowed"),
-        ("optim.accumulate=3", r"data.batch_size=64 does not divide into 24 equal parts \(8 devices x optim.accumulate=3"),
+        (
+            "optim.accumulate=3",
+            r"data.batch_size=64 does not divide into 24 equal parts \(8 devices x optim.accumulate=3",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_before_any_compile(setting, text, capsys, tmp_path, monkeypatch):

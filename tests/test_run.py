@@ -209,7 +209,9 @@ def test_nothing_but_damaged_checkpoints_is_an_error(config, uninterrupted, tmp_
     for folder in (workdir / "checkpoints").iterdir():
         if folder.is_dir():
             state_files(workdir, folder.name)[-1].unlink()
-    with pytest.raises(UserError, match=r"none of the \d checkpoints in .* is whole: .*start anew with another --workdir"):
+    with pytest.raises(
+        UserError, match=r"none of the \d checkpoints in .* is whole: .*start anew with another --workdir"
+    ):
         run(config, workdir)
 
 
@@ -232,7 +234,9 @@ def test_a_run_may_be_prolonged_and_spread_differently(config, uninterrupted, tm
     assert "resuming from step 12" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("batch_size", "devices", "backend"), [(7, 1, "shard_map"), (100, 8, "shard_map"), (500, 3, "pmap")])
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "backend"), [(7, 1, "shard_map"), (100, 8, "shard_map"), (500, 3, "pmap")]
+)
 def test_evaluation_counts_are_exact_for_any_batch_and_devices(
     config, uninterrupted, tmp_path, batch_size, devices, backend
 ):

@@ -155,7 +155,9 @@ def test_evaluation_counts_masked_examples_out(devices):
     expected = int(np.sum(np.argmax(logits, -1) == batch["label"][:21]))
 
     replicas = make_replicas("shard_map", devices)
-    sums = replicas.spread(make_eval_step(model, mean=MEAN, std=STD))(replicas.replicate(variables), replicas.shard(batch))
+    sums = replicas.spread(make_eval_step(model, mean=MEAN, std=STD))(
+        replicas.replicate(variables), replicas.shard(batch)
+    )
     assert int(sums["count"]) == 21
     assert int(sums["top1"]) == expected
     assert int(sums["top5"]) == 21  # four classes: the right one is always among the first five
@@ -167,5 +169,5 @@ def test_more_devices_than_there_are_is_refused():
 
 
 def test_an_unknown_backend_names_the_closest():
-    with pytest.raises(se_flax.UserError, match="unknown parallel.backend 'shardmap'; closest: shard_map"):
+    with pytest.raises(se_flax.UserError, match=r"unknown parallel.backend 'shardmap'; closest: shard_map"):
         make_replicas("shardmap", 0)
