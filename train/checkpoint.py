@@ -120,16 +120,18 @@ class Checkpoints:
         with self._writing(step):
             self.finish()
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_tree(state)),
-                    data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave(dict(run)),
-                ),
-                metrics={_METRIC: float(metrics[_METRIC])} if metrics else None,
-                force=True,
-            )
+            # Between evaluations there is no figure to rank by, and Orbax would say so each time.
+            with _quiet():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(_tree(state)),
+                        data=ocp.args.JsonSave(dict(data)),
+                        run=ocp.args.JsonSave(dict(run)),
+                    ),
+                    metrics={_METRIC: float(metrics[_METRIC])} if metrics else None,
+                    force=True,
+                )
             self._unsealed.append(step)
 
     def finish(self) -> None:
@@ -273,7 +275,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's own report of a damaged file off the screen; ours follows in one sentence."""
+    """Keeps Orbax's own log off the screen where ours says it, or where there is nothing to say."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

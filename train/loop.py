@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -89,7 +90,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     if config.parallel.distributed:
-        jax.distributed.initialize()
+        join_hosts()
     check_settings_of_run(config)
     workdir = prepare_workdir(workdir)
     splits = open_data(config.data)
@@ -343,6 +344,26 @@ class _Trainer:
             run={**self.run_info, "best_top1": self.best_top1},
             metrics=metrics,
         )
+
+
+def join_hosts() -> None:
+    """Connects the hosts of a run; must come before JAX looks for devices.
+
+    A TPU pod, SLURM, Open MPI and Kubernetes say by themselves who is who. Elsewhere, three variables of the
+    environment do: JAX_COORDINATOR_ADDRESS (host:port of the first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      UserError: neither says it.
+    """
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    numbers = [int(os.environ[name]) if name in os.environ else None for name in names]
+    try:
+        jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
+    except ValueError as error:
+        raise UserError(
+            f"parallel.distributed=true, but the hosts of the run are not known ({str(error).rstrip('.')}); set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave the setting out on one host"
+        ) from error
 
 
 def use_compilation_cache(folder: str) -> None:
