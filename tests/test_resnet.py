@@ -145,7 +145,7 @@ def test_multiply_adds_without_se_with_the_later_stride_and_without_the_squeeze(
         ("seresnet18", {"attention": SqueezeExcite, "stages": ()}, set(), "se/fc1/kernel"),
         ("seresnet18", {"attention": None}, set(), "se/fc1/kernel"),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_any_attention_goes_into_the_chosen_stages(name, attributes, stages, leaf):
     keys = shapes(name, **attributes)
