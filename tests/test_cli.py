@@ -12,7 +12,7 @@ from train.validate import check_settings_of_run
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits.py"
-WORKDIR = "--workdir=unused"
+WORKDIR = "--workdir=unused"  # nothing here gets as far as making it
 
 
 def test_overrides_replace_the_recipes_values_and_nothing_else():

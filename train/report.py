@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -143,6 +144,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         right.set_title(f"top-1: best {100 * best['eval_top1']:.2f} %, last {100 * evals[-1]['eval_top1']:.2f} %")
     left.set_title("cross-entropy")
     left.set_yscale("log")
+    for axis_ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis_ticks(matplotlib.ticker.FormatStrFormatter("%g"))
     right.set_ylabel("%")
     for axes in (left, right):
         axes.set_xlabel("epoch")

@@ -113,8 +113,8 @@ def make_train_step(
 
     Returns:
       `step(state, batch)` for a batch `{"image": uint8 [n, S, S, 3], "label": int32 [n]}` of this replica, giving the
-      next state and the metrics `loss`, `accuracy` (share of top-1 on the augmented images, mixed ones by their own
-      label), `grad_norm`, `learning_rate`: float32 scalars, equal on all replicas.
+      next state and the metrics `loss`, `accuracy` (share of top-1 on the augmented images, mixed ones by the
+      label that weighs more), `grad_norm`, `learning_rate`: float32 scalars, equal on all replicas.
     """
     mean_, std_ = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
@@ -132,7 +132,8 @@ def make_train_step(
             rngs={"dropout": dropout_key},
         )
         loss = jnp.mean(cross_entropy(logits, targets, label_smoothing))
-        correct = jnp.mean(topk_correct(logits, part["label"], 1).astype(jnp.float32))
+        # Of a mixed image, the label that weighs more is the right answer.
+        correct = jnp.mean(topk_correct(logits, jnp.argmax(targets, axis=-1), 1).astype(jnp.float32))
         return loss, (updated.get("batch_stats", {}), correct)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
