@@ -152,6 +152,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         replicas=replicas,
         checkpoints=checkpoints,
         report=report,
+        best_top1=restored.run.get("best_top1", 0.0) if restored else 0.0,
         run_info={"config": flatten(config), "class_names": list(splits.class_names)},
     )
     try:
