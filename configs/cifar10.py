@@ -3,6 +3,14 @@
 Command:   python -m train --config=configs/cifar10.py --workdir=runs/cifar10
            python -m train --config=configs/cifar10.py:seresnet110 --workdir=runs/cifar10-110
 Data:      tfds:cifar10, prepared once (see docs/data.md), or class folders: --config.data.source=folder:<path>
+
+Measured:  SE-ResNet-20, one epoch of a JPEG copy (quality 75) of CIFAR-10, 2026-11-20, JAX 0.10.2, 2 cores of a 2.5 GHz
+           Xeon shared with another training:
+               GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m train --config=configs/cifar10.py
+               --config.data.source=folder:data/cifar10 --config.epochs=1 --config.optim.schedule=cosine
+               --config.optim.weight_decay=5e-4 --config.eval_every_epochs=0.5 --workdir=runs/cifar10
+           16 min 35 s; top-1 50.6 % after half an epoch, 59.62 % (5,962 of 10,000) after one; curve in
+           docs/curves/cifar10.png. The 164 epochs of the recipe were not run: that takes an accelerator.
 """
 
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim
