@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from se_flax.backbones import cifar_resnet, efficientnet, mnasnet, mobilenetv3, resnest, resnet, senet, sknet
+from se_flax.blocks import Placement
 from se_flax.errors import UserError, closest
 from se_flax.variant import Variant, published_weights
 
@@ -116,8 +117,6 @@ def create_model(name: str, **attributes: Any) -> nn.Module:
         if isinstance(attributes.get(key), list):
             attributes[key] = tuple(attributes[key])
     if "placement" in attributes:
-        from se_flax.blocks import Placement
-
         attributes["placement"] = Placement.parse(attributes["placement"])
     classes = attributes.get("num_classes", 0)
     if not isinstance(classes, int) or classes < 0:

@@ -157,8 +157,10 @@ def test_the_last_and_the_best_checkpoints_are_kept(uninterrupted):
 
 def test_resuming_a_finished_run_evaluates_it_again(config, uninterrupted):
     workdir, before = uninterrupted
+    rows = figures_of(workdir)
     again = run(config, workdir)
     assert again.completed and again.result == before.result
+    assert figures_of(workdir) == rows, "the same step is recorded once"
 
 
 def copy_of(workdir, target):

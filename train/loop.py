@@ -225,7 +225,7 @@ class _Trainer:
         """Runs to the last step; False when a signal stopped it before."""
         first = self.step
         if first >= self.total:
-            self._evaluate()
+            self._evaluate(record=False)  # the run itself recorded this step
             return True
         with _stop_signals() as stop:
             while self.step < self.total:
@@ -319,13 +319,14 @@ class _Trainer:
             "and start in a new --workdir"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, *, record: bool = True) -> None:
         self._look_at_losses(keep=0)
         begun = time.monotonic()
         self.result = evaluate(self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas)
         r = self.result
         self.best_top1 = max(self.best_top1, r.top1 / r.count)
-        self.report.write(self.step, self._epoch(self.step), r.metrics())
+        if record:
+            self.report.write(self.step, self._epoch(self.step), r.metrics())
         self.report.say(
             f"epoch {self._epoch(self.step):6.2f}: loss {r.loss:.4f}, top-1 {_share(r.top1, r.count)}, "
             f"top-5 {_share(r.top5, r.count)} in {time.monotonic() - begun:.1f} s"
