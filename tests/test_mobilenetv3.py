@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from parity import compare
 
@@ -33,21 +32,12 @@ def test_logits_and_features_are_timms(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_is_timms(name):
-    variables = se_flax.from_timm(name, compare.state_dict(name))
-    value, grads, stats = compare.train_step(name, variables, np.float32)
-    compare.check_loss_and_statistics(name, value, stats)
-    compare.check_gradients(name, grads)
+    compare.check_training_step(name)
 
 
 def test_gradients_in_double_precision_are_timms(monkeypatch):
     # PyTorch's derivative of the hard sigmoid is a sixth rounded to float32 even in float64, hence not twelve digits.
-    name = "mobilenetv3_small_050"
-    variables = se_flax.from_timm(name, compare.state_dict(name))
-    with compare.double_precision(monkeypatch):
-        loss, grads, _ = compare.train_step(name, variables, np.float64)
-    reference = compare.double_reference(name)
-    np.testing.assert_allclose(loss, reference["loss"], rtol=1e-6)
-    compare.check_gradients(name, grads, 1e-6, reference["grads"])
+    compare.check_double_gradients("mobilenetv3_small_050", 1e-6, monkeypatch)
 
 
 def test_every_published_checkpoint_is_known():

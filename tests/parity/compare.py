@@ -198,5 +198,21 @@ def check_gradients(name, grads, tolerance=1e-3, reference=None):
         assert max(errors) * norm <= tolerance * (norm + 1e-3 * total), f"{key}: {errors}, norm {norm} of {total}"
 
 
+def check_training_step(name):
+    """One float32 training step against the fixture: loss, statistics and every gradient."""
+    value, grads, stats = train_step(name, se_flax.from_timm(name, state_dict(name)), np.float32)
+    check_loss_and_statistics(name, value, stats)
+    check_gradients(name, grads)
+
+
+def check_double_gradients(name, tolerance, monkeypatch):
+    """One float64 training step against timm's in float64: loss and every gradient."""
+    with double_precision(monkeypatch):
+        loss, grads, _ = train_step(name, se_flax.from_timm(name, state_dict(name)), np.float64)
+    reference = double_reference(name)
+    np.testing.assert_allclose(loss, reference["loss"], rtol=tolerance)
+    check_gradients(name, grads, tolerance, reference["grads"])
+
+
 def leaves(tree):
     return flax.traverse_util.flatten_dict(tree, sep="/")
