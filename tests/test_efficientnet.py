@@ -16,7 +16,8 @@ from se_flax.backbones.efficientnet import EfficientNet
 from se_flax.blocks_mobile import fan_out_init
 from se_flax.errors import UserError
 from se_flax.mobile_layout import fused, inverted, plain, separable
-from se_flax.weights.torch import torch_key, variable_shapes
+from se_flax.weights.strict import variable_shapes
+from se_flax.weights.torch import torch_key
 
 NAMES = sorted({**efficientnet.VARIANTS, **mnasnet.VARIANTS})
 # One of each kind of block, norm, padding and attention; `python -m benchmarks.parity --all` measures every fixture.

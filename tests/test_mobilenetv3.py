@@ -8,7 +8,8 @@ from parity import compare
 import se_flax
 from se_flax.attention import ECA
 from se_flax.backbones import mobilenetv3
-from se_flax.weights.torch import torch_key, variable_shapes
+from se_flax.weights.strict import variable_shapes
+from se_flax.weights.torch import torch_key
 
 NAMES = sorted(mobilenetv3.VARIANTS)
 # One of each table; `python -m benchmarks.parity --all` measures every fixture.

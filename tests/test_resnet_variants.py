@@ -16,7 +16,8 @@ from se_flax.backbones.resnet import ResNet, conv_pooling, deep_stem, mean_pooli
 from se_flax.blocks import BasicBlock, Bottleneck, average_by_2, project
 from se_flax.errors import UserError
 from se_flax.layers import avg_pool
-from se_flax.weights.torch import torch_key, variable_shapes
+from se_flax.weights.strict import variable_shapes
+from se_flax.weights.torch import torch_key
 
 IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
 TINY = partial(ResNet, depths=(1, 1, 1, 1), block=Bottleneck, width=16, num_classes=5)

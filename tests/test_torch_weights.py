@@ -8,7 +8,8 @@ import pytest
 
 import se_flax
 from se_flax import ECA, UserError
-from se_flax.weights.torch import torch_key, variable_shapes
+from se_flax.weights.strict import variable_shapes
+from se_flax.weights.torch import torch_key
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,81 @@ def test_attributes_are_those_of_create_model(state_dict):
     few["linear.weight"], few["linear.bias"] = few["linear.weight"][:7], few["linear.bias"][:7]
     variables = se_flax.from_timm("resnet20", few, num_classes=7)
     assert variables["params"]["linear"]["kernel"].shape == (64, 7)
-    with pytest.raises(UserError, match=r"unexpected: linear\.weight, linear\.bias"):
-        se_flax.from_timm("resnet20", state_dict, num_classes=0)
+    with pytest.raises(UserError, match=r"linear\.bias \(7,\) instead of \(10,\)"):
+        se_flax.from_timm("resnet20", few)
 
 
 def test_an_unknown_network_names_the_closest():
     for call in (lambda: se_flax.from_timm("resnet21", {}), lambda: se_flax.to_timm("resnet21", {})):
         with pytest.raises(UserError, match="unknown model 'resnet21'; closest: "):
             call()
+
+
+@pytest.fixture(scope="module")
+def seresnet20():
+    """Variables of a small network and the state dict that we make of them."""
+    model = se_flax.create_model("seresnet20", num_classes=10)
+    variables = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+    return variables, se_flax.to_timm("seresnet20", variables)
+
+
+def test_another_number_of_classes_draws_the_classifier_anew_and_says_so(seresnet20):
+    _, given = seresnet20
+    with pytest.warns(UserWarning, match=r"seresnet20: the classifier was drawn anew for 5 classes .*10 classes\)"):
+        variables = se_flax.from_timm("seresnet20", given, num_classes=5)
+    back = se_flax.to_timm("seresnet20", variables)
+    assert back["linear.weight"].shape == (5, 64) and np.std(back["linear.weight"]) > 0.01
+    assert back["linear.bias"].shape == (5,)
+    for key in given.keys() - {"linear.weight", "linear.bias"}:
+        np.testing.assert_array_equal(back[key], given[key] if "batches" not in key else 0, err_msg=key)
+
+
+def test_the_same_number_of_classes_keeps_the_classifier(seresnet20):
+    _, given = seresnet20
+    variables = se_flax.from_timm("seresnet20", given, num_classes=10)  # a warning would be an error here
+    np.testing.assert_array_equal(variables["params"]["linear"]["kernel"], given["linear.weight"].T)
+
+
+def test_no_classifier(seresnet20):
+    _, given = seresnet20
+    with pytest.warns(UserWarning, match="the classifier was left out"):
+        variables = se_flax.from_timm("seresnet20", given, num_classes=0)
+    assert "linear" not in variables["params"]
+    headless = {key: value for key, value in given.items() if not key.startswith("linear")}
+    with pytest.warns(UserWarning, match=r"drawn anew for 7 classes \(the checkpoint's: none\)"):
+        se_flax.from_timm("seresnet20", headless, num_classes=7)
+    with pytest.raises(UserError, match=r"missing: linear\.\w+, linear\.\w+$"):
+        se_flax.from_timm("seresnet20", headless)
+
+
+def test_a_grey_stem_gives_what_the_colour_stem_gave(seresnet20):
+    variables, given = seresnet20
+    with pytest.warns(UserWarning, match=r"adapted from 3 channels to 1 \(summed over the colours\)"):
+        grey = se_flax.from_timm("seresnet20", given, in_channels=1)
+    np.testing.assert_allclose(
+        grey["params"]["conv1"]["kernel"][:, :, 0],
+        given["conv1.weight"].sum(1).transpose(1, 2, 0),
+        rtol=1e-6,
+        atol=1e-7,
+    )
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 1), np.float32)
+    expected = se_flax.create_model("seresnet20").apply(variables, np.tile(images, 3))
+    given_logits = se_flax.create_model("seresnet20", in_channels=1).apply(grey, images)
+    np.testing.assert_allclose(given_logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fourth_channel_repeats_the_first(seresnet20):
+    _, given = seresnet20
+    with pytest.warns(UserWarning, match=r"adapted from 3 channels to 4 \(its colours repeated and scaled by 3/4\)"):
+        four = se_flax.from_timm("seresnet20", given, in_channels=4)
+    stem = given["conv1.weight"][:, [0, 1, 2, 0]] * np.float32(0.75)
+    np.testing.assert_array_equal(four["params"]["conv1"]["kernel"], stem.transpose(2, 3, 1, 0))
+
+
+def test_what_was_not_asked_for_is_not_adapted(seresnet20):
+    _, given = seresnet20
+    other = given | {"linear.weight": np.zeros((5, 64), np.float32), "linear.bias": np.zeros(5, np.float32)}
+    with pytest.raises(UserError, match=r"of another shape: .*linear\.bias \(5,\) instead of \(10,\)"):
+        se_flax.from_timm("seresnet20", other)
+    with pytest.raises(UserError, match=r"unexpected: conv9\.weight$"):
+        se_flax.from_timm("seresnet20", given | {"conv9.weight": np.zeros(3)}, num_classes=5)

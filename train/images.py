@@ -1,57 +1,29 @@
-"""From an encoded image to uint8 [size, size, 3] on the host: decoding, conversion to RGB, crops and resizing.
+"""From an encoded image to uint8 [size, size, 3] on the host: crops and resizing for training and evaluation.
 
 Everything else (flips, colour, normalisation) happens on the accelerator. Crops and sizes follow torchvision, so that
 a network evaluated here sees the pixels that its published accuracy was measured on.
 """
 
-import contextlib
-import io
 import math
-import struct
-import zlib
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-TRAIN_CROPS = ("resize", "random_resized", "center")
-
-# What Pillow raises for damaged files, depending on the format and on where the damage is.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+from se_flax.images import (
+    INTERPOLATIONS,
+    UnreadableImage,
+    damage_is_unreadable,
+    open_image,
+    resized,
+    short_side_and_centre,
+    to_rgb,
 )
 
+__all__ = ["INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "random_box", "train_image"]
+
+TRAIN_CROPS = ("resize", "random_resized", "center")
+
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; the message is the reason in a few words."""
-
-
-@contextlib.contextmanager
-def _damage_is_unreadable() -> Iterator[None]:
-    """Turns whatever reading or decoding an image raises into `UnreadableImage`.
-
-    Raises:
-      UnreadableImage: with the reason.
-    """
-    try:
-        yield
-    except Image.UnidentifiedImageError as error:  # its own text holds a memory address
-        raise UnreadableImage("not an image that Pillow knows") from error
-    except _DAMAGE as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableImage(reason) from error
 
 
 def train_image(
@@ -86,19 +58,19 @@ def train_image(
     Raises:
       UnreadableImage: when it cannot be decoded.
     """
-    opened = _open(image)
+    opened = open_image(image)
     resample = INTERPOLATIONS[interpolation]
     if crop == "center":
-        return _short_side_and_centre(_rgb(_shrunk(opened, min(opened.size), size)), size, size, resample)
+        return short_side_and_centre(to_rgb(_shrunk(opened, min(opened.size), size)), size, size, resample)
     if crop == "resize":
-        return np.asarray(_resized(_rgb(_shrunk(opened, min(opened.size), size)), (size, size), resample))
+        return np.asarray(resized(to_rgb(_shrunk(opened, min(opened.size), size)), (size, size), resample))
     width, height = opened.size
     left, upper, right, lower = random_box(rng, width, height, scale, ratio)
-    rgb = _rgb(_shrunk(opened, min(right - left, lower - upper), size))
+    rgb = to_rgb(_shrunk(opened, min(right - left, lower - upper), size))
     # The box was drawn in full-size pixels, so that it does not depend on how the file is decoded.
     across, down = rgb.width / width, rgb.height / height
     box = (round(left * across), round(upper * down), round(right * across), round(lower * down))
-    return np.asarray(_resized(rgb.crop(box), (size, size), resample))
+    return np.asarray(resized(rgb.crop(box), (size, size), resample))
 
 
 def eval_image(
@@ -110,7 +82,8 @@ def eval_image(
       image: an encoded image, or uint8 `[H, W, C]` with 1 or 3 channels.
       size: side of the result in pixels.
       crop_fraction: 1 resizes the whole image to `size` x `size` without keeping its aspect (an image of that size
-        passes bit by bit). Less than 1 resizes the short side to `round(size / crop_fraction)` and crops the centre.
+        passes bit by bit). Less than 1 resizes the short side to `size / crop_fraction`, rounded down, and crops the
+        centre.
       interpolation: `bilinear` or `bicubic`, both antialiased.
 
     Returns:
@@ -119,11 +92,11 @@ def eval_image(
     Raises:
       UnreadableImage: when it cannot be decoded.
     """
-    rgb = _rgb(_open(image))
+    rgb = to_rgb(open_image(image))
     resample = INTERPOLATIONS[interpolation]
     if crop_fraction == 1.0:
-        return np.asarray(_resized(rgb, (size, size), resample))
-    return _short_side_and_centre(rgb, round(size / crop_fraction), size, resample)
+        return np.asarray(resized(rgb, (size, size), resample))
+    return short_side_and_centre(rgb, math.floor(size / crop_fraction), size, resample)
 
 
 def random_box(
@@ -157,50 +130,10 @@ def random_box(
     return left, upper, left + w, upper + h
 
 
-def _open(image: bytes | np.ndarray) -> Image.Image:
-    """Reads the header only; the pixels of a file follow in `_rgb`."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
-            raise UnreadableImage(f"uint8 [H, W, 1 or 3] is needed, not {image.dtype} {list(image.shape)}")
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    if not image:
-        raise UnreadableImage("the file is empty")
-    with _damage_is_unreadable():
-        return Image.open(io.BytesIO(image))
-
-
 def _shrunk(image: Image.Image, side: int, size: int) -> Image.Image:
     """Asks the JPEG decoder for fewer pixels when `side` source pixels become `size`; no other format can."""
     share = 2 * size / side
     if share <= 0.5 and image.format == "JPEG":
-        with _damage_is_unreadable():
+        with damage_is_unreadable():
             image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
     return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Decodes and converts to RGB.
-
-    Transparency is dropped and the orientation tag ignored, as torchvision, timm and TensorFlow do: published weights
-    were trained that way. 16-bit greys keep their high byte, as Pillow itself does with 16-bit colours; its own
-    conversion of greys would turn everything above 255 white.
-    """
-    with _damage_is_unreadable():
-        image.load()
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if "transparency" in image.info:
-            image = image.convert("RGBA")  # a palette with transparency warns when it goes straight to RGB
-        return image.convert("RGB")
-
-
-def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return image if image.size == size else image.resize(size, resample)
-
-
-def _short_side_and_centre(image: Image.Image, short: int, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Short side to `short`, the other rounded down, then the central `size` x `size`."""
-    least = min(image.size)
-    image = _resized(image, (short * image.width // least, short * image.height // least), resample)
-    left, upper = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, upper, left + size, upper + size)))

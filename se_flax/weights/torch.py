@@ -19,17 +19,15 @@ export writes zero.
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from se_flax.errors import UserError
-from se_flax.zoo import create_model, get_variant
+from se_flax.weights.strict import Layout, Path, import_variables
+from se_flax.zoo import get_variant
 
 _COUNTER = "num_batches_tracked"
 _LEAVES = {
@@ -44,8 +42,6 @@ _LEAVES = {
 _TO_OURS = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0)}
 
-Path = tuple[str, ...]
-
 
 def torch_key(path: Path) -> str:
     """Torch's key of a variable.
@@ -58,21 +54,6 @@ def torch_key(path: Path) -> str:
     """
     modules = [re.sub(r"_(?=\d+(_\d+)*$)|(?<=\d)_(?=\d+$)", ".", part) for part in path[1:-1]]
     return ".".join([*modules, _LEAVES.get(path[-1], path[-1])])
-
-
-def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shapes of a network's variables, without computing any.
-
-    Args:
-      model: a network.
-      image_size: side of the images to trace it with.
-
-    Returns:
-      Shape and dtype by path (collection first).
-    """
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return flax.traverse_util.flatten_dict(variables)
 
 
 def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,21 +103,30 @@ def from_torch_layout(path: Path, value: np.ndarray, shape: tuple[int, ...]) -> 
     return value.transpose(axes) if axes else value
 
 
-def _mismatch_report(name: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
-    parts = []
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if keys:
-            shown = ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
-            parts.append(f"{what}: {shown}")
-    return f"the state dict does not fit {name}; " + "; ".join(parts)
+def _counters(targets: Mapping[str, Path]) -> set[str]:
+    return {key.rsplit(".", 1)[0] + "." + _COUNTER for key, path in targets.items() if path[-1] == "mean"}
 
 
-def from_timm(name: str, state_dict: Mapping[str, np.ndarray], **attributes: Any) -> dict[str, Any]:
+LAYOUT = Layout("state dict", torch_key, torch_shape, from_torch_layout, _counters)
+
+
+def from_timm(
+    name: str,
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    **attributes: Any,
+) -> dict[str, Any]:
     """Turns a PyTorch state dict into variables.
 
     Args:
       name: the network, one of `se_flax.list_models()`.
       state_dict: NumPy arrays by torch's keys, in torch's layout.
+      num_classes: of the network. Where the state dict has another number of classes, or none, the classifier is drawn
+        anew and a warning says so; 0 leaves it out.
+      in_channels: of the network. From 3 to 1 the stem is summed over the colours, from 3 to another number its colours
+        are repeated and scaled (timm's rule), and a warning says so.
       **attributes: as given to `create_model`, when the network differs from its default.
 
     Returns:
@@ -145,23 +135,12 @@ def from_timm(name: str, state_dict: Mapping[str, np.ndarray], **attributes: Any
     Raises:
       UserError: keys that are missing, left over or of another shape, all in one message.
     """
-    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
-    targets = {torch_key(path): path for path in shapes}
-    counters = {key.rsplit(".", 1)[0] + "." + _COUNTER for key, path in targets.items() if path[-1] == "mean"}
-    missing = [key for key in targets if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in targets and key not in counters]
-    wrong = [
-        f"{key} {tuple(np.shape(state_dict[key]))} instead of {torch_shape(path, shapes[path].shape)}"
-        for key, path in targets.items()
-        if key in state_dict and tuple(np.shape(state_dict[key])) != torch_shape(path, shapes[path].shape)
-    ]
-    if missing or unexpected or wrong:
-        raise UserError(_mismatch_report(name, missing, unexpected, wrong))
-    flat = {}
-    for key, path in targets.items():
-        value = np.asarray(state_dict[key])
-        flat[path] = jnp.asarray(from_torch_layout(path, value, shapes[path].shape), shapes[path].dtype)
-    return flax.traverse_util.unflatten_dict(flat)
+    variables, notes = import_variables(
+        name, state_dict, LAYOUT, num_classes=num_classes, in_channels=in_channels, attributes=attributes
+    )
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return variables
 
 
 def to_timm(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,0 +1,101 @@
+"""Published checkpoints on the Hugging Face hub: fetched, cached and verified."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from se_flax.errors import UserError
+
+CONFIG = "config.json"
+# The first that exists is taken; timm writes the first, older repositories hold the second.
+ARRAYS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Files of one repository in the local cache.
+
+    Attributes:
+      config: its `config.json`.
+      arrays: its weights.
+      revision: the commit they belong to, empty where the cache does not say.
+      sha256: of the weights; verified against the hub's own record where it has one.
+      verified: whether there was such a record.
+    """
+
+    config: Path
+    arrays: Path
+    revision: str
+    sha256: str
+    verified: bool
+
+
+def fetch(repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Fetched:
+    """Fetches a repository's configuration and weights, from the cache where they are there already.
+
+    Args:
+      repo: `owner/name` on the hub.
+      revision: branch, tag or commit; None is the main branch. With a commit the cache is used without asking the hub.
+      cache_dir: instead of huggingface_hub's own cache (`HF_HOME`).
+
+    Returns:
+      Where the files are.
+
+    Raises:
+      UserError: no such repository, revision or file; the hub cannot be reached and the cache does not have it; the
+        weights are not those that the hub recorded.
+    """
+    from huggingface_hub import errors, hf_hub_download  # half a second that only this function pays
+
+    def download(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name="se-flax"))
+
+    try:
+        config = download(CONFIG)
+        try:
+            arrays = download(ARRAYS[0])
+        except errors.RemoteEntryNotFoundError:
+            arrays = download(ARRAYS[1])
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no public repository {repo!r}; see se-flax list for what is published") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no revision {revision!r}; give a branch, a tag or a commit of it") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise UserError(f"{repo} holds no {CONFIG} with {' or '.join(ARRAYS)}; it is not a timm checkpoint") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo!r} is not a repository name; give owner/name") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        # OSError: every failure of the connection, and a cache that cannot be written.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{repo} is not in the cache and could not be fetched ({reason}); connect once, or pass a local file"
+        ) from error
+    return Fetched(config, arrays, _revision(config), *_checked_digest(arrays))
+
+
+def _revision(path: Path) -> str:
+    """The cache keeps files under `snapshots/<commit>/`."""
+    name = path.parent.name
+    return name if re.fullmatch(r"[0-9a-f]{40}", name) else ""
+
+
+def _checked_digest(path: Path) -> tuple[str, bool]:
+    """SHA-256 of a cached file, and whether the hub's own record confirmed it.
+
+    The cache names the content of a large file by the SHA-256 that the hub recorded when it was uploaded; a small
+    file's name is shorter and says nothing here.
+
+    Raises:
+      UserError: the content has another digest.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    recorded = path.resolve().name
+    known = re.fullmatch(r"[0-9a-f]{64}", recorded) is not None
+    if known and recorded != digest:
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is {digest[:12]}... and the hub recorded {recorded[:12]}...; "
+            f"delete {path.resolve()} and load again"
+        )
+    return digest, known

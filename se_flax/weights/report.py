@@ -1,0 +1,24 @@
+"""What does not fit between a checkpoint and a network, in one sentence."""
+
+
+def mismatch_report(
+    name: str, missing: list[str], unexpected: list[str], shapes: list[str], what: str = "state dict"
+) -> str:
+    """The message of a strict import that failed.
+
+    Args:
+      name: the network.
+      missing: keys that it needs.
+      unexpected: keys that it does not know.
+      shapes: keys of another shape, each with both shapes.
+      what: the checkpoint's kind, in the user's words.
+
+    Returns:
+      The sentence; a long list is shortened to eight keys and their count.
+    """
+    parts = []
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if keys:
+            shown = ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
+            parts.append(f"{kind}: {shown}")
+    return f"the {what} does not fit {name}; " + "; ".join(parts)

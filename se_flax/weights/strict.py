@@ -1,0 +1,183 @@
+"""From arrays in some layout to variables: every key used once, every target filled, every shape equal.
+
+Two deviations are made on request and said so: another number of classes draws the classifier anew, another number of
+image channels adapts the stem.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_flax.errors import UserError
+from se_flax.weights.report import mismatch_report
+from se_flax.zoo import create_model, get_variant
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another library names and lays out the variables of a network.
+
+    Attributes:
+      what: a set of such arrays in the user's words, for messages: `state dict`.
+      key: its key of a variable, from the variable's path (collection first).
+      shape: the shape there, from path and our shape.
+      to_ours: from path, array in that layout and our shape to the array in our layout.
+      ignored: keys, given as the set of all targets' keys, that belong to no variable and carry nothing to import.
+    """
+
+    what: str
+    key: Callable[[Path], str]
+    shape: Callable[[Path, Shape], Shape]
+    to_ours: Callable[[Path, np.ndarray, Shape], np.ndarray]
+    ignored: Callable[[Mapping[str, Path]], set[str]] = lambda targets: set()
+
+
+def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shapes of a network's variables, without computing any.
+
+    Args:
+      model: a network.
+      image_size: side of the images to trace it with.
+
+    Returns:
+      Shape and dtype by path (collection first).
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return flax.traverse_util.flatten_dict(variables)
+
+
+def import_variables(
+    name: str,
+    arrays: Mapping[str, Any],
+    layout: Layout,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    attributes: Mapping[str, Any] = {},
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fills a network's variables from arrays in another layout.
+
+    Names and shapes are compared before any array is read.
+
+    Args:
+      name: the network.
+      arrays: by key; whatever has a `shape` and turns into a NumPy array.
+      layout: whose keys and shapes these are.
+      num_classes: of the network; where the arrays have another number the classifier is drawn anew.
+      in_channels: of the network; from 3 to 1 the stem's kernel is summed over the colours, from 3 to any other number
+        its colours are repeated and scaled by 3 / in_channels (timm's `adapt_input_conv`).
+      attributes: as given to `create_model`, when the network differs from its default.
+
+    Returns:
+      The variables (float32 on the default device), and a sentence on each deviation.
+
+    Raises:
+      UserError: keys that are missing, left over or of another shape, all in one message.
+    """
+    size = get_variant(name).input_size
+    requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    attributes = {**attributes, **{key: value for key, value in requested.items() if value is not None}}
+    model = create_model(name, **attributes)
+    shapes = variable_shapes(model, size)
+    head: set[Path] = set()
+    if num_classes is not None:
+        head = _depends_on(name, attributes, "num_classes", 1000 if num_classes != 1000 else 999, shapes)
+    stem: set[Path] = set()
+    if in_channels is not None:
+        stem = _depends_on(name, attributes, "in_channels", 3 if in_channels != 3 else 1, shapes)
+
+    targets = {layout.key(path): path for path in shapes}
+    given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
+    wanted = {path: tuple(layout.shape(path, leaf.shape)) for path, leaf in shapes.items()}
+    fits = {path for key, path in targets.items() if given.get(key) == wanted[path]}
+    # A classifier is one thing: a bias that happens to fit is of no use without its kernel.
+    redrawn = head & shapes.keys() if head - fits else set()
+    adapted = {
+        path: _with_channels(shapes[path].shape, 3)
+        for path in (stem & shapes.keys()) - fits
+        if given.get(layout.key(path)) == tuple(layout.shape(path, _with_channels(shapes[path].shape, 3)))
+    }
+    settled = fits | redrawn | adapted.keys()
+    missing = [key for key, path in targets.items() if key not in given and path not in settled]
+    wrong = [
+        f"{key} {given[key]} instead of {wanted[path]}"
+        for key, path in targets.items()
+        if key in given and path not in settled
+    ]
+    known = targets.keys() | layout.ignored(targets) | {layout.key(path) for path in head}
+    unexpected = [key for key in given if key not in known]
+    if missing or unexpected or wrong:
+        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what))
+
+    flat: dict[Path, Any] = {}
+    for key, path in targets.items():
+        if path in redrawn:
+            continue
+        source = adapted.get(path, shapes[path].shape)
+        value = layout.to_ours(path, np.asarray(arrays[key]), source)
+        if path in adapted:
+            value = adapt_channels(value, shapes[path].shape[-2])
+        flat[path] = jnp.asarray(value, shapes[path].dtype)
+    notes = []
+    if head - fits:
+        flat.update(_draw(model, size, redrawn) if redrawn else {})
+        biases = [given[key] for key in map(layout.key, head) if len(given.get(key, ())) == 1]
+        before = f"{biases[0][0]:,} classes" if biases else "none"
+        after = f"drawn anew for {num_classes:,} classes" if redrawn else "left out"
+        notes.append(f"{name}: the classifier was {after} (the checkpoint's: {before})")
+    if adapted:
+        rule = "summed over the colours" if in_channels == 1 else f"its colours repeated and scaled by 3/{in_channels}"
+        notes.append(f"{name}: the stem was adapted from 3 channels to {in_channels} ({rule})")
+    return flax.traverse_util.unflatten_dict(flat), tuple(notes)
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """A stem's kernel for another number of image channels, so that a grey image gives what it gave in colour.
+
+    timm's rule (`timm/models/_manipulate.py`, `adapt_input_conv`).
+
+    Args:
+      kernel: HWIO with I = 3.
+      channels: 1 (the sum over I), or any other number (I repeated, times 3 / channels).
+
+    Returns:
+      HWIO with I = channels.
+    """
+    if channels == 1:
+        return kernel.sum(axis=-2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, math.ceil(channels / 3), 1))[:, :, :channels]
+    return repeated * np.float32(3 / channels)
+
+
+def _with_channels(shape: Shape, channels: int) -> Shape:
+    return (*shape[:-2], channels, shape[-1]) if len(shape) == 4 else shape
+
+
+def _depends_on(
+    name: str, attributes: Mapping[str, Any], attribute: str, other: int, shapes: Mapping[Path, Any]
+) -> set[Path]:
+    """Variables that exist or have their shape because of an attribute's value."""
+    changed = variable_shapes(create_model(name, **{**attributes, attribute: other}), get_variant(name).input_size)
+    return {p for p in shapes.keys() | changed.keys() if p not in shapes or p not in changed or shapes[p] != changed[p]}
+
+
+def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:
+    """Initial values of some variables only; the compiler drops what the others would need."""
+    images = jnp.zeros((1, size, size, getattr(model, "in_channels", 3)))
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        flat = flax.traverse_util.flatten_dict(model.init(key, images))
+        return [flat[path] for path in sorted(paths)]
+
+    return dict(zip(sorted(paths), jax.jit(draw)(jax.random.key(0)), strict=True))
