@@ -1,6 +1,7 @@
 """Published checkpoints on the Hugging Face hub: fetched, cached and verified."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Fetched:
     verified: bool
 
 
-def fetch(repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Fetched:
+def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Fetched:
     """Fetches a repository's configuration and weights, from the cache where they are there already.
 
     Args:
@@ -49,13 +50,14 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | Path | None =
     from huggingface_hub import errors, hf_hub_download  # half a second that only this function pays
 
     def download(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name="se-flax"))
+        folder = None if cache_dir is None else os.fspath(cache_dir)
+        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=folder, library_name="se-flax"))
 
     try:
         config = download(CONFIG)
         try:
             arrays = download(ARRAYS[0])
-        except errors.RemoteEntryNotFoundError:
+        except (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError):
             arrays = download(ARRAYS[1])
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"the hub has no public repository {repo!r}; see se-flax list for what is published") from error
@@ -65,12 +67,13 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | Path | None =
         raise UserError(f"{repo} holds no {CONFIG} with {' or '.join(ARRAYS)}; it is not a timm checkpoint") from error
     except errors.HFValidationError as error:
         raise UserError(f"{repo!r} is not a repository name; give owner/name") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        # OSError: every failure of the connection, and a cache that cannot be written.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        which = f"{repo} at revision {revision!r}" if revision else repo
         raise UserError(
-            f"{repo} is not in the cache and could not be fetched ({reason}); connect once, or pass a local file"
+            f"{which} is not in the cache and the hub cannot be reached; connect once, or pass a local file"
         ) from error
+    except OSError as error:  # every other failure of the connection, and a cache that cannot be written
+        raise UserError(f"{repo} could not be fetched: {error}".splitlines()[0]) from error
     return Fetched(config, arrays, _revision(config), *_checked_digest(arrays))
 
 

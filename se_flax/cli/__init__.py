@@ -1,0 +1,59 @@
+"""The command line `se-flax`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from se_flax.errors import UserError
+from se_flax.version import __version__
+
+_DESCRIPTION = """\
+Squeeze-and-excitation networks in JAX: what there is, what it predicts, how good it is, and in which file.
+
+  se-flax list '*seresnet*'                        networks by name
+  se-flax info seresnet50                          one network and its published checkpoints
+  se-flax predict seresnet50.ra2_in1k cat.jpg      what is in a picture
+  se-flax eval seresnet50.ra2_in1k data/val        exact accuracy on class folders
+  se-flax convert model.safetensors my-model       from one format to another
+
+A REF is a published checkpoint (seresnet50.ra2_in1k), a repository on the Hugging Face hub (owner/name), a folder that
+se-flax, timm or a training run wrote, or a .safetensors, .npz, .h5 or .pth file.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after the program's name; None takes them from the process.
+
+    Returns:
+      The exit status: 0 done, 1 something that the user can mend (one line on standard error), 2 a wrong command line,
+      130 interrupted.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"se-flax: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("se-flax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from se_flax.cli import files, images, tables
+
+    parser = argparse.ArgumentParser(
+        "se-flax", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"se-flax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (tables, images, files):
+        group.add_commands(commands)
+    return parser

@@ -1,0 +1,79 @@
+"""`se-flax convert`: a checkpoint from one format to another."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from se_flax.errors import UserError
+from se_flax.weights.files import write_arrays
+from se_flax.weights.keras import to_keras
+from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.weights.torch import to_timm
+
+
+def _own_names(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    del name
+    return {"/".join(path): np.asarray(x) for path, x in flax.traverse_util.flatten_dict(dict(variables)).items()}
+
+
+LAYOUTS: dict[str, Callable[[str, Mapping[str, Any]], dict[str, np.ndarray]]] = {
+    "timm": to_timm,
+    "keras": to_keras,
+    "se-flax": _own_names,
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command of this file to an argument parser."""
+    parser = commands.add_parser(
+        "convert",
+        help="a checkpoint from one format to another",
+        description="Reads any checkpoint and writes it anew. DST without a suffix is a folder for load_pretrained "
+        "(variables, preprocessing, labels, provenance, digests); .safetensors and .npz hold the arrays alone, under "
+        "the names that --layout says.",
+    )
+    parser.add_argument("ref", metavar="SRC", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    parser.add_argument("target", metavar="DST", help="a new folder, or a .safetensors or .npz file")
+    parser.add_argument("--name", help="the network, for a file whose name does not say it")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="timm", help="names in the file (default: timm)")
+    parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is drawn anew")
+    parser.add_argument("--in-channels", type=int, help="another number of image channels: the stem is adapted")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    parser.set_defaults(run=convert)
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Writes the checkpoint.
+
+    Raises:
+      UserError: the source cannot be read, or the target exists or is of no known format.
+    """
+    target = Path(options.target).expanduser()
+    if target.suffix not in ("", ".safetensors", ".npz") and not target.is_dir():
+        raise UserError(f"{target} is neither a folder nor a .safetensors or .npz file; choose one of these")
+    if target.exists() and not options.overwrite:
+        raise UserError(f"{target} exists already; choose another name, or pass --overwrite to replace it")
+    loaded = load_pretrained(
+        options.ref,
+        name=options.name,
+        revision=options.revision,
+        num_classes=options.num_classes,
+        in_channels=options.in_channels,
+    )
+    if target.suffix in (".safetensors", ".npz"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(target, LAYOUTS[options.layout](loaded.name, loaded.variables))
+    else:
+        loaded.save(target, overwrite=options.overwrite)
+    print(f"{target}: {_summary(loaded)}")
+
+
+def _summary(loaded: Pretrained) -> str:
+    leaves = [np.asarray(x) for x in flax.traverse_util.flatten_dict(dict(loaded.variables)).values()]
+    size = sum(x.nbytes for x in leaves) / 1e6
+    return f"{loaded.name}, {len(leaves)} arrays, {size:.1f} MB"

@@ -1,0 +1,184 @@
+"""`se-flax predict` and `se-flax eval`: a checkpoint at work on pictures."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from se_flax.cli.labelled import EXTENSIONS, Example, labelled_images
+from se_flax.errors import UserError
+from se_flax.weights.pretrained import Pretrained, load_pretrained
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands of this file to an argument parser."""
+    parser = commands.add_parser(
+        "predict",
+        help="what is in a picture",
+        description="The most probable classes of each picture. A folder stands for every picture in it.",
+    )
+    _add_common(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files or folders of them")
+    parser.add_argument("--top", type=int, default=5, help="how many classes (default: 5)")
+    parser.set_defaults(run=predict)
+    parser = commands.add_parser(
+        "eval",
+        help="exact accuracy on labelled pictures",
+        description="Exact top-1 and top-5 accuracy: every picture counts once. DATA holds one folder per class, named "
+        "by class name, WordNet id or number (as many folders as the network has classes may have any names: they "
+        "are numbered in sorted order); or pictures whose names begin with a WordNet id or a class number and _.",
+    )
+    _add_common(parser)
+    parser.add_argument("data", metavar="DATA", help="folder of pictures")
+    parser.set_defaults(run=evaluate)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    parser.add_argument("--name", help="the network, for a file whose name does not say it")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
+    parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
+    parser.add_argument("--crop-mode", choices=("center", "squash"), help="squash takes all of a picture")
+    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: 32)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Prints the best classes of each picture.
+
+    Raises:
+      UserError: no such checkpoint or picture.
+    """
+    paths = list(_pictures(options.images))
+    if options.top < 1:
+        raise UserError(f"got --top={options.top}; give 1 or more")
+    loaded = _load(options)
+    results = []
+    for path, logits in zip(paths, _logits(loaded, paths, options.batch_size), strict=True):
+        shares = np.exp(logits - logits.max(), dtype=np.float64)
+        shares /= shares.sum()
+        best = [
+            (float(shares[i]), int(i), loaded.labels[i] if loaded.labels else None)
+            for i in np.argsort(-logits, kind="stable")[: options.top]
+        ]
+        rows = [{"class": i, "label": label, "probability": share} for share, i, label in best]
+        results.append({"image": str(path), "top": rows})
+        if not options.json:
+            print(path)
+            for share, i, label in best:
+                print(f"  {100 * share:5.1f} %  {label or f'class {i}'}", flush=True)
+    if options.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over a labelled set.
+
+    Attributes:
+      count: pictures.
+      top1: of them, those whose class has the highest logit.
+      top5: those whose class is among the five highest.
+    """
+
+    count: int
+    top1: int
+    top5: int
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Prints the accuracy.
+
+    Raises:
+      UserError: no such checkpoint or data, or classes that cannot be told apart.
+    """
+    if not Path(options.data).is_dir():
+        raise UserError(f"{options.data}: no such folder; give one of pictures in class folders")
+    loaded = _load(options)
+    classes = getattr(loaded.model, "num_classes", 0)
+    examples = labelled_images(Path(options.data), loaded.labels, classes)
+    start = time.perf_counter()
+    result = accuracy(loaded, examples, options.batch_size)
+    seconds = time.perf_counter() - start
+    if options.json:
+        figures = {"count": result.count, "top1_count": result.top1, "top5_count": result.top5}
+        shares = {"top1": result.top1 / result.count, "top5": result.top5 / result.count}
+        print(
+            json.dumps({"model": loaded.name, **figures, **shares, "preprocess": loaded.preprocess.to_json()}, indent=2)
+        )
+        return
+    p = loaded.preprocess
+    settings = f"{p.image_size} px ({p.interpolation}, crop {p.crop:g} {p.crop_mode})"
+    print(f"{loaded.name} at {settings}, {result.count:,} pictures")
+    for word, hits in (("top-1", result.top1), ("top-5", result.top5)):
+        print(f"{word}: {100 * hits / result.count:.2f} % ({hits:,} of {result.count:,})")
+    print(f"{seconds:.1f} s, {result.count / seconds:.1f} pictures/s")
+
+
+def accuracy(loaded: Pretrained, examples: Sequence[Example], batch_size: int = 32) -> Accuracy:
+    """Counts right answers; a tie with the right class is decided by the lower class number, as a sort would.
+
+    Args:
+      loaded: the network.
+      examples: what to count.
+      batch_size: pictures at a time.
+
+    Returns:
+      The counts.
+    """
+    top1 = top5 = 0
+    for example, logits in zip(examples, _logits(loaded, [e.path for e in examples], batch_size), strict=True):
+        rank = int(np.argsort(-logits, kind="stable").tolist().index(example.label))
+        top1, top5 = top1 + (rank == 0), top5 + (rank < 5)
+    return Accuracy(len(examples), top1, top5)
+
+
+def _load(options: argparse.Namespace) -> Pretrained:
+    if options.batch_size < 1:
+        raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
+    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
+    changes = {
+        "image_size": options.image_size,
+        "crop": options.crop,
+        "crop_mode": options.crop_mode,
+        "interpolation": options.interpolation,
+    }
+    preprocess = replace(loaded.preprocess, **{key: value for key, value in changes.items() if value is not None})
+    return replace(loaded, preprocess=preprocess)
+
+
+def _logits(loaded: Pretrained, paths: Sequence[Path], batch_size: int) -> Iterator[np.ndarray]:
+    """Logits picture by picture; every batch has the same size, so that the network is compiled once."""
+    size = min(batch_size, len(paths))
+    apply = jax.jit(lambda variables, images: loaded.model.apply(variables, images))
+    with tqdm(total=len(paths), unit=" pictures", disable=None if len(paths) > size else True, leave=False) as bar:
+        for start in range(0, len(paths), size):
+            batch = loaded.preprocess(paths[start : start + size])
+            count = len(batch)
+            images = jnp.asarray(np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]))
+            yield from np.asarray(apply(loaded.variables, images))[:count]
+            bar.update(count)
+
+
+def _pictures(names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"{name}: no such file or folder")
+            yield path
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        if not found:
+            raise UserError(f"{name} holds no pictures ({', '.join(EXTENSIONS)})")
+        yield from found

@@ -1,0 +1,135 @@
+"""`se-flax list` and `se-flax info`: what the zoo holds."""
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from se_flax.errors import UserError, closest
+from se_flax.preprocess import Preprocess
+from se_flax.variant import Variant, Weights
+from se_flax.zoo import get_variant, list_models
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands of this file to an argument parser."""
+    parser = commands.add_parser(
+        "list",
+        help="networks and their checkpoints",
+        description="Networks: parameters, side of the input in pixels, published checkpoints, and the network's "
+        "source. Load one with se_flax.create_model(NAME), its checkpoint with se_flax.load_pretrained(NAME.TAG).",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", help="shell wildcard in quotes, such as '*seresnet*'")
+    parser.add_argument("--pretrained", action="store_true", help="only networks with a published checkpoint")
+    parser.add_argument("--json", action="store_true", help="one JSON array instead of the table")
+    parser.set_defaults(run=show_list)
+    parser = commands.add_parser(
+        "info",
+        help="one network and its checkpoints",
+        description="One network: size, source, arguments, and the preprocessing and licence of each checkpoint.",
+    )
+    parser.add_argument("name", metavar="NAME", help="a network's name, such as seresnet50")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.set_defaults(run=show_info)
+
+
+def show_list(options: argparse.Namespace) -> None:
+    """Prints the table.
+
+    Raises:
+      UserError: nothing matches.
+    """
+    rows = [(name, get_variant(name)) for name in list_models(options.pattern)]
+    if options.pretrained:
+        rows = [row for row in rows if row[1].weights]
+    if not rows:
+        known = list_models()
+        hint = closest(options.pattern.strip("*"), known)
+        raise UserError(f"no network matches {options.pattern!r}; {hint} (quote wildcards: '*resnet*')")
+    if options.json:
+        print(json.dumps([_facts(name, variant) for name, variant in rows], indent=2))
+        return
+    table = [("name", "parameters", "input", "checkpoints", "source")]
+    for name, v in rows:
+        tags = ", ".join(w.tag for w in v.weights)
+        table.append((name, f"{v.num_params / 1e6:.1f} M", str(v.input_size), tags or "-", v.source))
+    print_table(table, right=(1, 2))
+    count = sum(len(v.weights) for _, v in rows)
+    print(f"\n{len(rows)} networks, {count} published checkpoints")
+
+
+def show_info(options: argparse.Namespace) -> None:
+    """Prints everything about one network.
+
+    Raises:
+      UserError: unknown name.
+    """
+    name = options.name.partition(".")[0] if options.name not in list_models() else options.name
+    variant = get_variant(name)
+    if options.json:
+        print(json.dumps(_facts(name, variant), indent=2))
+        return
+    print(f"{name}: {variant.num_params:,} parameters, made for {variant.input_size} px\nsource: {variant.source}")
+    for key, value in variant.attributes().items():
+        print(f"  {key} = {_short(value)}")
+    if not variant.weights:
+        print("no published checkpoint")
+        return
+    print()
+    table = [("checkpoint", "classes", "input", "crop", "resize", "mean", "std", "licence")]
+    for w in variant.weights:
+        size = f"{w.image_size}" + (f" (best at {w.test_image_size})" if w.test_image_size else "")
+        crop = f"{w.crop:g}" + (f" ({w.test_crop:g})" if w.test_crop else "")
+        crop += "" if w.crop_mode == "center" else f" {w.crop_mode}"
+        mean, std = (" ".join(f"{x:.3g}" for x in values) for values in (w.mean, w.std))
+        table.append((f"{name}.{w.tag}", str(w.num_classes), size, crop, w.interpolation, mean, std, w.licence))
+    print_table(table, right=(1,))
+
+
+def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """Prints rows in columns, the first row as the head.
+
+    Args:
+      rows: equally long tuples.
+      right: columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for i, row in enumerate(rows):
+        cells = (x.rjust(w) if k in right else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(cells).rstrip())
+        if i == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def _short(value: Any) -> str:
+    """An argument as a person would write it; a table of stages by its length."""
+    if isinstance(value, functools.partial):
+        named = {key: item for key, item in value.keywords.items() if not key.endswith("_init")}
+        inner = ", ".join(f"{key}={_short(item)}" for key, item in named.items())
+        return f"{_short(value.func)}({inner})"
+    if isinstance(value, tuple) and any(isinstance(item, tuple) for item in value):
+        return f"{len(value)} stages"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _facts(name: str, variant: Variant) -> dict[str, Any]:
+    return {
+        "name": name,
+        "params": variant.num_params,
+        "input_size": variant.input_size,
+        "source": variant.source,
+        "checkpoints": [_checkpoint(name, weights) for weights in variant.weights],
+    }
+
+
+def _checkpoint(name: str, weights: Weights) -> dict[str, Any]:
+    return {
+        "ref": f"{name}.{weights.tag}",
+        "hub_id": weights.hub_id,
+        "num_classes": weights.num_classes,
+        "preprocess": Preprocess.of(weights).to_json(),
+        "test_image_size": weights.test_image_size,
+        "test_crop": weights.test_crop,
+        "licence": weights.licence,
+    }

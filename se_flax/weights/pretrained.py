@@ -1,0 +1,268 @@
+"""`load_pretrained` and `save_pretrained`: a trained network with everything that belongs to it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+
+from se_flax.errors import UserError
+from se_flax.preprocess import Preprocess
+from se_flax.version import __version__
+from se_flax.weights import arguments as argument_json
+from se_flax.weights import keras, torch
+from se_flax.weights.files import open_arrays
+from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
+from se_flax.weights.strict import Layout, import_variables
+from se_flax.zoo import create_model, get_variant
+
+NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
+"""Our own names: `params/layer1_0/conv1/kernel`."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained network, ready to use.
+
+    Attributes:
+      name: the network's, one of `se_flax.list_models()`.
+      model: the Linen module.
+      variables: `{"params": ..., "batch_stats": ...}`, float32.
+      preprocess: from images to what the network takes.
+      labels: the classes' names in the order of the logits; None where the checkpoint does not say.
+      arguments: what `create_model` was given beside the name.
+      provenance: where the weights came from, and their licence where known.
+      notes: a sentence on each thing that is not as in the checkpoint.
+    """
+
+    name: str
+    model: nn.Module
+    variables: Mapping[str, Any] = field(repr=False)
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None = field(default=None, repr=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Saves all of it; see `save_pretrained`."""
+        save_pretrained(folder, self, overwrite=overwrite)
+
+
+def load_pretrained(
+    ref: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **attributes: Any,
+) -> Pretrained:
+    """Restores a trained network with its preprocessing.
+
+    Args:
+      ref: a published checkpoint (`"seresnet50.ra2_in1k"`, or `"owner/name"` on the Hugging Face hub); a folder written
+        by `save_pretrained`, by timm or by the training program; a `.safetensors`, `.npz`, `.h5` or `.weights.h5` file
+        (`.pth` with PyTorch installed); or the folder of an Orbax checkpoint. Names and layouts of timm, Keras and
+        se-flax are told apart by the arrays' names.
+      name: the network, where neither folder nor file name says it.
+      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; a warning
+        and `notes` say so.
+      in_channels: another number of image channels than 3 adapts the stem; a warning and `notes` say so.
+      revision: branch, tag or commit on the hub.
+      cache_dir: of downloads, instead of the hub's own (`HF_HOME`).
+      **attributes: further arguments for `create_model`, such as `dtype` or `drop_path_rate`.
+
+    Returns:
+      Network, variables, preprocessing, labels and provenance.
+
+    Raises:
+      UserError: nothing there, not readable, damaged, or not the weights of that network.
+
+    Example:
+      >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
+      >>> logits = loaded.model.apply(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
+    """
+    source = locate(ref, name=name, revision=revision, cache_dir=cache_dir)
+    if source.digests is not None:
+        _check_digests(source.arrays, source.digests)
+    given = {**source.arguments, **attributes}
+    with open_arrays(source.arrays) as arrays:
+        renamed, layout = _layout(source, arrays)
+        variables, notes = import_variables(
+            source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
+        )
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    given |= {key: value for key, value in requested.items() if value is not None}
+    model = create_model(source.name, **given)
+    channels = getattr(model, "in_channels", 3)
+    kept = source.labels is not None and len(source.labels) == getattr(model, "num_classes", 0)
+    return Pretrained(
+        source.name,
+        model,
+        variables,
+        source.preprocess.for_channels(channels) if channels in (1, 4) else source.preprocess,
+        source.labels if kept else None,
+        given,
+        source.provenance,
+        notes,
+    )
+
+
+def _layout(source: Source, arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
+    """Whose names the arrays have, and the arrays by those names."""
+    if any(key.startswith("params/") for key in arrays):
+        return arrays, NATIVE
+    if any("/" in key for key in arrays):
+        return keras.by_layer(source.name, arrays), keras.layout(source.name)
+    return arrays, torch.LAYOUT
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    model: Pretrained | str,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves a network as a folder that `load_pretrained` reads on any number of devices, bit by bit.
+
+    The folder holds the variables (an Orbax checkpoint) and `se_flax.json`: architecture, arguments, preprocessing,
+    labels, provenance and the SHA-256 of every file. It appears as a whole or not at all.
+
+    Args:
+      folder: where to.
+      model: what `load_pretrained` returned; or a network's name, with what follows.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      arguments: what `create_model` was given beside the name.
+      preprocess: None is that of the network's published weights.
+      labels: the classes' names in the order of the logits.
+      provenance: JSON-able notes on where the weights came from.
+      overwrite: replace a checkpoint that is there already.
+
+    Raises:
+      UserError: the folder exists already, the variables are not those of the network, or an argument cannot be saved.
+    """
+    if isinstance(model, Pretrained):
+        loaded = model
+        changes: dict[str, Any] = {
+            "variables": variables,
+            "arguments": arguments,
+            "preprocess": preprocess,
+            "labels": tuple(labels) if labels is not None else None,
+            "provenance": provenance,
+        }
+        loaded = replace(loaded, **{key: value for key, value in changes.items() if value is not None})
+    elif variables is None:
+        raise UserError("got a network's name without its variables; pass save_pretrained(folder, name, variables)")
+    else:
+        loaded = Pretrained(
+            model,
+            create_model(model, **(arguments or {})),
+            variables,
+            preprocess or default_preprocess(model),
+            tuple(labels) if labels is not None else None,
+            arguments or {},
+            provenance or {},
+        )
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not overwrite:
+            raise UserError(f"{folder} exists already; choose another folder, or pass overwrite=True to replace it")
+        if not (folder / OWN).is_file():
+            raise UserError(f"{folder} exists and is not a saved checkpoint; choose another folder")
+    host = jax.tree.map(np.asarray, dict(loaded.variables))
+    _check_variables(loaded, host)
+    description = {
+        "format": FORMAT,
+        "se_flax": __version__,
+        "architecture": loaded.name,
+        "arguments": {key: argument_json.to_json(value) for key, value in loaded.arguments.items() if key != "norm"},
+        "preprocess": loaded.preprocess.to_json(),
+        "labels": list(loaded.labels) if loaded.labels is not None else None,
+        "provenance": dict(loaded.provenance),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _save_orbax(building / "variables", host)
+        description["digests"] = digests(building / "variables")
+        (building / OWN).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        building.chmod(0o755)
+        _swap(building, folder)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under a folder, by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_digests(folder: Path, recorded: Mapping[str, str]) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; save or download the checkpoint again")
+    found = digests(folder)
+    if found != dict(recorded):
+        wrong = sorted(key for key in found.keys() | recorded.keys() if found.get(key) != recorded.get(key))
+        raise UserError(
+            f"{folder} is damaged: {wrong[0]!r} is not as it was saved ({len(wrong)} such files); "
+            "save or download the checkpoint again"
+        )
+
+
+def _check_variables(loaded: Pretrained, host: Mapping[str, Any]) -> None:
+    """What is saved must load: the same check as on import, before anything is written."""
+    arrays = {"/".join(path): value for path, value in flax.traverse_util.flatten_dict(host).items()}
+    import_variables(loaded.name, arrays, NATIVE, attributes=loaded.arguments)
+    classes = getattr(loaded.model, "num_classes", None)
+    if loaded.labels is not None and classes is not None and len(loaded.labels) != classes:
+        raise UserError(f"got {len(loaded.labels)} labels for {classes} classes; give one each, or none")
+    get_variant(loaded.name)
+
+
+def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp  # slow to import; loading a file of timm's does not need it
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), host)
+
+
+def _swap(building: Path, folder: Path) -> None:
+    """Puts a finished folder in its place; what was there goes only once the new one stands."""
+    if not folder.exists():
+        building.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(old / "was")
+    try:
+        building.rename(folder)
+    except OSError:
+        (old / "was").rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

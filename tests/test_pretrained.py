@@ -1,0 +1,351 @@
+"""Checkpoints by name, folder and file: what comes back is what was saved, and nothing else is believed."""
+
+import functools
+import hashlib
+import json
+import shutil
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import se_flax
+from se_flax import ECA, Preprocess, SqueezeExcite, UserError, load_pretrained, save_pretrained
+from se_flax.labels import imagenet_labels
+from se_flax.weights import locate
+
+NAME = "seresnet20"
+
+
+def flat(variables):
+    return {"/".join(path): np.asarray(x) for path, x in flax.traverse_util.flatten_dict(dict(variables)).items()}
+
+
+def assert_same_bits(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes(), key
+
+
+def draw(name=NAME, **arguments):
+    model = se_flax.create_model(name, **arguments)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, model.in_channels)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) ** 2, shapes)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return draw()
+
+
+@pytest.fixture
+def saved(variables, tmp_path):
+    """A folder with everything in it."""
+    save_pretrained(
+        tmp_path / "mine",
+        NAME,
+        variables,
+        preprocess=Preprocess(image_size=32, crop=1.0, interpolation="bilinear"),
+        labels=[f"class {i}" for i in range(10)],
+        provenance={"recipe": "configs/cifar10.py"},
+    )
+    return tmp_path / "mine"
+
+
+def test_a_saved_network_comes_back_bit_by_bit(saved, variables):
+    loaded = load_pretrained(saved)
+    assert_same_bits(loaded.variables, variables)
+    assert loaded.name == NAME and loaded.notes == ()
+    assert loaded.preprocess == Preprocess(image_size=32, crop=1.0, interpolation="bilinear")
+    assert loaded.labels == tuple(f"class {i}" for i in range(10))
+    assert loaded.provenance == {"recipe": "configs/cifar10.py"}
+    images = loaded.preprocess(np.zeros((2, 32, 32, 3), np.uint8))
+    assert loaded.model.apply(loaded.variables, images).shape == (2, 10)
+    description = json.loads((saved / "se_flax.json").read_text())
+    assert description["architecture"] == NAME and description["digests"]
+
+
+def test_what_was_spread_over_devices_comes_back_on_one(variables, tmp_path):
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    save_pretrained(tmp_path / "eight", NAME, jax.device_put(variables, everywhere))
+    loaded = load_pretrained(tmp_path / "eight")
+    assert_same_bits(loaded.variables, variables)
+    assert {len(x.devices()) for x in jax.tree.leaves(loaded.variables)} == {1}
+
+
+def test_arguments_travel_with_the_weights(tmp_path):
+    arguments = {
+        "attention": functools.partial(ECA, kernel_size=5),
+        "stages": (3, 4),
+        "placement": "pre",
+        "num_classes": 7,
+        "in_channels": 1,
+        "dtype": jnp.bfloat16,
+    }
+    variables = draw(**arguments)
+    save_pretrained(tmp_path / "eca", NAME, variables, arguments=arguments)
+    loaded = load_pretrained(tmp_path / "eca")
+    assert_same_bits(loaded.variables, variables)
+    assert loaded.model.num_classes == 7 and loaded.model.in_channels == 1 and loaded.model.dtype == jnp.bfloat16
+    assert loaded.model.attention.func is ECA and loaded.model.attention.keywords == {"kernel_size": 5}
+    assert loaded.preprocess.channels == 1
+    loaded.save(tmp_path / "again")
+    assert_same_bits(load_pretrained(tmp_path / "again").variables, variables)
+
+
+def test_a_function_of_your_own_cannot_be_saved(variables, tmp_path):
+    mine = functools.partial(SqueezeExcite, activation=lambda x: x)
+    with pytest.raises(UserError, match=r"cannot be saved as an argument .*SqueezeExcite, "):
+        save_pretrained(tmp_path / "x", NAME, variables, arguments={"attention": mine})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_classifier_and_stem_are_said(saved):
+    with pytest.warns(UserWarning, match="the classifier was drawn anew for 3 classes"):
+        loaded = load_pretrained(saved, num_classes=3)
+    assert loaded.notes == ("seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: 10 classes)",)
+    assert loaded.labels is None and loaded.model.num_classes == 3
+    with pytest.warns(UserWarning, match="the stem was adapted from 3 channels to 1"):
+        loaded = load_pretrained(saved, in_channels=1)
+    assert loaded.preprocess.channels == 1 and loaded.labels is not None
+    assert loaded.model.apply(loaded.variables, loaded.preprocess(np.zeros((1, 32, 32, 1), np.uint8))).shape == (1, 10)
+
+
+def test_nothing_is_overwritten_unasked(saved, variables):
+    with pytest.raises(UserError, match="exists already; choose another folder, or pass overwrite=True"):
+        save_pretrained(saved, NAME, variables)
+    changed = jax.tree.map(lambda x: x + 1, variables)
+    save_pretrained(saved, NAME, changed, overwrite=True)
+    assert_same_bits(load_pretrained(saved).variables, changed)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]  # nothing temporary stays
+
+
+def test_a_folder_of_something_else_is_never_replaced(variables, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not a saved checkpoint; choose another folder"):
+        save_pretrained(tmp_path, NAME, variables, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_save_changes_nothing(saved, variables, monkeypatch):
+    from se_flax.weights import pretrained
+
+    def no_space(path, host):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "_save_orbax", no_space)
+    with pytest.raises(UserError, match="could not be written: No space left on device; nothing was changed"):
+        save_pretrained(saved, NAME, jax.tree.map(lambda x: x + 1, variables), overwrite=True)
+    assert_same_bits(load_pretrained(saved).variables, variables)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_what_would_not_load_is_not_saved(variables, tmp_path):
+    with pytest.raises(UserError, match=r"the checkpoint does not fit seresnet32; missing: "):
+        save_pretrained(tmp_path / "x", "seresnet32", variables)
+    with pytest.raises(UserError, match="got 3 labels for 10 classes"):
+        save_pretrained(tmp_path / "x", NAME, variables, labels=["a", "b", "c"])
+    with pytest.raises(UserError, match="without its variables"):
+        save_pretrained(tmp_path / "x", NAME)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_changed_byte_is_noticed(saved):
+    files = sorted(p for p in (saved / "variables").rglob("*") if p.is_file())
+    assert files
+    for file in files:
+        original = file.read_bytes()
+        if not original:
+            continue
+        file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"is damaged: .* is not as it was saved"):
+            load_pretrained(saved)
+        file.write_bytes(original)
+    (saved / "variables" / "more").write_text("x")
+    with pytest.raises(UserError, match="is damaged: 'more' is not as it was saved"):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2; this version reads 1"),
+        ({"architecture": "seresnet21"}, "unknown model 'seresnet21'; closest: "),
+        ({"architecture": None}, "has architecture=None; the name of a network is needed"),
+        ({"architecture": "seresnet32"}, "does not fit seresnet32; missing: "),
+        ({"arguments": {"attention": {"class": "os.system", "arguments": {}}}}, "unknown module 'os.system'"),
+        ({"arguments": {"attention": {"eval": "1"}}}, "is not an argument of a network"),
+        ({"arguments": {"dtype": {"dtype": "object"}}}, "unknown dtype 'object'"),
+        ({"arguments": {"depht": 3}}, "has no attribute 'depht'; closest: depth"),
+        ({"preprocess": None}, "lacks arguments, preprocess or digests"),
+        ({"digests": {"../../etc/passwd": "0"}}, "is damaged"),
+    ],
+)
+def test_a_description_is_not_believed(saved, change, message):
+    where = saved / "se_flax.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": ' * 5000, "\x00\xff"])
+def test_a_description_that_is_no_json(saved, text):
+    (saved / "se_flax.json").write_text(text)
+    with pytest.raises(UserError, match=r"se_flax.json (is not readable JSON|holds list instead of an object)"):
+        load_pretrained(saved)
+
+
+def timm_folder(path, variables, **config):
+    path.mkdir(parents=True, exist_ok=True)
+    state = se_flax.to_timm(NAME, variables)
+    safetensors.numpy.save_file(state, path / "model.safetensors")
+    cfg = {
+        "input_size": [3, 40, 40],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+    }
+    config = {
+        "architecture": NAME,
+        "num_classes": 10,
+        "pretrained_cfg": cfg,
+        "label_names": list("abcdefghij"),
+    } | config
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_folder_of_timms(variables, tmp_path):
+    loaded = load_pretrained(timm_folder(tmp_path / "timm", variables))
+    assert_same_bits(loaded.variables, variables)
+    p = loaded.preprocess
+    assert (p.image_size, p.crop, p.interpolation, p.mean, p.std) == (40, 0.9, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    assert loaded.labels == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "vit_base_patch16_224"}, "unknown model 'vit_base_patch16_224'"),
+        ({"num_classes": 5}, r"of another shape: .*linear\.bias \(10,\) instead of \(5,\)"),
+        ({"num_classes": "many"}, "got num_classes='many'"),
+        ({"model_args": {"img_size": 3}}, "asks for img_size=3, an argument of timm's that has no counterpart here"),
+        ({"pretrained_cfg": {"input_size": [3, 224, 192]}}, r"has input_size \[3, 224, 192\]"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "unknown interpolation 'random'"),
+        ({"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}}, "got image_size=1000000000"),
+    ],
+)
+def test_timms_description_is_checked(variables, tmp_path, config, message):
+    with pytest.raises(UserError, match=message):
+        load_pretrained(timm_folder(tmp_path / "timm", variables, **config))
+
+
+def test_files_by_their_names(variables, tmp_path):
+    state = se_flax.to_timm(NAME, variables)
+    safetensors.numpy.save_file(state, tmp_path / "seresnet20-8efdb4bb.safetensors")
+    np.savez(tmp_path / "weights.npz", **state)
+    np.savez(tmp_path / "seresnet20.npz", **flat(variables))
+    for file in ("seresnet20-8efdb4bb.safetensors", "seresnet20.npz"):
+        assert_same_bits(load_pretrained(tmp_path / file).variables, variables)
+    assert_same_bits(load_pretrained(str(tmp_path / "weights.npz"), name=NAME).variables, variables)
+    with pytest.raises(UserError, match=r"weights.npz does not say which network it holds; pass name=\.\.\."):
+        load_pretrained(tmp_path / "weights.npz")
+    with pytest.raises(UserError, match="does not fit seresnet32"):
+        load_pretrained(tmp_path / "weights.npz", name="seresnet32")
+
+
+def test_a_bare_orbax_folder(saved, variables, tmp_path):
+    shutil.copytree(saved / "variables", tmp_path / "bare")
+    assert_same_bits(load_pretrained(tmp_path / "bare", name=NAME).variables, variables)
+    with pytest.raises(UserError, match=r"holds neither se_flax.json .* say which network it is: name="):
+        load_pretrained(tmp_path / "bare")
+
+
+@pytest.fixture
+def hub(variables, tmp_path, monkeypatch):
+    """A cache of the hub with one repository, and no connection."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    published = locate.published("seresnet50.ra2_in1k")[1]
+    monkeypatch.setattr(locate, "published", lambda ref: (NAME, published))
+    commit, folder = "0123456789" * 4, tmp_path / "cache" / "models--timm--seresnet50.ra2_in1k"
+    files, snapshot = timm_folder(tmp_path / "files", variables), folder / "snapshots" / commit
+    for part in (folder / "blobs", folder / "refs", snapshot):
+        part.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    for name, digest in (("config.json", hashlib.sha1), ("model.safetensors", hashlib.sha256)):
+        content = (files / name).read_bytes()
+        blob = folder / "blobs" / digest(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(blob)
+    return tmp_path / "cache", commit
+
+
+def test_a_published_checkpoint_from_the_cache(hub, variables):
+    cache, commit = hub
+    loaded = load_pretrained("seresnet20.some_tag", cache_dir=cache)
+    assert_same_bits(loaded.variables, variables)
+    assert loaded.preprocess.image_size == 40
+    assert loaded.provenance["source"] == "https://huggingface.co/timm/seresnet50.ra2_in1k"
+    assert loaded.provenance["revision"] == commit and loaded.provenance["licence"] == "apache-2.0"
+    for ref in ("timm/seresnet50.ra2_in1k", "hf-hub:timm/seresnet50.ra2_in1k"):
+        assert_same_bits(load_pretrained(ref, cache_dir=cache, revision=commit).variables, variables)
+
+
+def test_a_damaged_cache_is_noticed(hub):
+    cache, _ = hub
+    blob = next(p for p in cache.rglob("blobs/*") if len(p.name) == 64)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"is damaged: its SHA-256 is .* and the hub recorded .*; delete "):
+        load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache)
+
+
+def test_what_is_not_in_the_cache(hub):
+    cache, _ = hub
+    with pytest.raises(UserError, match=r"at revision 'v2' is not in the cache and the hub cannot be reached"):
+        load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision="v2")
+    with pytest.raises(UserError, match="timm/other is not in the cache and the hub cannot be reached; connect once"):
+        load_pretrained("timm/other", cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("seresnet50.ra3_in1k", r"unknown checkpoint 'seresnet50.ra3_in1k'; choose one of .*seresnet50\.ra2_in1k"),
+        ("seresnet50", r"seresnet50 has several checkpoints; choose one of seresnet50\.a1_in1k, "),
+        ("seresnet51.ra2_in1k", r"unknown checkpoint 'seresnet51.ra2_in1k'; closest: seresnet50.ra2_in1k"),
+        ("seresnet110", "no checkpoint of seresnet110 is published; train one"),
+        ("./nothing/here", "nothing/here: no such file or folder"),
+        ("model.safetensors", "model.safetensors: no such file or folder"),
+        ("/etc/passwd/x", "no such file or folder"),
+    ],
+)
+def test_names_that_lead_nowhere(ref, message):
+    with pytest.raises(UserError, match=message):
+        load_pretrained(ref)
+
+
+def test_every_published_checkpoint_of_our_networks_is_found():
+    found = 0
+    for name in se_flax.list_models():
+        for weights in se_flax.get_variant(name).weights:
+            assert locate.published(f"{name}.{weights.tag}") == (name, weights)
+            assert Preprocess.of(weights).image_size == weights.image_size
+            found += 1
+    assert found >= 176
+
+
+def test_imagenets_names():
+    labels = imagenet_labels()
+    assert len(labels) == 1000 and [x.wordnet_id for x in labels] == sorted({x.wordnet_id for x in labels})
+    assert labels[0] == ("n01440764", "tench, Tinca tinca") and labels[207].name == "golden retriever"
+    assert labels[999].name.startswith("toilet tissue")
