@@ -349,3 +349,11 @@ def test_imagenets_names():
     assert len(labels) == 1000 and [x.wordnet_id for x in labels] == sorted({x.wordnet_id for x in labels})
     assert labels[0] == ("n01440764", "tench, Tinca tinca") and labels[207].name == "golden retriever"
     assert labels[999].name.startswith("toilet tissue")
+
+
+def test_a_bare_file_says_its_classes_by_its_classifier(tmp_path):
+    few = draw(num_classes=4)
+    np.savez(tmp_path / "seresnet20.npz", **se_flax.to_timm(NAME, few))
+    loaded = load_pretrained(tmp_path / "seresnet20.npz")
+    assert loaded.model.num_classes == 4 and loaded.arguments == {"num_classes": 4}
+    assert_same_bits(loaded.variables, few)

@@ -71,7 +71,7 @@ def _normal(name: str) -> str:
 
 
 def _by_file_name(path: Path, known: dict[str, int], num_classes: int) -> int:
-    number = re.match(r"(\d+)[_.-]", path.name)
+    number = re.match(r"(\d+)_", path.name)
     wordnet = re.search(r"n\d{8}", path.name)
     for text in (wordnet and wordnet.group(), number and str(int(number.group(1)))):
         if text and text in known:

@@ -53,7 +53,7 @@ def show_list(options: argparse.Namespace) -> None:
     table = [("name", "parameters", "input", "checkpoints", "source")]
     for name, v in rows:
         tags = ", ".join(w.tag for w in v.weights)
-        table.append((name, f"{v.num_params / 1e6:.1f} M", str(v.input_size), tags or "-", v.source))
+        table.append((name, f"{v.num_params / 1e6:.2f} M", str(v.input_size), tags or "-", v.source))
     print_table(table, right=(1, 2))
     count = sum(len(v.weights) for _, v in rows)
     print(f"\n{len(rows)} networks, {count} published checkpoints")

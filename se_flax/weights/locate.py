@@ -35,6 +35,7 @@ class Source:
       labels: names of the classes; None where nothing says.
       provenance: where it came from.
       digests: SHA-256 by relative path of the files under `arrays`, where they are recorded.
+      bare: there is nothing but the arrays; how many classes they have shows in the classifier.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     labels: tuple[str, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] | None = None
+    bare: bool = False
 
 
 def locate(
@@ -157,7 +159,7 @@ def _folder(path: Path, name: str | None) -> Source:
             f"{path} holds neither {OWN} (save_pretrained) nor {hub.CONFIG} with {hub.ARRAYS[0]} (timm); "
             "for a bare Orbax checkpoint say which network it is: name=..."
         )
-    return Source(name, path, default_preprocess(name), provenance={"source": str(path)})
+    return Source(name, path, default_preprocess(name), provenance={"source": str(path)}, bare=True)
 
 
 def _own(path: Path, name: str | None) -> Source:
@@ -226,7 +228,7 @@ def _file(path: Path, name: str | None) -> Source:
     provenance = {"source": str(path)}
     keras = keras_files.network(path)
     if keras is not None and name in (None, keras):
-        return Source(keras, path, keras_files.preprocess(keras), {}, _imagenet(), provenance)
+        return Source(keras, path, keras_files.preprocess(keras), {}, _imagenet(), provenance, bare=True)
     weights: Weights | None = None
     if name is None:
         stem = path.name.partition(".safetensors")[0]
@@ -237,7 +239,7 @@ def _file(path: Path, name: str | None) -> Source:
         weights = next((w for w in get_variant(name).weights if tag.startswith(w.tag)), None)
     preprocess = default_preprocess(name, weights)
     imagenet = get_variant(name).attributes().get("num_classes", 1000) == 1000
-    return Source(name, path, preprocess, {}, _imagenet() if imagenet else None, provenance)
+    return Source(name, path, preprocess, {}, _imagenet() if imagenet else None, provenance, bare=True)
 
 
 def _imagenet() -> tuple[str, ...]:

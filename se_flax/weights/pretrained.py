@@ -23,7 +23,7 @@ from se_flax.weights import arguments as argument_json
 from se_flax.weights import keras, torch
 from se_flax.weights.files import open_arrays
 from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
-from se_flax.weights.strict import Layout, import_variables
+from se_flax.weights.strict import Layout, classes_in, import_variables
 from se_flax.zoo import create_model, get_variant
 
 NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
@@ -100,6 +100,9 @@ def load_pretrained(
     given = {**source.arguments, **attributes}
     with open_arrays(source.arrays) as arrays:
         renamed, layout = _layout(source, arrays)
+        if source.bare and "num_classes" not in given:
+            classes = classes_in(source.name, renamed, layout, given)
+            given |= {} if classes is None else {"num_classes": classes}
         variables, notes = import_variables(
             source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
         )

@@ -142,6 +142,24 @@ def import_variables(
     return flax.traverse_util.unflatten_dict(flat), tuple(notes)
 
 
+def classes_in(name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]) -> int | None:
+    """How many classes a checkpoint was trained for.
+
+    Args:
+      name: the network.
+      arrays: as for `import_variables`.
+      layout: likewise.
+      attributes: likewise.
+
+    Returns:
+      Length of the classifier's bias; None without one.
+    """
+    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
+    head = _depends_on(name, attributes, "num_classes", 999, shapes)
+    found = [np.shape(arrays[layout.key(path)]) for path in head if layout.key(path) in arrays]
+    return next((shape[0] for shape in found if len(shape) == 1), None)
+
+
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """A stem's kernel for another number of image channels, so that a grey image gives what it gave in colour.
 
