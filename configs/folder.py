@@ -1,7 +1,18 @@
 """Your own images: class folders of JPEG or PNG files.
 
 Command:   python -m train --config=configs/folder.py --config.data.source=folder:<path> --workdir=runs/mine
+           python -m train --config=configs/folder.py:finetune --config.init_from=<checkpoint>
+           --config.data.source=folder:<path> --workdir=runs/mine
 Data:      <path>/<class>/*.jpg, of which a tenth is held out, or <path>/train/<class>/ and <path>/val/<class>/
+
+The first command trains SE-ResNet-18 from scratch; `folder.py:<network>` names another network. With `init_from` a run goes
+on from published or saved weights (<checkpoint> is anything that `se_flax.load_pretrained` takes) with a new classifier;
+`folder.py:finetune` has the size, rate and length that suit it. What is left empty
+comes from the checkpoint: the network, and the mean, std and interpolation that its images had; image size and crops
+do not. A network that is named must be the checkpoint's. A resumed run reads its own checkpoints only.
+    --config.optim.train_only=head --config.optim.learning_rate=0.1    trains the classifier alone, which is far quicker
+    --config.optim.layer_decay=0.8                                      slows a block down the more, the lower it sits
+    --config.optim.freeze_batch_norm=true                               keeps the batch norms, for small batches
 
 Measured:  five kinds of flowers (3,451 photographs to train, 860 to test), SE-ResNet-20 from scratch at 48 pixels,
            2026-11-20, JAX 0.10.2, 2 cores of a 2.5 GHz Xeon shared with another training:
@@ -15,8 +26,13 @@ Measured:  five kinds of flowers (3,451 photographs to train, 860 to test), SE-R
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim
 
 
-def get_config(model: str = "seresnet18") -> Config:
-    """Settings of the run; the argument names a network."""
+def get_config(model: str = "") -> Config:
+    """Settings of the run; the argument names a network, or is `finetune`."""
+    return finetune() if model == "finetune" else scratch(model)
+
+
+def scratch(model: str) -> Config:
+    """Training from random weights."""
     return Config(
         model=Model(name=model),
         data=Data(
@@ -35,3 +51,11 @@ def get_config(model: str = "seresnet18") -> Config:
         checkpoint=Checkpoint(every_epochs=1),
         epochs=30,
     )
+
+
+def finetune() -> Config:
+    """Training from a checkpoint: its network and normalisation, a lower rate and fewer epochs."""
+    config = scratch("")
+    config.data.image_size = 224
+    config.optim.learning_rate, config.optim.warmup_epochs, config.epochs = 0.01, 1, 10
+    return config

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+import se_flax
 from train.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,9 @@ def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
         for name in a.keys() - {"images_per_second"}:
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
     assert (tmp_path / "two" / "checkpoints" / "3").is_dir()
+    two, one = (jax.tree.leaves(se_flax.load_pretrained(tmp_path / name).variables) for name in ("two", "one"))
+    for a, b in zip(two, one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_hosts_that_nobody_names_are_an_error(tmp_path):

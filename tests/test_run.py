@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import se_flax
 import train.loop
 from se_flax.errors import UserError
 from train.checkpoint import Checkpoints
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
 from train.loop import run
 from train.report import read_metrics
+from train.sources import open_data
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -88,6 +90,28 @@ def stop_after(step, monkeypatch, number=signal.SIGTERM):
         original(self, keep)
 
     monkeypatch.setattr(train.loop._Trainer, "_look_at_losses", look)
+
+
+def test_a_finished_run_is_a_checkpoint_to_load(uninterrupted):
+    """The moving average, ready for `se-flax predict`, right as often as the run says."""
+    workdir, outcome = uninterrupted
+    loaded = se_flax.load_pretrained(workdir)
+    assert loaded.name == "seresnet20" and loaded.labels == tuple("0123456789")
+    averages = {k.split("['ema']")[1]: v for k, v in arrays_of(workdir, STEPS).items() if "['ema']" in k}
+    saved = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(loaded.variables)}
+    assert averages.keys() == saved.keys()
+    for key, value in saved.items():
+        np.testing.assert_array_equal(value, averages[key], err_msg=key)
+    test = open_data(make_config().data).eval
+    images = [np.asarray(test[i]["image"]) for i in range(len(test))]
+    logits = jax.jit(loaded.model.apply)(loaded.variables, loaded.preprocess(images))
+    right = int((np.asarray(logits).argmax(-1) == [test[i]["label"] for i in range(len(test))]).sum())
+    assert (len(test), right) == (360, outcome.result.top1)
+    assert loaded.provenance["evaluation"] == {
+        "count": 360,
+        "top1_count": right,
+        "top5_count": outcome.result.top5,
+    }
 
 
 @pytest.mark.parametrize(("step", "number"), [(3, signal.SIGTERM), (7, signal.SIGINT)])

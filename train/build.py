@@ -44,6 +44,48 @@ ATTENTIONS: dict[str, Callable[[Attention, str | None], Any]] = {
 }
 
 
+def _axis(config: Config) -> str | None:
+    """The axis over which batch norms average their statistics."""
+    scope = config.parallel.batch_norm
+    if scope not in BATCH_NORMS:
+        raise UserError(f"unknown parallel.batch_norm {scope!r}; {closest(scope, BATCH_NORMS)}")
+    return BATCH_NORMS[scope]
+
+
+def attention_attributes(config: Config) -> dict[str, Any]:
+    """The network's attributes that `model.attention` sets; the others keep what the architecture's name says.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      Keywords of `se_flax.create_model`.
+
+    Raises:
+      UserError: unknown attention or batch-norm scope.
+    """
+    attention = config.model.attention
+    attributes: dict[str, Any] = {}
+    if attention.kind != "default":
+        if attention.kind not in ATTENTIONS:
+            raise UserError(
+                f"unknown model.attention.kind {attention.kind!r}; {closest(attention.kind, ['default', *ATTENTIONS])}"
+            )
+        attributes["attention"] = ATTENTIONS[attention.kind](attention, _axis(config))
+    if attention.stages:
+        attributes["stages"] = attention.stages
+    if attention.placement != "standard":
+        attributes["placement"] = attention.placement
+    return attributes
+
+
+def _norm(name: str, axis: str | None) -> Any:
+    """The network's own norm; a batch norm is told over which replicas its statistics go."""
+    norm = se_flax.create_model(name).norm
+    kind: Any = norm.func if isinstance(norm, partial) else norm
+    return partial(norm, axis_name=axis) if issubclass(kind, se_flax.BatchNorm) else norm
+
+
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Builds the network of a run.
 
@@ -57,27 +99,15 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     Raises:
       UserError: unknown model, attention, gate, squeeze, placement, stage, precision or batch-norm scope.
     """
-    settings, attention = config.model, config.model.attention
+    settings = config.model
     if config.precision not in PRECISIONS:
         raise UserError(f"unknown precision {config.precision!r}; {closest(config.precision, PRECISIONS)}")
-    scope = config.parallel.batch_norm
-    if scope not in BATCH_NORMS:
-        raise UserError(f"unknown parallel.batch_norm {scope!r}; {closest(scope, BATCH_NORMS)}")
-    attributes: dict[str, Any] = {
-        "num_classes": num_classes,
-        "norm": partial(se_flax.BatchNorm, axis_name=BATCH_NORMS[scope]),
-        "dtype": PRECISIONS[config.precision],
-        "drop_rate": settings.drop_rate,
-        "drop_path_rate": settings.drop_path_rate,
-    }
-    if attention.kind != "default":
-        if attention.kind not in ATTENTIONS:
-            raise UserError(
-                f"unknown model.attention.kind {attention.kind!r}; {closest(attention.kind, ['default', *ATTENTIONS])}"
-            )
-        attributes["attention"] = ATTENTIONS[attention.kind](attention, BATCH_NORMS[scope])
-    if attention.stages:
-        attributes["stages"] = attention.stages
-    if attention.placement != "standard":
-        attributes["placement"] = attention.placement
-    return se_flax.create_model(settings.name, **attributes)
+    return se_flax.create_model(
+        settings.name,
+        num_classes=num_classes,
+        norm=_norm(settings.name, _axis(config)),
+        dtype=PRECISIONS[config.precision],
+        drop_rate=settings.drop_rate,
+        drop_path_rate=settings.drop_path_rate,
+        **attention_attributes(config),
+    )

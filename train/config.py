@@ -12,6 +12,8 @@ from se_flax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATION = "bilinear"
+NETWORK = "seresnet18"
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Attention:
 class Model:
     """The network."""
 
-    name: str = "seresnet20"
+    name: str = ""  # empty: the network of init_from, or seresnet18
     num_classes: int = 0  # 0: as many as the data has
     drop_rate: float = 0.0  # dropout before the classifier
     drop_path_rate: float = 0.0  # stochastic depth of the last block; earlier blocks proportionally less
@@ -57,12 +59,12 @@ class Data:
     eval_crop_fraction: float = (
         1.0  # centre crop of image_size out of a short side image_size / fraction; 1: plain resize
     )
-    interpolation: str = "bilinear"  # bilinear | bicubic
+    interpolation: str = ""  # bilinear | bicubic; empty: that of init_from, or bilinear
     batch_size: int = 128  # global: over all devices and hosts
     eval_batch_size: int = 0  # 0: batch_size
     workers: int = 0  # processes that decode; 0: in this process, with threads
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = ()  # of images in [0, 1], red, green, blue; empty: that of init_from, or ImageNet's
+    std: tuple[float, ...] = ()  # likewise
 
 
 @dataclass
@@ -107,6 +109,10 @@ class Optim:
     accumulate: int = 1  # micro-batches per update
     ema_decay: float = 0.0  # moving average of parameters and batch statistics; 0: off
     label_smoothing: float = 0.0
+    train_only: str = ""  # head: the classifier alone, on a backbone in evaluation mode; empty: every parameter
+    freeze_batch_norm: bool = False  # keep statistics, scale and bias of the batch norms
+    layer_decay: float = 1.0  # rate of a layer = learning_rate * layer_decay ** (blocks above it, the head's included)
+    backbone_multiplier: float = 1.0  # times the rate of everything below the head
 
 
 @dataclass
@@ -139,6 +145,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    init_from: str = ""  # weights a new run starts from: what se_flax.load_pretrained takes; empty: random ones
     epochs: float = 10.0
     steps: int = 0  # overrides epochs when > 0
     eval_every_epochs: float = 1.0
@@ -190,6 +197,8 @@ def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
       UserError: they differ in more than `RESUMABLE`.
     """
     now = flatten(config)
+    # A setting that came after the checkpoint has a default that changes nothing.
+    saved = {**flatten(Config()), **saved}
     changed = [
         f"{key}={saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())

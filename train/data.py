@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from se_flax.errors import UserError
-from train.config import Data
+from train.config import INTERPOLATION, Data
 from train.images import UnreadableImage, eval_image, train_image
 from train.sources import DataSplits, Source, open_data
 
@@ -344,7 +344,7 @@ class _PrepareTrain:
                     crop=data.train_crop,
                     scale=data.crop_scale,
                     ratio=data.crop_ratio,
-                    interpolation=data.interpolation,
+                    interpolation=data.interpolation or INTERPOLATION,
                 )
             except UnreadableImage as error:
                 _forgive(error, self.source, at, data)
@@ -370,7 +370,7 @@ class _PrepareEval:
         if index < len(self.source):
             try:
                 example = _read(self.source, index)
-                fraction, interpolation = self.data.eval_crop_fraction, self.data.interpolation
+                fraction, interpolation = self.data.eval_crop_fraction, self.data.interpolation or INTERPOLATION
                 image = eval_image(example["image"], size=size, crop_fraction=fraction, interpolation=interpolation)
                 label, good = example["label"], True
             except UnreadableImage as error:

@@ -16,16 +16,18 @@ import jax
 import numpy as np
 
 from se_flax.errors import UserError
-from train import optim
-from train.build import build_model
-from train.checkpoint import Checkpoints, Restored
+from train import finetune
+from train.checkpoint import Checkpoints
 from train.config import Config, check_same_run, flatten
 from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
 from train.evaluate import Result, evaluate, padded_size
+from train.layers import Frozen, split, trace
 from train.parallel import Replicas, make_replicas
+from train.program import make_program
 from train.report import Report
+from train.save_model import MODEL, save_model
 from train.sources import open_data
-from train.step import TrainState, init_state, make_eval_step, make_train_step
+from train.step import TrainState
 from train.validate import check_batch, check_classes, check_settings_of_run
 
 # Losses are looked at this many steps late, so that the host does not wait for a step it has only just started.
@@ -98,31 +100,24 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     replicas = make_replicas(config.parallel.backend, config.parallel.devices)
     check_batch(config, replicas)
 
-    per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
-    total = config.steps or max(1, round(config.epochs * per_epoch))
-    model = build_model(config, num_classes)
-    rate = optim.schedule(config.optim, per_epoch, total)
-    optimizer = optim.make_optimizer(config.optim, rate)
-    pixels = {"mean": config.data.mean, "std": config.data.std}
-    train_step = make_train_step(
-        model,
-        optimizer,
-        rate,
-        **pixels,
-        settings=config.augment,
-        num_classes=num_classes,
-        label_smoothing=config.optim.label_smoothing,
-        ema_decay=config.optim.ema_decay,
-        accumulate=config.optim.accumulate,
-    )
-
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
     saved = checkpoints.newest_run()
+    # A run that is continued has its weights in the checkpoint: what it once started from need not be there any more.
+    loaded = finetune.load(config, num_classes) if config.init_from and saved is None else None
+    config = finetune.complete(config, saved["config"] if saved else None, loaded)
     if saved is not None:
         check_same_run(saved["config"], config, str(workdir))
-    state = replicas.replicate(
-        init_state(model, optimizer, config.data.image_size, config.seed, ema=config.optim.ema_decay > 0)
-    )
+
+    per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
+    total = config.steps or max(1, round(config.epochs * per_epoch))
+    program = make_program(config, num_classes, per_epoch, total)
+    variables = None
+    if saved is not None:  # `restore` fills them in, so nothing need be drawn
+        variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trace(program.model, config.data.image_size))
+    elif loaded is not None:
+        finetune.check_fit(config, program.model, loaded)
+        variables = finetune.as_arrays(loaded.variables)
+    state = replicas.replicate(program.init(variables=variables))
     bad = BadImages(splits)
     loader = train_loader(splits, config.data, seed=config.seed, bad=bad)
     restored = checkpoints.restore(state)
@@ -147,8 +142,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         per_epoch=per_epoch,
         loader=loader,
         batches_for_evaluation=batches_for_evaluation,
-        train_step=replicas.spread(train_step, donate=True),
-        eval_step=replicas.spread(make_eval_step(model, **pixels)),
+        train_step=replicas.spread(program.train_step, donate=True),
+        eval_step=replicas.spread(program.eval_step),
         replicas=replicas,
         checkpoints=checkpoints,
         report=report,
@@ -156,12 +151,23 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         run_info={"config": flatten(config), "class_names": list(splits.class_names)},
     )
     try:
-        for line in _introduction(config, state, replicas, len(splits.train), len(splits.eval), total, restored):
+        for line in _introduction(config, state, replicas, len(splits.train), len(splits.eval), total, program.frozen):
             report.say(line)
+        if restored is not None:
+            for text in restored.skipped:
+                report.say(f"warning: {text}; an older one is used")
+            report.say(f"resuming from step {restored.step:,}")
+        elif loaded is not None:
+            for line in finetune.describe(config, loaded):
+                report.say(line)
         if primary:
             (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
         completed = trainer.train()
         checkpoints.close()
+        if completed and primary:
+            save_model(
+                workdir / MODEL, config, trainer.state.variables(), splits.class_names, trainer.result, trainer.step
+            )
     finally:
         loader.close()
         report.close()
@@ -177,7 +183,7 @@ def _introduction(
     train_size: int,
     eval_size: int,
     total: int,
-    restored: Restored | None,
+    frozen: Frozen,
 ) -> Iterator[str]:
     """What a person wants to know before the bar starts moving."""
     params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -187,9 +193,9 @@ def _introduction(
         f"{total:,} steps of {config.data.batch_size} images on {replicas.count} x {kind} "
         f"({replicas.backend}, {config.precision})"
     )
-    if restored is not None:
-        yield from (f"warning: {text}; an older one is used" for text in restored.skipped)
-        yield f"resuming from step {restored.step:,}"
+    if frozen.params:
+        trained = sum(x.size for x in jax.tree.leaves(split(state.params, frozen.params)[0]))
+        yield f"training {trained:,} of the {params:,} parameters"
 
 
 @dataclasses.dataclass

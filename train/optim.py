@@ -15,6 +15,7 @@ import optax
 
 from se_flax.errors import UserError, closest
 from train.config import Optim
+from train.layers import layer_factors, scale_parts
 
 PyTree: TypeAlias = Any
 
@@ -59,6 +60,8 @@ _LIMITS = {
     ),
     "ema_decay": _below_one("0.9999 is usual, 0 turns the average off"),
     "label_smoothing": _below_one("0.1 is usual, 0 turns it off"),
+    "layer_decay": _Limit(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.8 is usual, 1 gives all layers one rate"),
+    "backbone_multiplier": _positive("0.1 is usual, 1 turns it off; optim.train_only='head' stops the backbone"),
 }
 
 
@@ -83,6 +86,16 @@ def check(settings: Optim) -> None:
         if not limit.holds(value):  # NaN holds nothing
             raise UserError(f"optim.{field} is {value}; it must be {limit.allowed} ({limit.remedy})")
     _check_boundaries(settings.schedule, tuple(settings.boundaries))
+    if settings.train_only not in ("", "head"):
+        raise UserError(
+            f"optim.train_only is {settings.train_only!r}; it must be 'head', or empty to train every parameter"
+        )
+    slowed = [name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1]
+    if settings.train_only and slowed:
+        raise UserError(
+            f"optim.train_only is 'head' and optim.{slowed[0]} is {getattr(settings, slowed[0])}, which slows down "
+            "layers that do not move at all; leave one of the two out"
+        )
 
 
 def _check_boundaries(schedule_name: str, boundaries: tuple[float, ...]) -> None:
@@ -324,7 +337,9 @@ OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTran
 }
 
 
-def make_optimizer(settings: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Optim, schedule: optax.Schedule, depths: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
     """The optimizer that the settings name, with clipping before it and weight decay inside it.
 
     - `sgd`: momentum or Nesterov's, as in PyTorch. Weight decay is added to the gradient before the momentum.
@@ -339,11 +354,14 @@ def make_optimizer(settings: Optim, schedule: optax.Schedule) -> optax.GradientT
       a grouped convolution is orthogonalised as one matrix: its shape does not tell the groups.
 
     Weight decay reaches the leaves that `kernels` marks, or every parameter with `decay_norm_and_bias`. The global norm
-    is clipped first of all, on the gradient as it comes.
+    is clipped first of all, on the gradient as it comes. `layer_factors` multiply the updates last of all, which is to
+    give every part a rate of its own: the rate multiplies all of an update in each of the five.
 
     Args:
       settings: the run's `optim` section.
       schedule: learning rate by number of updates, from `schedule`.
+      depths: by name of the network's part, from `train.layers.layer_depths`; only `layer_decay` and
+        `backbone_multiplier` need them.
 
     Returns:
       A transformation whose `update` needs the parameters as its third argument.
@@ -354,7 +372,11 @@ def make_optimizer(settings: Optim, schedule: optax.Schedule) -> optax.GradientT
     check(settings)
     optimizer = OPTIMIZERS[settings.name](settings, schedule, _all if settings.decay_norm_and_bias else kernels)
     if settings.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    if settings.layer_decay != 1 or settings.backbone_multiplier != 1:
+        if depths is None:
+            raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parts")
+        optimizer = optax.chain(optimizer, scale_parts(layer_factors(settings, depths)))
     return optimizer
 
 

@@ -4,7 +4,7 @@ The state is one copy, replicated; batches are split along their first axis. Mor
 (`jax.distributed.initialize`): each host feeds its part of the batch, and nothing here changes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,16 +87,40 @@ class Replicas:
         sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
+    def replicated_shapes(self, tree: PyTree) -> PyTree:
+        """What `replicate` would give, as `jax.ShapeDtypeStruct`: enough to compile a step, and nothing is allocated.
+
+        Args:
+          tree: arrays or shapes.
+        """
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def sharded_shapes(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `shard` would give on one host, as `jax.ShapeDtypeStruct`.
+
+        Args:
+          batch: shapes [N, ...] of the whole batch; N is a multiple of the number of devices.
+        """
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+
+        def shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+            stacked = (self.count, x.shape[0] // self.count, *x.shape[1:])
+            return stacked if self.backend == "pmap" else x.shape
+
+        return {k: jax.ShapeDtypeStruct(shape(x), x.dtype, sharding=sharding) for k, x in batch.items()}
+
 
 BACKENDS = ("shard_map", "pmap")
 
 
-def make_replicas(backend: str, devices: int) -> Replicas:
+def make_replicas(backend: str, devices: int, there: Sequence[jax.Device] | None = None) -> Replicas:
     """Chooses the devices of a run.
 
     Args:
       backend: `shard_map` or `pmap`.
-      devices: how many; 0 for all that JAX sees.
+      devices: how many; 0 for all that there are.
+      there: the devices to choose from, such as those of a topology; None for those that JAX sees.
 
     Returns:
       The replicas.
@@ -106,10 +130,11 @@ def make_replicas(backend: str, devices: int) -> Replicas:
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown parallel.backend {backend!r}; {closest(backend, BACKENDS)}")
-    there = jax.devices()
+    seen = "JAX sees" if there is None else "the topology has"
+    there = tuple(jax.devices() if there is None else there)
     if not 0 <= devices <= len(there):
         raise UserError(
-            f"got parallel.devices={devices}, but JAX sees {len(there)} {there[0].platform} device(s); "
+            f"got parallel.devices={devices}, but {seen} {len(there)} {there[0].platform} device(s); "
             f"give 1 to {len(there)}, or 0 for all"
         )
-    return Replicas(tuple(there[: devices or None]), backend)
+    return Replicas(there[: devices or None], backend)

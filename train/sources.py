@@ -91,6 +91,8 @@ def check_settings(data: Data) -> None:
     choices = {"train_crop": TRAIN_CROPS, "interpolation": tuple(INTERPOLATIONS), "bad_images": ("error", "skip")}
     for name, allowed in choices.items():
         value = getattr(data, name)
+        if name == "interpolation" and not value:  # left to `init_from`
+            continue
         if value not in allowed:
             raise UserError(f"data.{name}={value!r} is not known; {closest(str(value), allowed)}.")
     ranges = {

@@ -17,6 +17,7 @@ import optax
 
 from train.augment import augment, example_keys, mix
 from train.config import Augment
+from train.layers import NOTHING, Frozen, Path, evaluation_mode, merge, split
 from train.losses import cross_entropy, topk_correct
 from train.optim import ema_update
 
@@ -52,7 +53,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_size: int, seed: int, *, ema: bool
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    seed: int,
+    *,
+    ema: bool,
+    frozen: frozenset[Path] = NOTHING.params,
+    variables: Mapping[str, PyTree] | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -62,6 +70,8 @@ def init_state(
       image_size: side of the training images.
       seed: of parameters and of all later randomness.
       ema: whether to keep a moving average.
+      frozen: paths of parameters that the optimizer has no part in.
+      variables: float32 `{"params", "batch_stats"}` to start from; None draws them.
 
     Returns:
       The state, on the default device.
@@ -69,19 +79,21 @@ def init_state(
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def build() -> TrainState:
-        variables = model.init(init_key, jnp.zeros((1, image_size, image_size, 3)))
-        params, stats = variables["params"], variables.get("batch_stats", {})
+    def build(given: Mapping[str, PyTree] | None) -> TrainState:
+        if given is None:
+            given = model.init(init_key, jnp.zeros((1, image_size, image_size, 3)))
+        params, stats = given["params"], given.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=stats,
-            opt_state=optimizer.init(params),
-            ema={"params": params, "batch_stats": stats} if ema else None,
+            opt_state=optimizer.init(split(params, frozen)[0]),
+            # Copied: the step gives its state's memory away, and may not give one array away twice.
+            ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats}) if ema else None,
             key=jax.random.key_data(run_key),
         )
 
-    return build()
+    return build(variables)
 
 
 def make_train_step(
@@ -89,13 +101,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     settings: Augment,
     num_classes: int,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
+    frozen: Frozen = NOTHING,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds the step of one replica.
 
@@ -110,54 +123,63 @@ def make_train_step(
       label_smoothing: share of the target spread over all classes.
       ema_decay: of the moving average; 0 for none.
       accumulate: micro-batches whose gradients make one update; each has its own batch statistics, in turn.
+      frozen: parameters that keep their values, to the bit, and modules that run in evaluation mode. With any of
+        these, no statistics are recorded.
 
     Returns:
       `step(state, batch)` for a batch `{"image": uint8 [n, S, S, 3], "label": int32 [n]}` of this replica, giving the
       next state and the metrics `loss`, `accuracy` (share of top-1 on the augmented images, mixed ones by the
-      label that weighs more), `grad_norm`, `learning_rate`: float32 scalars, equal on all replicas.
+      label that weighs more), `grad_norm` (of what is trained), `learning_rate` (the head's): float32 scalars, equal
+      on all replicas.
     """
     mean_, std_ = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
-    def loss_of(params: PyTree, stats: PyTree, part: Batch, key: Array) -> tuple[Array, tuple[PyTree, Array]]:
+    def loss_of(
+        trained: PyTree, kept: PyTree, stats: PyTree, part: Batch, key: Array
+    ) -> tuple[Array, tuple[PyTree, Array]]:
         keys = example_keys(key, part["index"])
         images = augment(part["image"].astype(jnp.float32) / 255.0, keys, settings, mean)
         targets = jax.nn.one_hot(part["label"], num_classes)
         images, targets = mix(images, targets, keys, settings.mixup, settings.cutmix)
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, part["index"][0]), 1)
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": stats},
-            (images - mean_) / std_,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
+        with evaluation_mode(frozen.modules):
+            logits, updated = model.apply(
+                {"params": merge(trained, kept), "batch_stats": stats},
+                (images - mean_) / std_,
+                train=True,
+                mutable=[] if frozen.modules else ["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
         loss = jnp.mean(cross_entropy(logits, targets, label_smoothing))
         # Of a mixed image, the label that weighs more is the right answer.
         correct = jnp.mean(topk_correct(logits, jnp.argmax(targets, axis=-1), 1).astype(jnp.float32))
-        return loss, (updated.get("batch_stats", {}), correct)
+        return loss, (updated.get("batch_stats", stats), correct)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         count = batch["label"].shape[0]
         index = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
         gradient = jax.value_and_grad(loss_of, has_aux=True)
+        trained, kept = split(state.params, frozen.params)
         parts = jax.tree.map(
             lambda x: x.reshape(accumulate, count // accumulate, *x.shape[1:]),
             {"image": batch["image"], "label": batch["label"], "index": index},
         )
 
         def one_part(stats: PyTree, part: Batch) -> tuple[PyTree, tuple[Array, Array, PyTree]]:
-            (loss, (stats, correct)), grads = gradient(state.params, stats, part, key)
+            (loss, (stats, correct)), grads = gradient(trained, kept, stats, part, key)
             return stats, (loss, correct, grads)
 
         if accumulate == 1:
             stats, (loss, correct, grads) = one_part(state.batch_stats, jax.tree.map(lambda x: x[0], parts))
         else:
             stats, (loss, correct, grads) = _mean_scan(one_part, state.batch_stats, parts, accumulate)
-        loss, correct, grads, stats = jax.lax.pmean((loss, correct, grads, stats), AXIS)
+        loss, correct, grads = jax.lax.pmean((loss, correct, grads), AXIS)
+        if not frozen.modules:  # the mean of equal values may differ from them in the last bit
+            stats = jax.lax.pmean(stats, AXIS)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = merge(optax.apply_updates(trained, updates), kept)
         ema = state.ema
         if ema is not None:
             ema = ema_update(ema, {"params": params, "batch_stats": stats}, ema_decay, state.step)
@@ -188,7 +210,7 @@ def _mean_scan(part_step: Callable[..., Any], stats: PyTree, parts: Batch, count
 
 
 def make_eval_step(
-    model: nn.Module, *, mean: tuple[float, float, float], std: tuple[float, float, float]
+    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
     """Builds the evaluation of one batch.
 

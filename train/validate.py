@@ -1,14 +1,13 @@
 """Checks a whole configuration before anything is read or compiled."""
 
+import dataclasses
 import math
-
-import jax
-import jax.numpy as jnp
 
 from se_flax.errors import UserError
 from train import augment, optim
 from train.build import build_model
-from train.config import Config
+from train.config import NETWORK, Config
+from train.layers import trace
 from train.parallel import Replicas
 from train.sources import check_settings
 
@@ -46,7 +45,7 @@ def check_settings_of_run(config: Config) -> None:
         if value < 0:
             raise UserError(f"got {name}={value}; it must not be negative")
     for name, pixel in {"mean": config.data.mean, "std": config.data.std}.items():
-        if len(pixel) != 3 or (name == "std" and min(pixel) <= 0):
+        if pixel and (len(pixel) != 3 or (name == "std" and min(pixel) <= 0)):
             raise UserError(f"got data.{name}={pixel}; three numbers (red, green, blue) are expected, std positive")
     for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
         if not 0.0 <= value < 1.0:
@@ -54,10 +53,22 @@ def check_settings_of_run(config: Config) -> None:
     optim.check(config.optim)
     augment.check(config.augment, config.data.image_size)
     check_settings(config.data)
-    model = build_model(config, max(config.model.num_classes, 1))
-    size = config.data.image_size
-    # Tracing asks every module whether its attributes make sense, and takes no more than a second.
-    jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    _check_frozen(config)
+    network = config.model.name or ("" if config.init_from else NETWORK)
+    if network:
+        # Tracing asks every module whether its attributes make sense, and takes no more than a second.
+        named = dataclasses.replace(config, model=dataclasses.replace(config.model, name=network))
+        trace(build_model(named, max(config.model.num_classes, 1)), config.data.image_size)
+
+
+def _check_frozen(config: Config) -> None:
+    frozen = {"train_only": bool(config.optim.train_only), "freeze_batch_norm": config.optim.freeze_batch_norm}
+    for name, given in frozen.items():
+        if given and not config.init_from:
+            raise UserError(
+                f"got optim.{name}={getattr(config.optim, name)!r} without init_from, which would freeze random "
+                "weights; name a checkpoint to start from, or train everything"
+            )
 
 
 def check_classes(config: Config, class_names: tuple[str, ...], source: str) -> int:

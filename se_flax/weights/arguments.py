@@ -57,7 +57,7 @@ def to_json(value: Any) -> Any:
         return {"class": name, "arguments": {}}
     try:
         name = jnp.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError):  # whatever NumPy makes of a foreign object
         name = ""
     if name in DTYPES:
         return {"dtype": name}

@@ -251,7 +251,11 @@ def _check_variables(loaded: Pretrained, host: Mapping[str, Any]) -> None:
 def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp  # slow to import; loading a file of timm's does not need it
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    # One host writes what it holds; without this Orbax would wait for the other hosts of a run to save as well.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="save")
+    options = alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
+    with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
         checkpointer.save(path.absolute(), host)
 
 
