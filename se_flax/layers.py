@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.convolution import convolve
 from se_flax.errors import UserError
 
 Array = jax.Array
@@ -58,14 +59,13 @@ class Conv(nn.Module):
         if padding == "symmetric":
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
         dtype = self.dtype or x.dtype
-        y = jax.lax.conv_general_dilated(
+        y = convolve(
             x.astype(dtype),
             kernel.astype(dtype),
-            window_strides=(self.strides, self.strides),
-            padding=padding,
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
+            (self.strides, self.strides),
+            padding,
+            (self.dilation, self.dilation),
+            self.groups,
         )
         return y if bias is None else y + bias.astype(dtype)
 

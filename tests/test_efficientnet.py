@@ -20,20 +20,6 @@ from se_flax.weights.strict import variable_shapes
 from se_flax.weights.torch import torch_key
 
 NAMES = sorted({**efficientnet.VARIANTS, **mnasnet.VARIANTS})
-# One of each kind of block, norm, padding and attention; `python -m benchmarks.parity --all` measures every fixture.
-NUMBERS = [
-    "test_efficientnet",
-    "test_efficientnet_evos",
-    "test_efficientnet_gn",
-    "efficientnet_b0",
-    "efficientnet_x_b3",
-    "semnasnet_050",
-    "tf_efficientnet_cc_b0_4e",
-    "tf_efficientnetv2_b0",
-    "tf_mixnet_s",
-    "tinynet_e",
-]
-STEPS = ["test_efficientnet", "test_efficientnet_evos"]
 TINY = partial(
     EfficientNet,
     layout=(
@@ -72,22 +58,6 @@ def shapes_of(model, size=32):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_shapes_and_count_are_timms(name):
     compare.check_layout(name)
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_logits_and_features_are_timms(name):
-    compare.check_evaluation(name, compare.check_names_and_count(name), whole=True)
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_a_training_step_is_timms(name):
-    compare.check_training_step(name)
-
-
-def test_gradients_in_double_precision_are_timms(monkeypatch):
-    # float32 puts a few units on the other side of a ReLU, in PyTorch as in JAX: timm's own float32 gradients are off
-    # by 1.2e-2 here, ours by 4.5e-2. In float64 both are the same to twelve digits.
-    compare.check_double_gradients("semnasnet_050", 1e-9, monkeypatch)
 
 
 def test_every_published_checkpoint_is_known():

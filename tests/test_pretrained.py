@@ -1,19 +1,24 @@
 """Checkpoints by name, folder and file: what comes back is what was saved, and nothing else is believed."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import shutil
+import tarfile
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import real_data
 import safetensors.numpy
 
 import se_flax
 from se_flax import ECA, Preprocess, SqueezeExcite, UserError, load_pretrained, save_pretrained
+from se_flax.cli.images import accuracy
+from se_flax.cli.labelled import labelled_images
 from se_flax.labels import imagenet_labels
 from se_flax.weights import locate
 
@@ -357,3 +362,28 @@ def test_a_bare_file_says_its_classes_by_its_classifier(tmp_path):
     loaded = load_pretrained(tmp_path / "seresnet20.npz")
     assert loaded.model.num_classes == 4 and loaded.arguments == {"num_classes": 4}
     assert_same_bits(loaded.variables, few)
+
+
+@pytest.mark.parametrize(
+    ("reference", "change"),
+    [
+        ("resize256_bicubic_crop224", {}),
+        ("resize256_bilinear_crop224", {"interpolation": "bilinear"}),
+        ("resize224_bilinear", {"interpolation": "bilinear", "crop": 1.0, "crop_mode": "squash"}),
+    ],
+)
+def test_real_weights_on_real_photographs(reference, change, tmp_path):
+    """Right answers on 300 photographs, within one of an independent implementation with the same weights."""
+    weights, photos = "efficientnetv2_b0_imagenet_keras.npz", "imagenet-sample-300.tar"
+    logits = "efficientnetv2_b0_imagenet_keras-reference-logits-300.npz"
+    folder = real_data.folder(weights, photos, logits)
+    if folder is None:
+        pytest.skip(real_data.REASON)
+    with tarfile.open(folder / photos) as archive:
+        archive.extractall(tmp_path, filter="data")
+    theirs = np.load(folder / logits)
+    right = int((theirs[reference].argmax(1) == theirs["index"]).sum())
+    loaded = load_pretrained(folder / weights)
+    loaded = dataclasses.replace(loaded, preprocess=dataclasses.replace(loaded.preprocess, **change))
+    found = accuracy(loaded, labelled_images(tmp_path, loaded.labels, 1000), batch_size=50)
+    assert found.count == 300 and abs(found.top1 - right) <= 1

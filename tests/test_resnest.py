@@ -22,11 +22,6 @@ def test_layout_of_timm(name):
     compare.check_layout(name)
 
 
-@pytest.mark.parametrize("name", ["resnest26d"])
-def test_numbers_of_timm(name):
-    compare.check_evaluation(name, compare.check_names_and_count(name))
-
-
 @pytest.mark.parametrize(
     ("radix", "groups", "width", "kernel", "hidden"),
     [(2, 1, 64, (3, 3, 32, 128), 32), (2, 1, 256, (3, 3, 128, 512), 128), (4, 2, 80, (3, 3, 10, 320), 80)],

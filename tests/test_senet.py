@@ -18,11 +18,6 @@ def test_layout_of_timm(name):
     compare.check_layout(name)
 
 
-@pytest.mark.parametrize("name", ["legacy_seresnet18", "legacy_seresnext26_32x4d"])
-def test_numbers_of_timm(name):
-    compare.check_evaluation(name, compare.check_names_and_count(name))
-
-
 def test_only_the_resnets_stride_in_their_first_1x1():
     """ResNeXts and SENet-154 keep the stride in the grouped 3x3, as their prototxts do."""
     strides_first = {name: variant.attributes().get("stride_first", False) for name, variant in senet.VARIANTS.items()}

@@ -4,6 +4,7 @@ Howard et al. 2019 (MobileNetV3), Dai et al. 2021 (FBNetV3), Nayman et al. 2021 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from se_flax.blocks_mobile import fan_out_init
 from se_flax.functional import hard_swish, round_to_multiple
 from se_flax.layers import Conv, he_normal_fan_out
 from se_flax.mobile_layout import Blocks, Layout, inverted, plain, scale_depth, scale_width, separable
-from se_flax.variant import Variant
+from se_flax.variant import Variant, Weights
 
 Array = jax.Array
 RELU = jax.nn.relu
@@ -90,6 +91,17 @@ def mobilenetv3(layout: Layout, width: float = 1.0, depth: float = 1.0, head: in
 
 
 small = partial(mobilenetv3, SMALL, head=1024)
+
+
+def minimalistic(layout: Layout, head: int) -> Any:
+    """The authors' variant without attention, 5x5 kernels and hard swish, for hardware that is slow at those."""
+
+    def smaller(row: Blocks) -> Blocks:
+        assert isinstance(row.block, partial)
+        return replace(row, block=partial(row.block, kernel=min(row.block.keywords["kernel"], 3)), act=None)
+
+    stages = tuple(tuple(smaller(row) for row in stage) for stage in layout)
+    return mobilenetv3(stages, head=head, attention=None, act=RELU, **TF)
 
 
 def _fbnet(*rows: tuple[tuple[int, int, int, float, int], ...], first: Blocks, last: int) -> Layout:
@@ -219,8 +231,16 @@ def lcnet(width: float) -> Any:
     return partial(MobileNetV3, layout=scale_width(LCNET, width), stem=stem, attention=SE_EXACT)
 
 
+def _minimal_weights(size: str) -> tuple[Weights]:
+    """Not in `data/checkpoints.json`, which lists networks with attention."""
+    half = (0.5, 0.5, 0.5)
+    hub_id = f"timm/tf_mobilenetv3_{size}_minimal_100.in1k"
+    return (Weights("in1k", hub_id, mean=half, std=half, interpolation="bilinear"),)
+
+
 _V3 = "Howard et al. 2019, tables 1 and 2; timm's padding and epsilon"
 _TF = "Howard et al. 2019, tables 1 and 2; TensorFlow's padding and epsilon"
+_MINIMAL = "released code of Howard et al. 2019; TensorFlow's padding and epsilon"
 _FB = "Dai et al. 2021, released code; timm"
 _HARD = "Nayman et al. 2021, released code; timm"
 _LC = "Cui et al. 2021, table 1; timm"
@@ -236,6 +256,12 @@ VARIANTS: dict[str, Variant] = {
     "tf_mobilenetv3_large_100": Variant(mobilenetv3(LARGE, **TF), 5_483_032, 224, _TF),
     "tf_mobilenetv3_small_075": Variant(small(0.75, **TF), 2_041_872, 224, _TF),
     "tf_mobilenetv3_small_100": Variant(small(**TF), 2_542_856, 224, _TF),
+    "tf_mobilenetv3_large_minimal_100": Variant(
+        minimalistic(LARGE, 1280), 3_924_288, 224, _MINIMAL, _minimal_weights("large")
+    ),
+    "tf_mobilenetv3_small_minimal_100": Variant(
+        minimalistic(SMALL, 1024), 2_044_736, 224, _MINIMAL, _minimal_weights("small")
+    ),
     "mobilenetv3_rw": Variant(
         mobilenetv3(RW, attention=SE_BY_STAGE, head_bias=False, norm=TF["norm"]), 5_479_918, 224, "timm"
     ),

@@ -130,7 +130,7 @@ def import_variables(
             value = adapt_channels(value, shapes[path].shape[-2])
         flat[path] = jnp.asarray(value, shapes[path].dtype)
     notes = []
-    if head - fits:
+    if redrawn or any(layout.key(path) in given for path in head - fits):
         flat.update(_draw(model, size, redrawn) if redrawn else {})
         biases = [given[key] for key in map(layout.key, head) if len(given.get(key, ())) == 1]
         before = f"{biases[0][0]:,} classes" if biases else "none"

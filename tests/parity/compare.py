@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gzip
-import itertools
 import json
 import math
 from pathlib import Path
@@ -65,16 +64,23 @@ def check_layout(name):
     assert count == reference["num_params"] == se_flax.get_variant(name).num_params
 
 
-def check_evaluation(name, variables, tolerance=1e-4, whole=False):
-    """Logits and sampled stage features within `tolerance` of the reference's largest value.
+def compiled(function, *arguments):
+    """Calls a function compiled without the optimisations that take long and win nothing for a single call.
 
-    The network runs operation by operation: equal operations of deep networks and of their relatives compile once.
-    `whole` compiles it in one piece instead, faster where few operations are equal (mobile networks).
+    In float64 they do win: XLA has its own, slow loops for such convolutions.
     """
+    double = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(arguments))
+    options = {} if double else {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
+
+
+def check_evaluation(name, variables, tolerance=1e-4):
+    """Logits and sampled stage features within `tolerance` of the reference's largest value."""
     reference = fixture(name)
     images = nhwc(reference["input_shape"])
-    apply = functools.partial(se_flax.create_model(name).apply, return_features=True)
-    logits, maps = (jax.jit(apply) if whole else apply)(variables, images)
+    logits, maps = compiled(
+        functools.partial(se_flax.create_model(name).apply, return_features=True), variables, images
+    )
     expected = np.asarray(reference["logits"])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert len(maps) == len(reference["features"])
@@ -88,14 +94,13 @@ def check_evaluation(name, variables, tolerance=1e-4, whole=False):
         np.testing.assert_allclose(x.std(ddof=1), feature["std"], rtol=tolerance)
 
 
-def train_step(name, variables, dtype, act=None):
+def train_step(name, variables, dtype):
     """Loss, gradients and new batch statistics of the fixture's step, computed in `dtype`.
 
     Args:
       name: the network.
       variables: float32 variables.
       dtype: float32 or float64 (with `double_precision` around the call).
-      act: activation in place of the network's own.
 
     Returns:
       Loss, gradients and statistics by torch's keys, float64 on the host.
@@ -104,7 +109,7 @@ def train_step(name, variables, dtype, act=None):
     assert reference["labels"] == "arange(8)"
     images, labels = nhwc(reference["batch_shape"]).astype(dtype), np.arange(8)
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), variables)
-    model = se_flax.create_model(name, **({} if act is None else {"act": act}))
+    model = se_flax.create_model(name)
 
     def loss(params):
         logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
@@ -112,7 +117,7 @@ def train_step(name, variables, dtype, act=None):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
         return -chosen.mean(), new.get("batch_stats", {})  # absent without batch norms
 
-    (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    (value, stats), grads = compiled(jax.value_and_grad(loss, has_aux=True), variables["params"])
     grads, stats = (
         {key: np.asarray(leaf, np.float64) for key, leaf in se_flax.to_timm(name, {kind: tree}).items()}
         for kind, tree in (("params", grads), ("batch_stats", stats))
@@ -126,29 +131,6 @@ def double_precision(monkeypatch):
     with jax.enable_x64(True), monkeypatch.context() as patch:
         patch.setattr(jnp, "float32", jnp.float64)
         yield
-
-
-def relu_with_flips(flips):
-    """ReLU whose derivative is that of the other side of zero at a few units.
-
-    Args:
-      flips: flat positions (NHWC), by the ReLU's rank in the order of the calls of one trace.
-
-    Returns:
-      An activation for one trace.
-    """
-    calls = itertools.count()
-
-    def act(x):
-        positions = flips.get(next(calls))
-        if positions is None:
-            return jax.nn.relu(x)
-        slope = (x > 0).ravel()
-        slope = slope.at[np.array(positions)].set(~slope[np.array(positions)]).reshape(x.shape)
-        # The value is the ReLU's, the derivative `slope`.
-        return jax.lax.stop_gradient(jax.nn.relu(x) - x * slope) + x * slope
-
-    return act
 
 
 def check_loss_and_statistics(name, value, stats):
@@ -175,9 +157,9 @@ def gradient_errors(name, grads, reference=None):
 
 @functools.cache
 def double_reference(name):
-    """timm's loss and gradients of the fixture's step in float64 (`tools/double_gradients.py`)."""
-    with gzip.open(HERE / "double" / f"{name}.json.gz", "rt") as file:
-        return json.load(file)
+    """timm's loss and gradients of the fixture's step in float64 (`tools/double_gradients.py`), or None."""
+    path = HERE / "double" / f"{name}.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else None
 
 
 def check_gradients(name, grads, tolerance=1e-3, reference=None):
@@ -199,20 +181,25 @@ def check_gradients(name, grads, tolerance=1e-3, reference=None):
         assert max(errors) * norm <= tolerance * (norm + 1e-3 * total), f"{key}: {errors}, norm {norm} of {total}"
 
 
-def check_training_step(name):
-    """One float32 training step against the fixture: loss, statistics and every gradient."""
-    value, grads, stats = train_step(name, se_flax.from_timm(name, state_dict(name)), np.float32)
-    check_loss_and_statistics(name, value, stats)
-    check_gradients(name, grads)
+def check_training_step(name, monkeypatch):
+    """One training step against timm's: loss, statistics and every gradient.
 
-
-def check_double_gradients(name, tolerance, monkeypatch):
-    """One float64 training step against timm's in float64: loss and every gradient."""
-    with double_precision(monkeypatch):
-        loss, grads, _ = train_step(name, se_flax.from_timm(name, state_dict(name)), np.float64)
+    Of the millions of units of a network with ReLU a few lie closer to zero than float32 can tell, and one on the wrong
+    side moves every earlier gradient by up to some hundredths, in PyTorch as in JAX. Where that happens the gradients
+    are compared in float64, with those that timm gives in float64.
+    """
     reference = double_reference(name)
-    np.testing.assert_allclose(loss, reference["loss"], rtol=tolerance)
-    check_gradients(name, grads, tolerance, reference["grads"])
+    variables = se_flax.from_timm(name, state_dict(name))
+    if reference is None:
+        value, grads, stats = train_step(name, variables, np.float32)
+        check_gradients(name, grads)
+    else:
+        with double_precision(monkeypatch):
+            value, grads, stats = train_step(name, variables, np.float64)
+        # PyTorch's derivative of the hard sigmoid is a sixth rounded to float32 even in float64: not twelve digits.
+        np.testing.assert_allclose(value, reference["loss"], rtol=1e-6)
+        check_gradients(name, grads, 1e-6, reference["grads"])
+    check_loss_and_statistics(name, value, stats)
 
 
 def leaves(tree):
