@@ -83,7 +83,29 @@ class SqueezeExcite(nn.Module):
             return F.reduced_width(channels, fraction=self.fraction, rounding=self.rounding)
         return F.reduced_width(channels, reduction=self.reduction, rounding=self.rounding)
 
+    @property
+    def from_mean(self) -> bool:
+        """Whether the gate is a function of the channels' means alone, as `BatchNorm` needs to take it in."""
+        return self.squeeze == "mean"
+
     @nn.compact
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """The gates of squeezed channels.
+
+        Args:
+          z: float32 [N, 1, 1, C], or [N, H, W, C] without a squeeze.
+          base_channels: what the reduction is a share of; C when None.
+
+        Returns:
+          float32, the shape of z.
+        """
+        channels = z.shape[-1]
+        hidden = self.hidden_width(base_channels or channels)
+        layer = (self.use_bias, self.kernel_init, self.bias_init)
+        reduce_ = _Pointwise(hidden, *layer, name=self.names[0])(channels)
+        expand = _Pointwise(channels, *layer, name=self.names[1])(hidden)
+        return F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate)
+
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
         """Gates a map.
 
@@ -96,13 +118,7 @@ class SqueezeExcite(nn.Module):
           [N, H, W, C] of x's dtype.
         """
         del train
-        channels = x.shape[-1]
-        hidden = self.hidden_width(base_channels or channels)
-        layer = (self.use_bias, self.kernel_init, self.bias_init)
-        reduce_ = _Pointwise(hidden, *layer, name=self.names[0])(channels)
-        expand = _Pointwise(channels, *layer, name=self.names[1])(hidden)
-        z = F.squeeze(x, self.squeeze)
-        return F.scale(x, F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate))
+        return F.scale(x, self.gates(F.squeeze(x, self.squeeze), base_channels=base_channels))
 
 
 class EffectiveSE(nn.Module):
@@ -124,14 +140,19 @@ class EffectiveSE(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
 
+    from_mean = True
+
     @nn.compact
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """Args: z float32 [N, 1, 1, C]. Returns: the gates, of the same shape."""
+        del base_channels
+        kernel, bias = _Pointwise(z.shape[-1], self.use_bias, self.kernel_init, self.bias_init, name="fc")(z.shape[-1])
+        return F.lookup(F.GATES, self.gate, "gate")(_affine(z, kernel, bias))
+
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
         del train, base_channels
-        channels = x.shape[-1]
-        kernel, bias = _Pointwise(channels, self.use_bias, self.kernel_init, self.bias_init, name="fc")(channels)
-        logits = jnp.matmul(F.squeeze(x), kernel, precision=jax.lax.Precision.HIGHEST)
-        return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits if bias is None else logits + bias))
+        return F.scale(x, self.gates(F.squeeze(x)))
 
 
 class _ChannelKernel(nn.Module):
@@ -171,18 +192,24 @@ class ECA(nn.Module):
     kernel_init: Initializer = he_normal
     dtype: Any = None
 
+    from_mean = True
+
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
-        del train
-        channels = base_channels if self.from_base and base_channels else x.shape[-1]
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """Args: z float32 [N, 1, 1, C]. Returns: the gates, of the same shape."""
+        channels = base_channels if self.from_base and base_channels else z.shape[-1]
         size = F.eca_kernel_size(channels, self.gamma, self.b) if self.kernel_size is None else self.kernel_size
         if size < 1 or size % 2 == 0:
             raise UserError(
                 f"got kernel_size={size} for ECA; give an odd positive number, or None for the paper's rule"
             )
         kernel = _ChannelKernel(size, self.kernel_init, name="conv")()
-        return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(F.channel_conv(F.squeeze(x), kernel)))
+        return F.lookup(F.GATES, self.gate, "gate")(F.channel_conv(z, kernel))
+
+    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
+        del train
+        return F.scale(x, self.gates(F.squeeze(x), base_channels=base_channels))
 
 
 class CBAM(nn.Module):

@@ -5,6 +5,7 @@ Where attention sits follows Hu et al. 2020, section 6.5 and figure 5; see `Plac
 
 import enum
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.errors import UserError, closest
-from se_flax.layers import avg_pool, drop_path
+from se_flax.layers import BatchNorm, avg_pool, drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -93,6 +94,17 @@ class Block(nn.Module):
             return x
         return self.attention(name=self.attention_name)(x, train=train, base_channels=base_channels)
 
+    def norm_attend(
+        self, norm: Any, x: Array, place: Placement, train: bool, base_channels: int | None = None
+    ) -> Array:
+        """The norm, then attention if the block carries it at this place; one affine where that is possible."""
+        if self.attention is None or place is not self.placement:
+            return norm(x, train=train)
+        attention = self.attention(name=self.attention_name)
+        if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
+            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels))
+        return attention(norm(x, train=train), train=train, base_channels=base_channels)
+
     def low_pass(self, x: Array) -> Array:
         """Anti-aliased halving in place of the convolution's stride, where the block has both."""
         return self.antialias(x) if self.antialias is not None and self.strides > 1 else x
@@ -167,11 +179,10 @@ class BasicBlock(Block):
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
         y = self.attend(x, Placement.PRE, train)
         y = self.conv(self.features, 3, strides=self.conv_strides, name="conv1")(y)
-        y = self.norm(name="bn1")(y, train=train)
-        y = self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
+        y = self.norm_attend(self.norm(name="bn1"), y, Placement.AFTER_3X3, train)
+        y = self.low_pass(self.act(y))
         y = self.conv(self.features, 3, name="conv2")(y)
-        y = self.last_norm(name="bn2")(y, train=train)
-        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        y = self.drop(self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train), train)
         x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)
 
@@ -201,9 +212,9 @@ class Bottleneck(Block):
         y = self.act(self.norm(name="bn1")(y, train=train))
         y = self.middle(y, second, train)
         y = self.conv(out, 1, name="conv3")(y)
-        y = self.last_norm(name="bn3")(y, train=train)
         # The attention of a pruned network kept the size that it had before the channels went.
-        y = self.drop(self.attend(y, Placement.STANDARD, train, base_channels=unpruned), train)
+        y = self.norm_attend(self.last_norm(name="bn3"), y, Placement.STANDARD, train, base_channels=unpruned)
+        y = self.drop(y, train)
         x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)
 
@@ -211,8 +222,8 @@ class Bottleneck(Block):
         """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""
         strides = 1 if self.stride_first else self.conv_strides
         y = self.conv(width, 3, strides=strides, groups=self.groups, name="conv2")(y)
-        y = self.norm(name="bn2")(y, train=train)
-        return self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
+        y = self.norm_attend(self.norm(name="bn2"), y, Placement.AFTER_3X3, train)
+        return self.low_pass(self.act(y))
 
 
 class PreActBottleneck(Block):

@@ -4,7 +4,7 @@ They differ from Linen's own where checkpoints of other frameworks demand it: sy
 TensorFlow's SAME, running variance from the unbiased estimate (PyTorch), and statistics that cannot go negative.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -94,15 +94,31 @@ class BatchNorm(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [..., C]; train: use and record the batch's statistics. Returns: the shape of x."""
+    def __call__(self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None) -> Array:
+        """Normalises, and gates the normalised map where it is told how.
+
+        With `gate` the result is that of the norm followed by an attention whose gate is a function of the channels'
+        means, without its passes over the map. For the map u, mean m over H and W, and the norm a * u + b: the squeeze
+        is a * m + b, and norm and gate s are one affine per image and channel, (s * a) * u + s * b. The batch's
+        statistics are means over the images of m and of the mean square, which one pass gives.
+
+        Args:
+          x: [..., C]; [N, H, W, C] with a gate.
+          train: use and record the batch's statistics.
+          gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
+
+        Returns:
+          The shape of x.
+        """
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        wide = x.astype(jnp.float32)
+        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None else None
         if train:
-            mean, var, count = self._batch_statistics(x)
+            mean, var, count = self._batch_statistics(wide, pooled)
             if not self.is_initializing():
                 unbiased = var * (count / max(count - 1, 1))
                 keep = self.momentum
@@ -111,12 +127,15 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        y = x.astype(jnp.float32) * factor + (bias - mean * factor)
+        offset = bias - mean * factor
+        if gate is not None and pooled is not None:
+            gates = gate(pooled * factor + offset)
+            factor, offset = gates * factor, gates * offset
+        y = wide * factor + offset
         return y.astype(self.dtype or x.dtype)
 
-    def _batch_statistics(self, x: Array) -> tuple[Array, Array, int]:
+    def _batch_statistics(self, x: Array, pooled: Array | None) -> tuple[Array, Array, int]:
         axes = tuple(range(x.ndim - 1))
-        x = x.astype(jnp.float32)
         across = self.axis_name if not self.is_initializing() else None
         count = x.size // x.shape[-1]
         if across is not None:
@@ -126,7 +145,11 @@ class BatchNorm(nn.Module):
             # second pass over a vector per image costs nothing.
             mean = _replica_mean(jnp.mean(x, axes), across)
             return mean, _replica_mean(jnp.mean(jnp.square(x - mean), axes), across), count
-        mean, square = _replica_mean((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)), across)
+        if pooled is None:
+            mean, square = _replica_mean((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)), across)
+        else:
+            squares = jnp.mean(jnp.square(x), (1, 2), keepdims=True)
+            mean, square = _replica_mean((jnp.mean(pooled, axes), jnp.mean(squares, axes)), across)
         # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
         # root of that is NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0.0), count

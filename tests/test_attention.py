@@ -1,6 +1,7 @@
 """Attention modules: names and shapes of their parameters, and outputs against float64 NumPy."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from formulas import ACTIVATIONS, GATES, batch_norm, conv, double, excite, random_variables, squeeze_excite
 
-from se_flax import CBAM, ECA, EffectiveSE, SqueezeExcite, UserError
+import se_flax
+from se_flax import CBAM, ECA, EffectiveSE, Placement, SqueezeExcite, UserError
+from se_flax.blocks import BasicBlock, project
 
 X = np.random.default_rng(0).standard_normal((2, 5, 4, 16)).astype(np.float32)
 SQUEEZES = {
@@ -197,3 +200,35 @@ def test_modules_survive_strict_dtype_promotion(module):
 def test_what_cannot_be_is_refused(module, message):
     with pytest.raises(UserError, match=re.escape(message)):
         jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 16), jnp.float32))
+
+
+@pytest.mark.parametrize("attention", [SqueezeExcite, ECA, EffectiveSE])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("placement", ["standard", "3x3"])
+def test_norm_and_gate_in_one_affine_are_norm_then_gate(attention, train, placement):
+    separate = type("Separate", (attention,), {"from_mean": False})
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 16, 3)), jnp.float32)
+    results = []
+    for kind in (attention, separate):
+        block = partial(
+            BasicBlock, features=8, conv=se_flax.Conv, norm=se_flax.BatchNorm, downsample=project, zero_init_last=False
+        )(attention=kind, placement=Placement(placement))
+        variables = block.init(jax.random.key(0), images)
+
+        def loss(params, block=block, variables=variables):
+            y, new = block.apply({**variables, "params": params}, images, train=train, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, new)
+
+        results.append(jax.value_and_grad(loss, has_aux=True)(variables["params"]))
+        text = str(jax.make_jaxpr(lambda p, loss=loss: loss(p)[0])(variables["params"]))
+        results[-1] = (*results[-1], text)
+    ours, theirs, (fused, plain) = results[0][:2], results[1][:2], (results[0][2], results[1][2])
+    assert fused != plain
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_only_gates_of_the_mean_go_into_the_norm():
+    assert SqueezeExcite().from_mean and ECA().from_mean and EffectiveSE().from_mean
+    assert not SqueezeExcite(squeeze="max").from_mean and not SqueezeExcite(squeeze="none").from_mean
+    assert not getattr(CBAM(), "from_mean", False)
