@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import se_flax
 
@@ -46,8 +47,8 @@ Largest differences from timm 1.0.31 (PyTorch 2.13), float32 on the CPU, for the
   activation near zero may differ by rounding, and with it a whole gradient path; smooth activations show no such jumps.
 - Every state dict goes to our variables and back bit for bit.
 
-| architecture | parameters | logits | features | loss | statistics | gradients: median | worst |
-|---|---:|---:|---:|---:|---:|---:|---:|
+| architecture | parameters | logits | features | loss | statistics | gradients: median | worst | float64 |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 
 
@@ -64,7 +65,7 @@ def measure(name: str) -> dict[str, Any]:
     reference = compare.fixture(name)
     variables = compare.check_names_and_count(name)
     model, images = se_flax.create_model(name), compare.nhwc(reference["input_shape"])
-    logits, maps = jax.jit(lambda v, x: model.apply(v, x, return_features=True))(variables, images)
+    logits, maps = compare.compiled(lambda v, x: model.apply(v, x, return_features=True), variables, images)
     expected = np.asarray(reference["logits"])
     result: dict[str, Any] = {
         "name": name,
@@ -75,6 +76,7 @@ def measure(name: str) -> dict[str, Any]:
     if "train" in reference:
         value, grads, stats = compare.train_step(name, variables, np.float32)
         result |= _step_errors(name, reference["train"], value, grads, stats)
+        result |= _double_errors(name, variables)
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -105,6 +107,20 @@ def _step_errors(name: str, train: dict[str, Any], value: float, grads: Any, sta
     }
 
 
+def _double_errors(name: str, variables: Any) -> dict[str, float]:
+    """The same gradients in float64, where timm's float64 ones are at hand."""
+    reference = compare.double_reference(name)
+    if reference is None:
+        return {}
+    with compare.double_precision(pytest.MonkeyPatch()):
+        _, grads, _ = compare.train_step(name, variables, np.float64)
+    total = np.sqrt(sum(norm**2 for norm, _ in reference["grads"].values()))
+    errors = compare.gradient_errors(name, grads, reference["grads"])
+    return {
+        "gradients_double": float(max(max(e) for k, e in errors.items() if reference["grads"][k][0] > NOISE * total))
+    }
+
+
 def results() -> dict[str, dict[str, Any]]:
     """The last result of every network."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
@@ -117,7 +133,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     def number(row: dict[str, Any], key: str) -> str:
         return f"{row[key]:.1e}" if key in row else ""
 
-    keys = ("logits", "features", "loss", "statistics", "gradients_median", "gradients_worst")
+    keys = ("logits", "features", "loss", "statistics", "gradients_median", "gradients_worst", "gradients_double")
     lines = [
         f"| `{name}` | {row['parameters']:,} | {' | '.join(number(row, key) for key in keys)} |\n"
         for name, row in sorted(rows.items())
@@ -137,7 +153,12 @@ def main() -> None:
     names = list(options.names)
     if options.all:
         found = {path.name.split(".")[0] for path in (compare.HERE / "fixtures").glob("*.json.gz")}
-        missing = (found & set(se_flax.list_models())) - results().keys()
+        done = {
+            name
+            for name, row in results().items()
+            if "gradients_double" in row or compare.double_reference(name) is None or "loss" not in row
+        }
+        missing = (found & set(se_flax.list_models())) - done
         names += sorted(missing, key=lambda name: se_flax.get_variant(name).num_params)
     RESULTS.parent.mkdir(exist_ok=True)
     for name in names:
@@ -147,7 +168,6 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         jax.clear_caches()
         gc.collect()
-    TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(results()))
 
 
