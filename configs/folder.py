@@ -5,11 +5,11 @@ Command:   python -m train --config=configs/folder.py --config.data.source=folde
            --config.data.source=folder:<path> --workdir=runs/mine
 Data:      <path>/<class>/*.jpg, of which a tenth is held out, or <path>/train/<class>/ and <path>/val/<class>/
 
-The first command trains SE-ResNet-18 from scratch; `folder.py:<network>` names another network. With `init_from` a run goes
-on from published or saved weights (<checkpoint> is anything that `se_flax.load_pretrained` takes) with a new classifier;
-`folder.py:finetune` has the size, rate and length that suit it. What is left empty
-comes from the checkpoint: the network, and the mean, std and interpolation that its images had; image size and crops
-do not. A network that is named must be the checkpoint's. A resumed run reads its own checkpoints only.
+The first command trains SE-ResNet-18 from scratch; `folder.py:<network>` names another network. With `init_from` a run
+goes on from published or saved weights (<checkpoint> is anything that `se_flax.load_pretrained` takes) with a new
+classifier; `folder.py:finetune` has the size, rate and length that suit it. What is left empty comes from the
+checkpoint: the network, and the mean, std and interpolation that its images had; image size and crops do not. A network
+that is named must be the checkpoint's. A resumed run reads its own checkpoints only.
     --config.optim.train_only=head --config.optim.learning_rate=0.1    trains the classifier alone, which is far quicker
     --config.optim.layer_decay=0.8                                      slows a block down the more, the lower it sits
     --config.optim.freeze_batch_norm=true                               keeps the batch norms, for small batches
