@@ -1,8 +1,8 @@
 """Every network with reference numbers held against timm's.
 
 Names, shapes, counts and the way back bit for bit; logits and features; and for networks under 30 M parameters loss,
-gradients and batch statistics of one training step (SE_FLAX_ALL_STEPS=1 runs all 85 of these). `python -m benchmarks.parity` writes the same comparisons into
-docs/parity.md.
+gradients and batch statistics of one training step (SE_FLAX_ALL_STEPS=1 runs all 85 of these). The same comparisons are
+written into docs/parity.md by `python -m benchmarks.parity`.
 """
 
 import collections
