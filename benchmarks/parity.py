@@ -1,7 +1,8 @@
 """Measures how far our networks are from timm's, and writes the table `docs/parity.md`.
 
     python -m benchmarks.parity NAME [NAME ...]     # these networks, then the table
-    python -m benchmarks.parity --all               # every network with a fixture that has no result yet
+    python -m benchmarks.parity --all               # every network with a fixture that has no complete result yet
+    python -m benchmarks.parity --all --evaluation  # the same without training steps
     python -m benchmarks.parity                     # only the table, from the results so far
 
 Results are appended to `benchmarks/results/parity.jsonl`, one line per network and run; the table shows the last one.
@@ -52,11 +53,12 @@ Largest differences from timm 1.0.31 (PyTorch 2.13), float32 on the CPU, for the
 """
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, step: bool = True) -> dict[str, Any]:
     """Differences of one network from its fixture.
 
     Args:
       name: a network with a fixture.
+      step: compare the training step too, which takes ten times as long.
 
     Returns:
       The differences by their names, the parameter count, the worst gradient's key and the seconds it took.
@@ -73,7 +75,7 @@ def measure(name: str) -> dict[str, Any]:
         "logits": float(np.abs(logits - expected).max() / np.abs(expected).max()),
         "features": max(_feature_error(*pair) for pair in zip(maps, reference["features"], strict=True)),
     }
-    if "train" in reference:
+    if "train" in reference and step:
         value, grads, stats = compare.train_step(name, variables, np.float32)
         result |= _step_errors(name, reference["train"], value, grads, stats)
         result |= _double_errors(name, variables)
@@ -121,6 +123,12 @@ def _double_errors(name: str, variables: Any) -> dict[str, float]:
     }
 
 
+def _complete(name: str, row: dict[str, Any]) -> bool:
+    """Whether a result holds all that the references allow."""
+    step = "loss" in row or "train" not in compare.fixture(name)
+    return step and ("gradients_double" in row or compare.double_reference(name) is None)
+
+
 def results() -> dict[str, dict[str, Any]]:
     """The last result of every network."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
@@ -146,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="networks to measure")
     parser.add_argument("--all", action="store_true", help="every network with a fixture and without a result")
+    parser.add_argument("--evaluation", action="store_true", help="logits and features alone; the step follows later")
     parser.add_argument("--fixtures", type=Path, help="folder with `fixtures/NAME.json.gz`, instead of tests/parity")
     options = parser.parse_args()
     if options.fixtures:
@@ -153,16 +162,12 @@ def main() -> None:
     names = list(options.names)
     if options.all:
         found = {path.name.split(".")[0] for path in (compare.HERE / "fixtures").glob("*.json.gz")}
-        done = {
-            name
-            for name, row in results().items()
-            if "gradients_double" in row or compare.double_reference(name) is None or "loss" not in row
-        }
+        done = {name for name, row in results().items() if options.evaluation or _complete(name, row)}
         missing = (found & set(se_flax.list_models())) - done
         names += sorted(missing, key=lambda name: se_flax.get_variant(name).num_params)
     RESULTS.parent.mkdir(exist_ok=True)
     for name in names:
-        row = measure(name)
+        row = measure(name, step=not options.evaluation)
         print(json.dumps(row), flush=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
