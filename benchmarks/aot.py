@@ -1,0 +1,68 @@
+"""Compiles training steps for TPUs that are not there, and records what they cost.
+
+    python -m benchmarks.aot attention      # networks with and without their attention, v5e:2x2
+    python -m benchmarks.aot scaling        # one network from v5e:2x2 to v5e:16x16, the batch per device fixed
+    python -m benchmarks.aot --model=... --topology=...     # any other command line of train.aot
+
+Needs libtpu (`pip install 'se-flax[tpu]'`) and no TPU. Every result is one line of `benchmarks/results/aot.jsonl`, with
+the command, the date and the versions; all figures but the compile time are the same on every run. Compilations follow
+each other, each in a process of its own; a line is written as soon as it is there.
+"""
+
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "aot.jsonl"
+
+TABLES = {
+    "attention": [
+        [f"--model={name}", "--topology=v5e:2x2", "--batch-per-device=128", "--image-size=224", "--compare"]
+        for name in ("seresnet50", "seresnext50_32x4d", "legacy_senet154", "efficientnet_b0", "mobilenetv3_large_100")
+    ],
+    # ResNet-18's compilation takes a fraction of ResNet-50's; what a topology changes is the same in both.
+    "scaling": [
+        ["--model=seresnet18", f"--topology=v5e:{layout}", "--batch-per-device=128", "--image-size=224"]
+        for layout in ("2x2", "4x4", "8x8", "16x16")
+    ],
+}
+
+
+def record(words: list[str]) -> bool:
+    """Compiles one step and appends its line.
+
+    Args:
+      words: of the command line of `train.aot`, without `--json`.
+
+    Returns:
+      Whether it worked; what went wrong is on standard error.
+    """
+    command = ["python", "-m", "train.aot", *words, "--json"]
+    print(shlex.join(command), flush=True)
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return False
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    line = {"command": shlex.join(command), "date": date, **json.loads(done.stdout)}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return True
+
+
+def main() -> int:
+    """Runs the table or the single command that the command line names; 1 if anything failed."""
+    words = sys.argv[1:]
+    known = len(words) == 1 and words[0] in TABLES
+    if not words or (not known and not all(word.startswith("--") for word in words)) or "--help" in words:
+        print(__doc__)
+        return 2
+    worked = [record(line) for line in (TABLES[words[0]] if known else [words])]
+    return 0 if all(worked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
