@@ -1,8 +1,10 @@
 """Arrays to put into files, and what reading a file must do: for the tests of all formats."""
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from se_flax import UserError
 from se_flax.weights.files import open_arrays
@@ -32,3 +34,22 @@ def refuses(path, match):
         read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def save_safetensors(path, arrays, metadata=None):
+    safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, path, metadata)
+
+
+def save_h5(path, arrays, **options):
+    with h5py.File(path, "w") as file:
+        for name, value in arrays.items():
+            file.create_dataset(name, data=value, **(options if value.size > 9 else {}))
+
+
+SAVE = {
+    "safetensors": save_safetensors,
+    "npz": lambda path, arrays: np.savez(path, **arrays),
+    "h5": save_h5,
+    "packed.npz": lambda path, arrays: np.savez_compressed(path, **arrays),
+    "packed.hdf5": lambda path, arrays: save_h5(path, arrays, chunks=(2, 2), compression="gzip", shuffle=True),
+}

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from se_flax.errors import UserError
+from se_flax.weights.orbax import quiet
 from train.step import TrainState
 
 PyTree = Any
@@ -121,7 +121,7 @@ class Checkpoints:
             self.finish()
             self.directory.mkdir(parents=True, exist_ok=True)
             # Between evaluations there is no figure to rank by, and Orbax would say so each time.
-            with _quiet():
+            with quiet():
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -185,7 +185,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 self._check_digests(step)
-                with _quiet():
+                with quiet():
                     items = self._manager.restore(
                         step,
                         args=ocp.args.Composite(
@@ -271,15 +271,3 @@ def _digests(directory: epath.Path) -> dict[str, str]:
 def _first_line(error: BaseException) -> str:
     text = (str(error) or type(error).__name__).strip().splitlines()[0]
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's own log off the screen where ours says it, or where there is nothing to say."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -37,7 +37,7 @@ def open_orbax(source: Source) -> ArrayFile:
     folder = _tree_folder(source.path)
     source.size = _check_files(folder)
     leaves = _variables(_leaf_paths(folder))
-    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+    with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
     found = {name: _leaf(tree, path) for name, path in leaves.items()}
 
@@ -52,7 +52,7 @@ def open_orbax(source: Source) -> ArrayFile:
         item = unflatten_dict(dict.fromkeys(leaves.values(), 0))
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             return flatten_dict(checkpointer.restore(folder, args=args))
 
     arrays = {
@@ -135,8 +135,8 @@ def _leaf(tree: Any, path: Names) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's own log off the screen; what matters is in the error."""
+def quiet() -> Iterator[None]:
+    """Keeps Orbax's own log off the screen where ours says it, or where there is nothing to say."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

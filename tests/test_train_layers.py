@@ -1,0 +1,283 @@
+"""Layer-wise rates and frozen parts of a network in training."""
+
+import dataclasses
+import functools
+from functools import partial
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import se_flax
+import train.loop
+from train import optim
+from train.config import (
+    Optim,
+)
+from train.layers import NOTHING, frozen_parts, layer_depths, merge, split, trace
+from train.parallel import make_replicas
+from train.step import init_state, make_train_step
+
+ROOT = Path(__file__).parents[1]
+
+# --- Depths -----------------------------------------------------------------------------------------------------------
+
+
+def blocks(*counts, name="layer{}_{}", first=1):
+    """Names of the blocks of stages with so many of them, from the images up."""
+    return [name.format(stage, i) for stage, count in enumerate(counts, first) for i in range(count)]
+
+
+mobile = partial(blocks, name="blocks_{}_{}", first=0)
+
+# The groups from the stem up, as timm's `group_matcher` has them for the same networks (CIFAR's: by analogy).
+GROUPS = {
+    "seresnet20": [["conv1", "bn1"], *blocks(3, 3, 3), ["linear"]],
+    "sepreresnet164": [["conv1"], *blocks(18, 18, 17), ["layer3_17", "bn"], ["linear"]],
+    "seresnet50": [["conv1", "bn1"], *blocks(3, 4, 6, 3), ["fc"]],
+    "legacy_seresnet50": [["layer0"], *blocks(3, 4, 6, 3), ["last_linear"]],
+    "resnetrs50": [
+        ["conv1_0", "conv1_1", "conv1_3", "conv1_4", "conv1_6", "bn1", "maxpool_0", "maxpool_1"],
+        *blocks(3, 4, 6, 3),
+        ["fc"],
+    ],
+    "efficientnet_b0": [
+        ["conv_stem", "bn1"],
+        *mobile(1, 2, 2, 3, 3, 4),
+        ["blocks_6_0", "conv_head", "bn2"],
+        ["classifier"],
+    ],
+    "mobilenetv3_small_100": [
+        ["conv_stem", "bn1"],
+        *mobile(1, 2, 3, 2, 3),
+        ["blocks_5_0", "conv_head"],
+        ["classifier"],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_layer_depths_count_blocks_from_the_classifier(name):
+    groups = [[group] if isinstance(group, str) else group for group in GROUPS[name]]
+    expected = {part: len(groups) - 1 - i for i, group in enumerate(groups) for part in group}
+    assert layer_depths(trace(se_flax.create_model(name), 32)["params"]) == expected
+
+
+def test_the_order_is_that_of_the_calls_and_not_of_the_alphabet():
+    shapes = trace(se_flax.create_model("efficientnet_b0"), 32)
+    assert next(iter(shapes["params"])) == "conv_stem"
+    assert min(shapes["params"]) == "blocks_0_0"
+    depths = layer_depths(trace(se_flax.create_model("resnet110"), 32)["params"])
+    assert depths["layer1_2"] == depths["layer1_10"] + 8  # "layer1_10" comes before "layer1_2" in the alphabet
+
+
+# --- Rates ------------------------------------------------------------------------------------------------------------
+
+DEPTHS = {"conv1": 3, "layer1_0": 2, "layer2_0": 1, "fc": 0}
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {"kernel": jnp.float32(rng.normal(size=(3, 3, 2, 4))), "bias": jnp.float32(rng.normal(size=4))}
+        for name in DEPTHS
+    }
+
+
+def updates_of(settings, steps=3):
+    optimizer = optim.make_optimizer(settings, lambda step: 0.1 / (1.0 + step), DEPTHS)
+    params, state, seen = tree(0), None, []
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for step in range(steps):
+        updates, state = update(tree(1 + step), state, params)
+        seen.append(updates)
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_layer_rates_multiply_every_update_exactly(name):
+    """The factor is a power in float64, rounded once; the parameters stay, so that the gradients are the same."""
+    settings = Optim(name=name, weight_decay=0.05, clip_norm=1.0)
+    plain = updates_of(settings)
+    slowed = updates_of(dataclasses.replace(settings, layer_decay=0.7, backbone_multiplier=0.5))
+    factors = {"conv1": 0.5 * 0.7**3, "layer1_0": 0.5 * 0.7**2, "layer2_0": 0.5 * 0.7, "fc": 1.0}
+    for before, after in zip(plain, slowed, strict=True):
+        for part, factor in factors.items():
+            for leaf in ("kernel", "bias"):
+                np.testing.assert_array_equal(after[part][leaf], np.float32(factor) * np.asarray(before[part][leaf]))
+
+
+def test_layer_rates_are_rates_in_the_formula_of_sgd():
+    """theta - rate * factor * (g + decay * theta), in NumPy."""
+    settings = Optim(name="sgd", momentum=0.0, nesterov=False, weight_decay=0.05, layer_decay=0.5)
+    (updates,) = updates_of(settings, steps=1)
+    params, gradients = tree(0), tree(1)
+    for part, depth in DEPTHS.items():
+        rate = 0.1 * 0.5**depth
+        expected = -rate * (np.float64(gradients[part]["kernel"]) + 0.05 * np.float64(params[part]["kernel"]))
+        np.testing.assert_allclose(updates[part]["kernel"], expected, rtol=1e-6)
+        np.testing.assert_allclose(updates[part]["bias"], -rate * np.float64(gradients[part]["bias"]), rtol=1e-6)
+
+
+def test_equal_rates_leave_the_optimizers_state_as_it_was():
+    settings, rate = Optim(), optax.constant_schedule(0.1)
+    with_depths, without = (optim.make_optimizer(settings, rate, depths) for depths in (DEPTHS, None))
+    assert jax.tree.structure(with_depths.init(tree(0))) == jax.tree.structure(without.init(tree(0)))
+
+
+# --- Frozen parts in a step -------------------------------------------------------------------------------------------
+
+MEAN, STD, CLASSES = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 4
+
+
+def a_model(**attributes):
+    return se_flax.create_model("seresnet20", depth=1, num_classes=CLASSES, **attributes)
+
+
+@functools.cache
+def random_variables():
+    """Weights and statistics that no initialiser would give."""
+    rng = np.random.default_rng(5)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1))
+        return np.float32(0.5 + np.abs(value) if path[-1].key in ("var", "scale") else value)
+
+    return jax.tree_util.tree_map_with_path(draw, trace(a_model(), 8))
+
+
+def a_batch(size=12, seed=0):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, CLASSES, size).astype(np.int32)
+    return {"image": rng.integers(0, 256, (size, 8, 8, 3)).astype(np.uint8), "label": label}
+
+
+def normalised(batch):
+    return jnp.asarray((batch["image"] / 255 - np.array(MEAN)) / np.array(STD), jnp.float32)
+
+
+def take_steps(settings, *, steps=2, devices=1, backend="shard_map", seed=0, **attributes):
+    """A few steps from `random_variables`; returns the states before and after and the last metrics."""
+    model, rate = a_model(**attributes), optax.constant_schedule(0.1)
+    shapes = trace(model, 8)
+    frozen = frozen_parts(settings, shapes)
+    optimizer = optim.make_optimizer(settings, rate, layer_depths(shapes["params"]))
+    replicas = make_replicas(backend, devices)
+    state = init_state(
+        model, optimizer, 8, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()
+    )
+    before = jax.device_get(state)
+    step = replicas.spread(
+        make_train_step(
+            model,
+            optimizer,
+            rate,
+            mean=MEAN,
+            std=STD,
+            settings=train.config.Augment(),
+            num_classes=CLASSES,
+            ema_decay=settings.ema_decay,
+            accumulate=settings.accumulate,
+            frozen=frozen,
+        ),
+        donate=True,
+    )
+    state = replicas.replicate(state)
+    for _ in range(steps):
+        state, metrics = step(state, replicas.shard(a_batch()))
+    return before, jax.device_get(state), jax.device_get(metrics)
+
+
+def flat(nested):
+    return {path: np.asarray(x) for path, x in flax.traverse_util.flatten_dict(nested).items()}
+
+
+def moved(before, after):
+    """Paths of the leaves that differ in any bit."""
+    a, b = flat(before), flat(after)
+    assert a.keys() == b.keys()
+    return {path for path in a if not np.array_equal(a[path], b[path])}
+
+
+HEAD = {("linear", "kernel"), ("linear", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "backend"),
+    [
+        (Optim(name="sgd", train_only="head", ema_decay=0.9), 3, "shard_map"),
+        (Optim(name="adamw", train_only="head", accumulate=2), 2, "pmap"),
+        (Optim(name="muon", train_only="head", decay_norm_and_bias=True), 1, "shard_map"),
+    ],
+    ids=lambda x: x.name if isinstance(x, Optim) else str(x),
+)
+def test_training_the_head_leaves_everything_else_to_the_bit(settings, devices, backend):
+    before, after, _ = take_steps(settings, devices=devices, backend=backend)
+    assert moved(before.params, after.params) == HEAD
+    assert moved(before.batch_stats, after.batch_stats) == set()
+    if after.ema is not None:
+        assert moved(before.ema["params"], after.ema["params"]) == HEAD
+        assert moved(before.ema["batch_stats"], after.ema["batch_stats"]) == set()
+    remembered = {x.shape for x in jax.tree.leaves(after.opt_state)}
+    assert remembered <= {(), (3,), (64, CLASSES), (CLASSES,)}  # (3,): Muon's polynomial; nothing of frozen parameters
+
+
+def test_the_heads_step_is_that_of_softmax_regression_on_the_backbones_features():
+    """In NumPy on the features of evaluation: batch norms and stochastic depth are those of a network in use."""
+    settings = Optim(name="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, train_only="head", clip_norm=0.05)
+    before, after, metrics = take_steps(settings, steps=1, drop_path_rate=0.5)
+    batch = a_batch()
+    variables = random_variables()
+    backbone = {name: part for name, part in variables["params"].items() if name != "linear"}
+    features = np.float64(
+        jax.jit(partial(a_model().clone(num_classes=0).apply, train=False))(
+            {**variables, "params": backbone}, normalised(batch)
+        )
+    )
+    head = variables["params"]["linear"]
+    logits = features @ head["kernel"] + head["bias"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    error = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[batch["label"]]
+    gradient = {"kernel": features.T @ error / len(error), "bias": error.mean(0)}
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    assert norm > 0.05
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    for leaf, g in gradient.items():
+        step = after.params["linear"][leaf] - before.params["linear"][leaf]
+        np.testing.assert_allclose(step, -0.1 * g * 0.05 / norm, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_before_the_classifier_stays_on_while_the_backbone_is_frozen():
+    settings = Optim(train_only="head")
+    losses = {take_steps(settings, steps=1, seed=seed, drop_rate=0.5)[2]["loss"].item() for seed in (0, 1)}
+    assert len(losses) == 2
+
+
+def test_frozen_batch_norms_keep_statistics_scale_and_bias():
+    settings = Optim(freeze_batch_norm=True, layer_decay=0.5, ema_decay=0.9)
+    before, after, metrics = take_steps(settings, steps=1, devices=3)
+    norms = {path[:-1] for path in flat(random_variables()["batch_stats"])}
+    changed = moved(before.params, after.params)
+    assert not {path for path in changed if path[:-1] in norms}
+    assert {path for path in flat(before.params) if path[-1] == "kernel"} <= changed
+    assert moved(before.batch_stats, after.batch_stats) == set()
+    assert moved(before.ema["batch_stats"], after.ema["batch_stats"]) == set()
+    batch = a_batch()
+    logits = jax.jit(a_model().apply)(random_variables(), normalised(batch))
+    expected = -np.mean(np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), batch["label"]])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_split_and_merge_are_inverse_and_nothing_is_frozen_by_default():
+    params = random_variables()["params"]
+    assert frozen_parts(Optim(), trace(a_model(), 8)) == NOTHING
+    frozen = frozen_parts(Optim(train_only="head"), trace(a_model(), 8)).params
+    trained, kept = split(params, frozen)
+    assert set(flat(trained)) == HEAD and set(flat(kept)) == frozen
+    jax.tree.map(np.testing.assert_array_equal, merge(trained, kept), params)
+    assert split(params, frozenset()) == (params, {})
