@@ -20,6 +20,7 @@ from se_flax import ECA, Preprocess, SqueezeExcite, UserError, load_pretrained, 
 from se_flax.cli.images import accuracy
 from se_flax.cli.labelled import labelled_images
 from se_flax.labels import imagenet_labels
+from se_flax.norms import GroupNorm
 from se_flax.weights import locate
 
 NAME = "seresnet20"
@@ -103,6 +104,19 @@ def test_arguments_travel_with_the_weights(tmp_path):
     assert loaded.preprocess.channels == 1
     loaded.save(tmp_path / "again")
     assert_same_bits(load_pretrained(tmp_path / "again").variables, variables)
+
+
+def test_another_norm_travels_too(tmp_path):
+    norm = functools.partial(se_flax.BatchNorm, epsilon=1e-3, axis_name="data")
+    variables = draw(norm=norm)
+    save_pretrained(tmp_path / "norm", NAME, variables, arguments={"norm": norm})
+    loaded = load_pretrained(tmp_path / "norm")
+    # The axis belongs to the program that trained.
+    assert loaded.model.norm.func is se_flax.BatchNorm and loaded.model.norm.keywords == {"epsilon": 1e-3}
+    group = functools.partial(GroupNorm, group_size=4)
+    variables = draw(norm=group)
+    save_pretrained(tmp_path / "group", NAME, variables, arguments={"norm": group})
+    assert_same_bits(load_pretrained(tmp_path / "group").variables, variables)
 
 
 def test_a_function_of_your_own_cannot_be_saved(variables, tmp_path):
@@ -320,6 +334,8 @@ def test_what_is_not_in_the_cache(hub):
         load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision="v2")
     with pytest.raises(UserError, match="timm/other is not in the cache and the hub cannot be reached; connect once"):
         load_pretrained("timm/other", cache_dir=cache)
+    with pytest.raises(UserError, match="runs/mine: no such file or folder; as a repository, runs/mine is not in the"):
+        load_pretrained("runs/mine", cache_dir=cache)
 
 
 @pytest.mark.parametrize(

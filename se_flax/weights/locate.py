@@ -86,7 +86,12 @@ def locate(
         if weights.hub_id is None:
             raise UserError(f"{text} is published at its authors' address only; download it and pass the file")
         repo = weights.hub_id
-    fetched = hub.fetch(repo, revision, cache_dir)
+    try:
+        fetched = hub.fetch(repo, revision, cache_dir)
+    except UserError as error:
+        if repo == text and "/" in text:  # it may have been meant as a path
+            raise UserError(f"{text}: no such file or folder; as a repository, {error}") from error
+        raise
     source = _timm_config(fetched.config, fetched.arrays, name, weights)
     provenance = {"source": f"https://huggingface.co/{repo}", "revision": fetched.revision, "sha256": fetched.sha256}
     if weights is not None:

@@ -24,7 +24,7 @@ from se_flax.weights import keras, torch
 from se_flax.weights.files import open_arrays
 from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
 from se_flax.weights.strict import Layout, classes_in, import_variables
-from se_flax.zoo import create_model, get_variant
+from se_flax.zoo import create_model
 
 NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
 """Our own names: `params/layer1_0/conv1/kernel`."""
@@ -197,7 +197,7 @@ def save_pretrained(
         "format": FORMAT,
         "se_flax": __version__,
         "architecture": loaded.name,
-        "arguments": {key: argument_json.to_json(value) for key, value in loaded.arguments.items() if key != "norm"},
+        "arguments": {key: argument_json.to_json(value) for key, value in loaded.arguments.items()},
         "preprocess": loaded.preprocess.to_json(),
         "labels": list(loaded.labels) if loaded.labels is not None else None,
         "provenance": dict(loaded.provenance),
@@ -245,7 +245,6 @@ def _check_variables(loaded: Pretrained, host: Mapping[str, Any]) -> None:
     classes = getattr(loaded.model, "num_classes", None)
     if loaded.labels is not None and classes is not None and len(loaded.labels) != classes:
         raise UserError(f"got {len(loaded.labels)} labels for {classes} classes; give one each, or none")
-    get_variant(loaded.name)
 
 
 def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +199,3 @@ def check_training_step(name, monkeypatch):
         np.testing.assert_allclose(value, reference["loss"], rtol=1e-6)
         check_gradients(name, grads, 1e-6, reference["grads"])
     check_loss_and_statistics(name, value, stats)
-
-
-def leaves(tree):
-    return flax.traverse_util.flatten_dict(tree, sep="/")
