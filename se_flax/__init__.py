@@ -9,6 +9,7 @@ from se_flax import functional
 from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
 from se_flax.blocks import Placement
 from se_flax.errors import UserError
+from se_flax.fused import fuse
 from se_flax.layers import BatchNorm, Conv
 from se_flax.preprocess import Preprocess
 from se_flax.variant import Variant, Weights
@@ -36,6 +37,7 @@ __all__ = [
     "from_keras",
     "from_timm",
     "functional",
+    "fuse",
     "get_variant",
     "list_models",
     "load_pretrained",

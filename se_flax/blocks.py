@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.errors import UserError, closest
-from se_flax.layers import BatchNorm, avg_pool, drop_path
+from se_flax.layers import BatchNorm, Conv, avg_pool, drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -95,14 +95,24 @@ class Block(nn.Module):
         return self.attention(name=self.attention_name)(x, train=train, base_channels=base_channels)
 
     def norm_attend(
-        self, norm: Any, x: Array, place: Placement, train: bool, base_channels: int | None = None
+        self,
+        norm: Any,
+        x: Array,
+        place: Placement,
+        train: bool,
+        base_channels: int | None = None,
+        squeezed: Callable[[], Array] | None = None,
     ) -> Array:
-        """The norm, then attention if the block carries it at this place; one affine where that is possible."""
+        """The norm, then attention if the block carries it at this place; one affine where that is possible.
+
+        `squeezed` gives x's means over H and W without a pass over x, for inference: training has that pass anyway.
+        """
         if self.attention is None or place is not self.placement:
             return norm(x, train=train)
         attention = self.attention(name=self.attention_name)
         if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels))
+            mean = None if train or squeezed is None else squeezed()
+            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels), mean=mean)
         return attention(norm(x, train=train), train=train, base_channels=base_channels)
 
     def low_pass(self, x: Array) -> Array:
@@ -131,6 +141,21 @@ class Block(nn.Module):
         if self.zero_init_last:
             kwargs["scale_init"] = nn.initializers.zeros_init()
         return self.norm(**kwargs)
+
+
+def mean_through(conv: Any, x: Array) -> Callable[[], Array] | None:
+    """How to get the means of a 1x1 convolution's output from its input, a map of fewer channels in a bottleneck.
+
+    Args:
+      conv: the convolution, without stride.
+      x: its input [N, H, W, C].
+
+    Returns:
+      A function that gives float32 [N, 1, 1, features], or None for a convolution that is not known to be linear.
+    """
+    if not isinstance(conv, Conv):
+        return None
+    return lambda: conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), dtype=jnp.float32)
 
 
 class ConvNorm(nn.Module):
@@ -211,9 +236,12 @@ class Bottleneck(Block):
         y = self.conv(first, 1, strides=self.conv_strides if self.stride_first else 1, name="conv1")(y)
         y = self.act(self.norm(name="bn1")(y, train=train))
         y = self.middle(y, second, train)
-        y = self.conv(out, 1, name="conv3")(y)
+        last = self.conv(out, 1, name="conv3")
+        narrow, y = y, last(y)
         # The attention of a pruned network kept the size that it had before the channels went.
-        y = self.norm_attend(self.last_norm(name="bn3"), y, Placement.STANDARD, train, base_channels=unpruned)
+        y = self.norm_attend(
+            self.last_norm(name="bn3"), y, Placement.STANDARD, train, unpruned, mean_through(last, narrow)
+        )
         y = self.drop(y, train)
         x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)

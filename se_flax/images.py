@@ -91,7 +91,7 @@ def to_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if "transparency" in image.info:
             image = image.convert("RGBA")  # a palette with transparency warns when it goes straight to RGB
-        return image.convert(mode)
+        return image if image.mode == mode else image.convert(mode)  # to its own mode it would copy
 
 
 def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -50,15 +50,15 @@ class Conv(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, h, w, features]."""
+    def __call__(self, x: Array, *, dtype: Dtype = None) -> Array:
+        """Args: x [N, H, W, C]; dtype of this call's arithmetic alone. Returns: [N, h, w, features]."""
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         padding = self.padding
         if padding == "symmetric":
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
-        dtype = self.dtype or x.dtype
+        dtype = dtype or self.dtype or x.dtype
         y = convolve(
             x.astype(dtype),
             kernel.astype(dtype),
@@ -94,7 +94,9 @@ class BatchNorm(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None
+    ) -> Array:
         """Normalises, and gates the normalised map where it is told how.
 
         With `gate` the result is that of the norm followed by an attention whose gate is a function of the channels'
@@ -106,6 +108,7 @@ class BatchNorm(nn.Module):
           x: [..., C]; [N, H, W, C] with a gate.
           train: use and record the batch's statistics.
           gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
+          mean: x's means over H and W, float32 [N, 1, 1, C], where the caller has them cheaper; for gate alone.
 
         Returns:
           The shape of x.
@@ -116,18 +119,20 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         wide = x.astype(jnp.float32)
-        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None else None
+        pooled = None
+        if gate is not None:
+            pooled = jnp.mean(wide, (1, 2), keepdims=True) if mean is None else mean
         if train:
-            mean, var, count = self._batch_statistics(wide, pooled)
+            center, var, count = self._batch_statistics(wide, pooled)
             if not self.is_initializing():
                 unbiased = var * (count / max(count - 1, 1))
                 keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_mean.value = keep * running_mean.value + (1 - keep) * center
                 running_var.value = keep * running_var.value + (1 - keep) * unbiased
         else:
-            mean, var = running_mean.value, running_var.value
+            center, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        offset = bias - mean * factor
+        offset = bias - center * factor
         if gate is not None and pooled is not None:
             gates = gate(pooled * factor + offset)
             factor, offset = gates * factor, gates * offset

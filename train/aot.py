@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -203,13 +204,16 @@ def _settings(options: argparse.Namespace, words: Sequence[str]) -> Config:
     return complete(config, None, None)
 
 
-def compile_run(config: Config, topology: Topology, *, evaluation: bool = False) -> tuple[Costs, str]:
+def compile_run(
+    config: Config, topology: Topology, *, evaluation: bool = False, model: nn.Module | None = None
+) -> tuple[Costs, str]:
     """Compiles the step of a run for a topology.
 
     Args:
       config: the settings; one that is left empty keeps what the network and ImageNet have.
       topology: from `find_topology`.
       evaluation: the evaluation step instead of the training step.
+      model: network in place of the settings' own, to compare the two.
 
     Returns:
       The costs and the optimised HLO of one device.
@@ -222,7 +226,7 @@ def compile_run(config: Config, topology: Topology, *, evaluation: bool = False)
     replicas = make_replicas(config.parallel.backend, config.parallel.devices, topology.devices)
     check_batch(config, replicas)
     total = config.steps or max(1, round(config.epochs * _STEPS_PER_EPOCH))
-    program = make_program(config, _classes(config), _STEPS_PER_EPOCH, total)
+    program = make_program(config, _classes(config), _STEPS_PER_EPOCH, total, model)
     lowered = (lower_eval_step if evaluation else lower_train_step)(config, program, replicas)
     return compile_step(lowered, topology.memory_bytes)
 

@@ -2,9 +2,16 @@
 
 Everything else (flips, colour, normalisation) happens on the accelerator. Crops and sizes follow torchvision, so that
 a network evaluated here sees the pixels that its published accuracy was measured on.
+
+Two optional packages speed up random crops; without them Pillow does the same work (`benchmarks/loader.py` compares):
+simplejpeg decodes, to Pillow's pixels bit by bit, and cykooz_resizer scales, to Pillow's pixels but for the rounding
+(at most two of 255 levels apart). Hosts that shall see the same pixels need the same packages.
 """
 
+import functools
 import math
+import struct
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +26,27 @@ from se_flax.images import (
     to_rgb,
 )
 
+simplejpeg: Any
+cykooz_resizer: Any
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+try:
+    import cykooz_resizer
+except ImportError:
+    cykooz_resizer = None
+
 __all__ = ["INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "random_box", "train_image"]
 
 TRAIN_CROPS = ("resize", "random_resized", "center")
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
+Frame = tuple[int, int, int]  # of a JPEG: where its header says how many rows there are, width, height
+
+# Rows beyond a crop that its last row depends on: chroma of half height is interpolated with the row below.
+_CONTEXT_ROWS = 2
+_SOF = (0xC0, 0xC1, 0xC2)  # frame headers of sequential and progressive JPEGs with Huffman coding
 
 
 def train_image(
@@ -58,19 +81,14 @@ def train_image(
     Raises:
       UnreadableImage: when it cannot be decoded.
     """
+    if crop == "random_resized":
+        return _random_resized(image, rng, size, scale, ratio, interpolation)
     opened = open_image(image)
     resample = INTERPOLATIONS[interpolation]
+    rgb = to_rgb(_shrunk(opened, _shrink_factor(*opened.size, min(opened.size), size)))
     if crop == "center":
-        return short_side_and_centre(to_rgb(_shrunk(opened, min(opened.size), size)), size, size, resample)
-    if crop == "resize":
-        return np.asarray(resized(to_rgb(_shrunk(opened, min(opened.size), size)), (size, size), resample))
-    width, height = opened.size
-    left, upper, right, lower = random_box(rng, width, height, scale, ratio)
-    rgb = to_rgb(_shrunk(opened, min(right - left, lower - upper), size))
-    # The box was drawn in full-size pixels, so that it does not depend on how the file is decoded.
-    across, down = rgb.width / width, rgb.height / height
-    box = (round(left * across), round(upper * down), round(right * across), round(lower * down))
-    return np.asarray(resized(rgb.crop(box), (size, size), resample))
+        return short_side_and_centre(rgb, size, size, resample)
+    return np.asarray(resized(rgb, (size, size), resample))
 
 
 def eval_image(
@@ -130,10 +148,126 @@ def random_box(
     return left, upper, left + w, upper + h
 
 
-def _shrunk(image: Image.Image, side: int, size: int) -> Image.Image:
-    """Asks the JPEG decoder for fewer pixels when `side` source pixels become `size`; no other format can."""
+def _random_resized(
+    image: bytes | np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, ...],
+    ratio: tuple[float, ...],
+    interpolation: str,
+) -> np.ndarray:
+    """Draws the box, decodes what it needs, scales. The box is in pixels of the full size, whatever the decoder."""
+    frame, opened = _jpeg_frame(image), None
+    if frame is not None:
+        _, width, height = frame
+    else:
+        opened = open_image(image)
+        width, height = opened.size
+    box = random_box(rng, width, height, scale, ratio)
+    factor = _shrink_factor(width, height, min(box[2] - box[0], box[3] - box[1]), size)
+    window = None
+    if isinstance(image, bytes) and frame is not None:
+        window = _window_of_jpeg(image, frame, box, factor)
+    if window is None:
+        rgb = to_rgb(_shrunk(opened or open_image(image), factor))
+        return _scaled(rgb.crop(_coarser(box, rgb.width / width, rgb.height / height)), size, interpolation)
+    return _scaled(window, size, interpolation)
+
+
+def _coarser(box: Box, across: float, down: float) -> Box:
+    """The box in the pixels of a shrunken image."""
+    left, upper, right, lower = box
+    return round(left * across), round(upper * down), round(right * across), round(lower * down)
+
+
+def _shrink_factor(width: int, height: int, side: int, size: int) -> int:
+    """By how much a JPEG decoder may shrink (1, 2, 4 or 8) where `side` source pixels become `size`."""
     share = 2 * size / side
-    if share <= 0.5 and image.format == "JPEG":
+    if share > 0.5:
+        return 1
+    most = min(width // math.ceil(width * share), height // math.ceil(height * share))
+    return next(factor for factor in (8, 4, 2, 1) if factor <= most)
+
+
+def _shrunk(image: Image.Image, factor: int) -> Image.Image:
+    """Asks the JPEG decoder for fewer pixels; no other format can."""
+    if factor > 1 and image.format == "JPEG":
         with damage_is_unreadable():
-            image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
+            image.draft(None, (image.width // factor, image.height // factor))
     return image
+
+
+def _jpeg_frame(image: bytes | np.ndarray) -> Frame | None:
+    """Reads a JPEG's frame header; None for everything that is left to Pillow.
+
+    That is: what simplejpeg has no RGB for (CMYK), images that Pillow refuses for their size, and files that do not end
+    as a JPEG does, because simplejpeg shows grey where data is missing.
+    """
+    if simplejpeg is None or not isinstance(image, bytes):
+        return None
+    if not (image.startswith(b"\xff\xd8") and image.endswith(b"\xff\xd9")):
+        return None
+    at = 2
+    while at + 10 <= len(image) and image[at] == 0xFF:
+        if image[at + 1] in _SOF:
+            bits, height, width, channels = struct.unpack_from(">BHHB", image, at + 4)
+            fits = 0 < width * height <= (Image.MAX_IMAGE_PIXELS or math.inf)
+            return (at + 5, width, height) if bits == 8 and channels in (1, 3) and fits else None
+        at += 2 + int.from_bytes(image[at + 2 : at + 4], "big")
+    return None
+
+
+def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int) -> np.ndarray | None:
+    """Decodes the rows down to the end of the box and cuts the box out; None: let Pillow try.
+
+    Rows are stored from top to bottom, so a header that says fewer of them ends the decoding there, and what comes
+    before is the same bit by bit. No library with wheels skips rows above or columns beside a box.
+
+    Args:
+      jpeg: the file.
+      frame: of `_jpeg_frame`.
+      box: in pixels of the full size.
+      factor: of `_shrink_factor`.
+
+    Returns:
+      uint8 `[height, width, 3]`, a view.
+    """
+    at, width, height = frame
+    rows = min(height, box[3] + _CONTEXT_ROWS * factor)
+    cut = bytearray(jpeg)
+    cut[at : at + 2] = rows.to_bytes(2, "big")
+    wide, high = (math.ceil(side / factor) for side in (width, rows))
+    least = {"min_height": high, "min_width": wide} if factor > 1 else {}
+    try:
+        # Not strict: what is left over is reported as damage, and Pillow bears the same damage as simplejpeg does then.
+        pixels = simplejpeg.decode_jpeg(cut, "RGB", strict=False, **least)
+    except ValueError:
+        return None
+    if pixels.shape[:2] != (high, wide):
+        return None
+    left, upper, right, lower = _coarser(box, wide / width, math.ceil(height / factor) / height)
+    return pixels[upper:lower, left:right]
+
+
+def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """The window as uint8 `[size, size, 3]`, antialiased; one of that size untouched."""
+    if cykooz_resizer is None:
+        image = window if isinstance(window, Image.Image) else Image.fromarray(window)
+        return np.asarray(resized(image, (size, size), INTERPOLATIONS[interpolation]))
+    pixels = np.asarray(window)
+    height, width, _ = pixels.shape
+    if height == width == size:
+        return pixels
+    kind = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(width, height, kind, pixels.tobytes())
+    target = cykooz_resizer.ImageData(size, size, kind)
+    # A resizer of its own: two threads may not share one.
+    cykooz_resizer.Resizer().resize(source, target, _filter(interpolation))
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+@functools.cache
+def _filter(interpolation: str) -> Any:
+    filters = cykooz_resizer.FilterType
+    chosen = {"bilinear": filters.bilinear, "bicubic": filters.catmull_rom}[interpolation]  # Pillow's cubic: a = -1/2
+    return cykooz_resizer.ResizeOptions(resize_alg=cykooz_resizer.ResizeAlg.convolution(chosen), use_alpha=False)

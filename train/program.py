@@ -38,7 +38,9 @@ class Program:
     init: Callable[..., TrainState]
 
 
-def make_program(config: Config, num_classes: int, per_epoch: float, total: int) -> Program:
+def make_program(
+    config: Config, num_classes: int, per_epoch: float, total: int, model: nn.Module | None = None
+) -> Program:
     """Builds the program of a run.
 
     Args:
@@ -46,6 +48,7 @@ def make_program(config: Config, num_classes: int, per_epoch: float, total: int)
       num_classes: of the data.
       per_epoch: updates per epoch.
       total: updates of the run.
+      model: network to train in place of the settings' own, called like it.
 
     Returns:
       The program.
@@ -53,7 +56,7 @@ def make_program(config: Config, num_classes: int, per_epoch: float, total: int)
     Raises:
       UserError: a setting that a network, an optimizer or a step cannot have.
     """
-    model = build_model(config, num_classes)
+    model = build_model(config, num_classes) if model is None else model
     rate = optim.schedule(config.optim, per_epoch, total)
     shapes = trace(model, config.data.image_size)
     frozen = frozen_parts(config.optim, shapes)

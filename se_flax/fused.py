@@ -1,0 +1,162 @@
+"""Networks for inference, their batch norms folded into the convolutions in front of them."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
+
+from se_flax.errors import UserError
+from se_flax.layers import BatchNorm, Conv
+
+Array = jax.Array
+Path = tuple[str, ...]
+
+# Any size that every network takes; nothing is computed at it.
+_TRACED_SIDE = 64
+_NORM_FIELDS = ("norm", "linear_norm")
+
+
+class FoldedNorm(BatchNorm):
+    """A batch norm for inference that is not there where its convolution took it in.
+
+    With variables it normalises with the running statistics; without, it hands the map on, gated where it is told so.
+    """
+
+    def __call__(
+        self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None
+    ) -> Array:
+        """Arguments and result as for `BatchNorm`.
+
+        Raises:
+          UserError: training was asked for.
+        """
+        if train:
+            raise UserError("a fused network has no batch norms to train; train the network that it was made from")
+        if self.is_initializing() or self.has_variable("params", "scale"):
+            return super().__call__(x, gate=gate, mean=mean)
+        if gate is not None:
+            wide = x.astype(jnp.float32)
+            x = (wide * gate(jnp.mean(wide, (1, 2), keepdims=True) if mean is None else mean)).astype(x.dtype)
+        return x.astype(self.dtype or x.dtype)
+
+
+def fuse(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Folds batch norms into the convolutions in front of them, for faster inference with the same numbers.
+
+    For a convolution W * x and the norm a * u + b of its output: the kernel becomes a * W and b its bias. Norms that
+    are not the only reader of one convolution (pre-activation, mixed and conditional convolutions) stay as they are,
+    and so do those inside attention modules and norms that normalise every image by itself.
+
+    Args:
+      model: a network of `create_model`, or another with the attributes `conv` and `norm` that are `se_flax.Conv` and
+        `se_flax.BatchNorm` or partials of them.
+      variables: its `params` and `batch_stats`.
+
+    Returns:
+      The fused network and its variables, to be applied like the given ones with `train=False`. Attention modules and
+      the classifier keep their names and parameters.
+
+    Raises:
+      UserError: a network without such convolutions or norms, or variables without `params` and `batch_stats`.
+
+    Example:
+      >>> import jax, se_flax
+      >>> model = se_flax.create_model("seresnet20_cifar")
+      >>> variables = model.init(jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
+      >>> fused, fused_variables = se_flax.fuse(model, variables)
+      >>> list(fused_variables)
+      ['params']
+    """
+    given: Any = model
+    norms = {field: _folded(part) for field in _NORM_FIELDS if _is(part := getattr(given, field, None), BatchNorm)}
+    if not _is(getattr(given, "conv", None), Conv) or "norm" not in norms:
+        raise UserError(
+            f"{type(model).__name__} has no se_flax.Conv and se_flax.BatchNorm in its attributes conv and norm, "
+            "so there is nothing to fuse; use it as it is"
+        )
+    missing = {"params", "batch_stats"} - variables.keys()
+    if missing:
+        raise UserError(
+            f"got variables without {' and '.join(sorted(missing))}; give both params and batch_stats, as model.init "
+            "and load_pretrained return them, of a network that is not fused"
+        )
+    norms = {
+        field: _folded(getattr(given, field)) for field in _NORM_FIELDS if _is(getattr(given, field, 0), BatchNorm)
+    }
+    fused = given.clone(conv=partial(given.conv, use_bias=True), **norms)
+    params, statistics = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
+    convs, pairs = _trace(fused, getattr(given, "in_channels", 3))
+    for path in convs:
+        kernel = params[*path, "kernel"]
+        params.setdefault((*path, "bias"), jnp.zeros(kernel.shape[-1], kernel.dtype))
+    for path, (conv_path, epsilon) in pairs.items():
+        scale, bias = (np.asarray(params.pop((*path, name)), np.float64) for name in ("scale", "bias"))
+        mean, var = (np.asarray(statistics.pop((*path, name)), np.float64) for name in ("mean", "var"))
+        factor = scale / np.sqrt(var + epsilon)
+        at_kernel, at_bias = (*conv_path, "kernel"), (*conv_path, "bias")
+        kernel, offset = np.asarray(params[at_kernel], np.float64), np.asarray(params[at_bias], np.float64)
+        params[at_kernel] = jnp.asarray(kernel * factor, jnp.float32)
+        params[at_bias] = jnp.asarray((offset - mean) * factor + bias, jnp.float32)
+    rest = {"batch_stats": unflatten_dict(statistics)} if statistics else {}
+    return fused, {"params": unflatten_dict(params), **rest}
+
+
+def _is(part: Any, kind: type) -> bool:
+    while isinstance(part, partial):
+        part = part.func
+    return isinstance(part, type) and issubclass(part, kind)
+
+
+def _folded(norm: Any) -> Any:
+    return partial(FoldedNorm, *norm.args, **norm.keywords) if isinstance(norm, partial) else FoldedNorm
+
+
+def _trace(model: nn.Module, channels: int) -> tuple[set[Path], dict[Path, tuple[Path, float]]]:
+    """Finds the convolutions that got a bias, and the norms that alone read what one of them returned."""
+    convs: dict[str, Path] = {}
+    norms: dict[str, tuple[Path, float]] = {}
+
+    def mark(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if isinstance(module, FoldedNorm):
+            name = f"norm {len(norms)}"
+            norms[name] = module.path, module.epsilon
+            return call(checkpoint_name(args[0], name), *args[1:], **kwargs)
+        result = call(*args, **kwargs)
+        if isinstance(module, Conv) and module.use_bias:
+            name = f"conv {len(convs)}"
+            convs[name] = module.path
+            return checkpoint_name(result, name)
+        return result
+
+    images = jax.ShapeDtypeStruct((1, _TRACED_SIDE, _TRACED_SIDE, channels), jnp.float32)
+    with nn.intercept_methods(mark):
+        program = jax.make_jaxpr(model.init)(jax.random.key(0), images)
+    links = _sole_readers(program.jaxpr)
+    return set(convs.values()), {path: (convs[links[name]], e) for name, (path, e) in norms.items() if name in links}
+
+
+def _sole_readers(program: Any) -> dict[str, str]:
+    """Of the marked values of a traced program: which norm reads which convolution, where nothing else does."""
+    marked: dict[Any, str] = {}
+    readers: dict[Any, list[str]] = {}
+    for equation in program.eqns:
+        name = equation.params["name"] if equation.primitive.name == "name" else ""
+        for value in equation.invars:
+            if not hasattr(value, "val"):  # a constant has no reader to count
+                readers.setdefault(value, []).append(name)
+        if name:
+            marked[equation.outvars[0]] = name
+    for value in program.outvars:
+        if not hasattr(value, "val"):
+            readers.setdefault(value, []).append("")
+    found = {value: readers.get(value, []) for value, name in marked.items() if name.startswith("conv")}
+    return {names[0]: marked[value] for value, names in found.items() if len(names) == 1 and names[0][:4] == "norm"}
