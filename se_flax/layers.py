@@ -4,6 +4,7 @@ They differ from Linen's own where checkpoints of other frameworks demand it: sy
 TensorFlow's SAME, running variance from the unbiased estimate (PyTorch), and statistics that cannot go negative.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,8 +166,24 @@ def _replica_mean(tree: Any, axis_name: str | None) -> Any:
 
 
 def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Array:
-    """Maximum over size x size windows; x [N, H, W, C], `padding` pixels of -inf on every side."""
-    return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
+    """Maximum over size x size windows; x [N, H, W, C], `padding` pixels of -inf on every side.
+
+    Of equal values in a window the first gets the gradient; on a CPU, where XLA's form is slow, they share it.
+    """
+
+    def native(x: Array) -> Array:
+        return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
+
+    def by_axis(x: Array) -> Array:
+        for axis in (1, 2):
+            edge = [(padding, padding) if i == axis else (0, 0) for i in range(x.ndim)]
+            x = jnp.pad(x, edge, constant_values=-jnp.inf)
+            end = x.shape[axis] - size + 1
+            windows = [jax.lax.slice_in_dim(x, i, i + end, strides, axis) for i in range(size)]
+            x = functools.reduce(jnp.maximum, windows)
+        return x
+
+    return jax.lax.platform_dependent(x, cpu=by_axis, default=native)
 
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:

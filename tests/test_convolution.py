@@ -1,4 +1,6 @@
-"""The convolution's lowerings against XLA's own, whatever the shape."""
+"""The convolution's lowerings for a CPU against XLA's own, whatever the shape."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax import Conv
-from se_flax.convolution import convolve, shifted_products
+from se_flax import Conv, cpu_convolution
+from se_flax.convolution import convolve
+from se_flax.layers import max_pool
 
 
-def reference(x, kernel, strides, padding, dilation):
+def reference(x, kernel, strides, padding, dilation, groups):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -19,53 +22,136 @@ def reference(x, kernel, strides, padding, dilation):
         padding,
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
+        feature_group_count=groups,
     )
 
 
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def check(x, kernel, *arguments):
+    """Value, gradients and forward derivative."""
+    tangents = tuple(arrays(x.shape, kernel.shape))
+
+    @partial(jax.jit, static_argnums=0)
+    def all_of(convolution, x, kernel):
+        def function(x, k):
+            return convolution(x, k, *arguments)
+
+        value, pullback = jax.vjp(function, x, kernel)
+        return value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
+
+    for ours, theirs in zip(
+        jax.tree.leaves(all_of(convolve, x, kernel)), jax.tree.leaves(all_of(reference, x, kernel)), strict=True
+    ):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# Groups, their input and their output channels: dense, depthwise, depthwise with a multiplier, and groups of which 1, 2
+# and 16 go together into a dense convolution of 32 channels.
+CHANNELS = st.sampled_from([(1, 3, 5), (1, 8, 4), (6, 1, 1), (4, 1, 2), (2, 40, 3), (4, 16, 8), (32, 2, 2)])
 SIDES = st.integers(5, 9)
 PAIRS = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=16)
 @given(
+    channels=CHANNELS,
     sides=st.tuples(SIDES, SIDES),
     size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     padding=st.one_of(st.sampled_from(["SAME", "VALID"]), st.tuples(PAIRS, PAIRS)),
 )
-def test_shifted_products_are_a_depthwise_convolution(sides, size, strides, dilation, padding):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, *sides, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((*size, 1, 3)), jnp.float32)
-    arguments = (strides, padding, dilation)
-    expected, pullback = jax.vjp(lambda x, k: reference(x, k, *arguments), x, kernel)
-    given_values, given_pullback = jax.vjp(lambda x, k: shifted_products(x, k, *arguments), x, kernel)
-    assert given_values.shape == expected.shape
-    np.testing.assert_allclose(given_values, expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(given_pullback(expected), pullback(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+def test_every_lowering_is_the_convolution_and_so_are_its_derivatives(
+    channels, sides, size, strides, dilation, padding
+):
+    groups, width, out = channels
+    x, kernel = arrays((2, *sides, groups * width), (*size, width, groups * out))
+    check(x, kernel, strides, padding, dilation, groups)
 
 
-@pytest.mark.parametrize(("platform", "native"), [("cpu", False), ("tpu", True), ("cuda", True)])
-def test_only_a_cpu_takes_the_sum(platform, native):
-    x, kernel = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((3, 3, 1, 4), jnp.float32)
-    function = jax.jit(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), 4))
+def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
+    # Patches of one image are 36 * 9 * 4 * 4 bytes: two fit, and six images are three times two.
+    monkeypatch.setattr(cpu_convolution, "_PATCHES", 2 * 36 * 9 * 4 * 4)
+    x, kernel = arrays((6, 6, 6, 4), (3, 3, 4, 5))
+    text = str(jax.make_jaxpr(jax.grad(lambda k: convolve(x, k, (1, 1), "SAME", (1, 1), 1).sum()))(kernel))
+    assert "length=3" in text
+    check(x, kernel, (1, 1), "SAME", (1, 1), 1)
+
+
+def test_the_patches_are_not_kept_for_the_gradient():
+    x, kernel = arrays((4, 8, 8, 16), (3, 3, 16, 16))
+    _, pullback = jax.vjp(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), 1), x, kernel)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
+    assert kept < 9 * x.size
+
+
+def test_second_derivatives_and_batching_work():
+    x, kernel = arrays((2, 6, 6, 4), (3, 3, 4, 4))
+
+    def loss(convolution, kernel):
+        return (convolution(x, kernel, (1, 1), "SAME", (1, 1), 1) ** 2).sum()
+
+    hessians = [jax.jvp(jax.grad(partial(loss, f)), (kernel,), (kernel,))[1] for f in (convolve, reference)]
+    np.testing.assert_allclose(*hessians, rtol=1e-4, atol=1e-3)
+    each = jax.vmap(lambda k: convolve(x, k, (2, 2), "SAME", (1, 1), 1))(jnp.stack([kernel, 2 * kernel]))
+    np.testing.assert_allclose(each[1], 2 * each[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 2])
+def test_gradients_over_several_devices_add_up(groups):
+    # The kernel is the same on all devices and the images are not: shard_map checks both, and sums the gradient.
+    x, kernel = arrays((8, 5, 5, 4), (3, 3, 4 // groups, 4))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def gradient(x, kernel):
+        return jax.grad(lambda k: (convolve(x, k, (1, 1), "SAME", (1, 1), groups) ** 2).sum())(kernel)
+
+    spread = jax.shard_map(gradient, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec())
+    np.testing.assert_allclose(jax.jit(spread)(x, kernel), gradient(x, kernel), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(4, 3), (1, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms_keep_xlas_convolution_alone(platform, groups, size):
+    x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((size, size, 4 // groups, 4), jnp.float32)
+    function = jax.jit(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), groups))
     text = jax.export.export(function, platforms=[platform])(x, kernel).mlir_module()
-    assert ("stablehlo.convolution" in text) == native
+    assert "stablehlo.convolution" in text
+    assert "stablehlo.dot_general" not in text and "stablehlo.multiply" not in text
+    cpu = jax.export.export(function, platforms=["cpu"])(x, kernel).mlir_module()
+    assert ("stablehlo.dot_general" in cpu) == (size == 1)
 
 
-def test_other_convolutions_stay_xlas():
-    for groups, features in ((1, 4), (2, 4), (4, 8)):
-        conv = Conv(features, 3, groups=groups)
-        text = str(
-            jax.make_jaxpr(lambda x, c=conv: c.init_with_output(jax.random.key(0), x)[0])(jnp.zeros((1, 8, 8, 4)))
-        )
-        assert "conv_general_dilated" in text and "platform_index" not in text
+def test_a_channelwise_factor_in_groups_stays_xlas():
+    conv = Conv(4, 1, groups=2)
+    text = str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x)[0])(jnp.zeros((1, 8, 8, 4))))
+    assert "conv_general_dilated" in text and "platform_index" not in text
 
 
-def test_bfloat16_stays_bfloat16():
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 4), (1, 1), (3, 1), (3, 2)])
+def test_bfloat16_stays_bfloat16(kernel, groups):
     x = jnp.ones((1, 8, 8, 4), jnp.bfloat16)
-    model = Conv(4, 3, groups=4)
+    model = Conv(4, kernel, groups=groups)
     assert model.apply(model.init(jax.random.key(0), x), x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("size", "strides", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pooling_is_xlas_and_so_is_its_gradient(size, strides, padding):
+    (x,) = arrays((2, 7, 9, 3))
+
+    def native(x):
+        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        window, steps = (1, size, size, 1), (1, strides, strides, 1)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, steps, pads)
+
+    expected, pullback = jax.vjp(native, x)
+    value, own_pullback = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_allclose(own_pullback(expected)[0], pullback(expected)[0], rtol=1e-6)

@@ -1,0 +1,74 @@
+"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [fused|plain]`."""
+
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import se_flax
+from benchmarks.sides.pace import serve
+from train.memory import keep_memory
+
+
+def train_step(model: Any, batch: int, side: int) -> Any:
+    """A function that makes one update with SGD and momentum and waits for it."""
+    images, labels = _images(batch, side), jnp.arange(batch) % 1000
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    optimizer = optax.sgd(0.01, momentum=0.9)
+    state = (variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"]))
+
+    def step(state: Any, images: jax.Array) -> Any:
+        params, stats, momentum = state
+
+        def loss(params: Any) -> Any:
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, momentum = optimizer.update(grads, momentum)
+        return (optax.apply_updates(params, updates), stats, momentum), value
+
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def work() -> None:
+        nonlocal state
+        state, value = compiled(state, images)
+        value.block_until_ready()
+
+    return work
+
+
+def inference(model: Any, batch: int, side: int, fused: bool) -> Any:
+    """A function that computes logits and waits for them."""
+    images = _images(batch, side)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    if fused:
+        model, variables = se_flax.fuse(model, variables)
+    apply = jax.jit(model.apply)
+    return lambda: apply(variables, images).block_until_ready()
+
+
+def _images(batch: int, side: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=(batch, side, side, 3)), jnp.float32)
+
+
+def main() -> None:
+    """Serves one comparison."""
+    keep_memory()
+    name, task, batch, side, *form = sys.argv[1:]
+    model = se_flax.create_model(name)
+    if task == "train":
+        work = train_step(model, int(batch), int(side))
+    else:
+        work = inference(model, int(batch), int(side), form != ["plain"])
+    serve(work, jax=jax.__version__, se_flax=version("se-flax"))
+
+
+if __name__ == "__main__":
+    main()
