@@ -3,13 +3,16 @@
 | convolution | forward and input's gradient | kernel's gradient |
 |---|---|---|
 | 1x1 | matrix product | matrix product |
-| depthwise | sum of shifted products | likewise |
+| depthwise | sum of shifted products | likewise, some images at a time |
 | grouped | dense ones of 32 channels, zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches, some images at a time |
 
 `benchmarks/convolution.py` measures them beside XLA's.
 """
 
+import math
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,7 +52,7 @@ def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
         one = kernel.shape[:2] == (1, 1)
         return pointwise(x, kernel, strides, padding) if one else dense(x, kernel, strides, padding, dilation)
     if kernel.shape[2] == 1 and kernel.shape[3] == groups:
-        return shifted_products(x, kernel, strides, padding, dilation)
+        return depthwise(x, kernel, strides, padding, dilation)
     return grouped(x, kernel, strides, padding, dilation, groups)
 
 
@@ -97,11 +100,11 @@ dense.defjvp(_dense_jvp, symbolic_zeros=True)
 def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
     """The same convolution as products of patches and kernel, for its transpose in the kernel."""
     n, height, width, channels = x.shape
-    kh, kw, _, features = kernel.shape
+    kh, kw = kernel.shape[:2]
     h, w = output_sides((height, width), kernel.shape, strides, padding, dilation)
     per_image = max(1, h * w * kh * kw * channels * x.dtype.itemsize)
     images = max(i for i in range(1, n + 1) if n % i == 0 and i * per_image <= max(_PATCHES, per_image))
-    matrix = kernel.reshape(-1, features)
+    matrix = kernel.reshape(-1, kernel.shape[3])
 
     # Without the checkpoint the patches of all images would be kept for the gradient.
     @jax.checkpoint
@@ -110,10 +113,7 @@ def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
         patches = [_window(x, i * dilation[0], j * dilation[1], h, w, strides) for i in range(kh) for j in range(kw)]
         return _matrix_product(jnp.concatenate(patches, -1), matrix)
 
-    if images == n:
-        return some(x)
-    y = jax.lax.map(some, x.reshape(n // images, images, height, width, channels))
-    return y.reshape(n, h, w, features)
+    return _in_parts(some, x, images)
 
 
 def output_sides(sides: tuple[int, ...], kernel: tuple[int, ...], strides: Pair, padding: Pads, dilation: Pair) -> Pair:
@@ -154,8 +154,9 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
 # --- Depthwise --------------------------------------------------------------------------------------------------------
 
 
-def shifted_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """Depthwise convolution as a sum over the kernel's taps of shifted maps times a vector.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """A depthwise convolution as a sum over the kernel's taps of shifted maps times a vector.
 
     Args:
       x: [N, H, W, C].
@@ -169,10 +170,57 @@ def shifted_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dila
     """
     h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    total = None
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            term = _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
-            total = term if total is None else total + term
-    assert total is not None
-    return total
+    return _over_taps(
+        kernel, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
+    )
+
+
+def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    settings = strides, padding, dilation
+    parts = []
+    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+        parts.append(_scattered(dx, kernel, *settings))
+    if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
+        # An image per core at a time: sums over the whole batch would read all of it once for every tap.
+        images = math.gcd(x.shape[0], os.cpu_count() or 1)
+        some = jax.checkpoint(lambda part: depthwise(part, dkernel, *settings))
+        parts.append(_in_parts(some, x, images))
+    y = depthwise(x, kernel, *settings)
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+depthwise.defjvp(_depthwise_jvp, symbolic_zeros=True)
+
+
+def _scattered(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """The same convolution, products before shifts: transposed, shifts before products, a loop without branches."""
+    shape = x.shape[1:3]
+    reach = [(k - 1) * d for k, d in zip(kernel.shape[:2], dilation, strict=True)]
+
+    def shifted(i: int, j: int) -> Array:
+        back = [i * dilation[0], j * dilation[1]]
+        edges = [(r - b, b, 0) for r, b in zip(reach, back, strict=True)]
+        return jax.lax.pad(x * kernel[i, j, 0], jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+
+    frame = _over_taps(kernel, shifted)
+    sides = output_sides(shape, kernel.shape, strides, padding, dilation)
+    first = [r - low for r, (low, _) in zip(reach, padding, strict=True)]
+    last = [f + (side - 1) * s for f, side, s in zip(first, sides, strides, strict=True)]
+    # Padding that is wider than the kernel reaches: outputs that no input touches.
+    wider = [(max(0, -f), max(0, t + 1 - side - r)) for f, t, side, r in zip(first, last, shape, reach, strict=True)]
+    frame = jnp.pad(frame, ((0, 0), *wider, (0, 0)))
+    return _window(frame, first[0] + wider[0][0], first[1] + wider[1][0], *sides, strides)
+
+
+def _over_taps(kernel: Array, term: Callable[[int, int], Array]) -> Array:
+    terms = [term(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+    return sum(terms[1:], terms[0])
+
+
+def _in_parts(function: Callable[[Array], Array], x: Array, images: int) -> Array:
+    """A function of images, some of them at a time."""
+    if images == x.shape[0]:
+        return function(x)
+    y = jax.lax.map(function, x.reshape(-1, images, *x.shape[1:]))
+    return y.reshape(x.shape[0], *y.shape[2:])

@@ -1,0 +1,157 @@
+"""Times networks on a CPU beside timm on PyTorch, and beside the nearest JAX networks.
+
+    python -m benchmarks.cpu --torch-python A/bin/python                      # the table, about half an hour
+    python -m benchmarks.cpu --torch-python A/bin/python --models seresnet50 --tasks train:16
+    python -m benchmarks.cpu --keras-python B/bin/python --models peers       # Flax's example network, Keras on JAX
+
+Float32, all cores. Every side is a process of its own in its own environment; they take turns, one repetition each, so
+that whatever else the machine does hits all of them. A figure is the median over the repetitions, a ratio the median of
+the other side's time over ours, turn by turn: above 1 we are faster. timm runs eagerly, eagerly in channels-last memory
+and through `torch.compile`; the fastest of them is what we are held against.
+
+- `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`).
+- `train:N`: one update of N images by SGD with momentum.
+
+Our side keeps freed memory as `python -m train` does (`train.memory.keep_memory`). Every row is appended as one line to
+`benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+MODELS = ("seresnet50", "efficientnet_b0", "seresnext50_32x4d", "mobilenetv3_large_100")
+TASKS = ("infer:1", "infer:16", "train:16")
+TIMM_MODES = ("eager", "channels_last", "compile")
+# Our network, the peer's module and what it is asked for.
+PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
+
+
+class Side:
+    """One side's process.
+
+    Args:
+      command: that starts it.
+    """
+
+    def __init__(self, command: list[str]):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+        self.seconds: list[float] = []
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        self.versions: dict[str, str] = json.loads(line) if line else {}
+        self.works = bool(line)
+
+    def turn(self) -> None:
+        """One timed repetition."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        self.seconds.append(float(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, list[str]]:
+    """How the sides of one row are started."""
+    words = [model, task, batch, str(options.image_size)]
+    ours = [sys.executable, "-m", "benchmarks.sides.ours", *words]
+    found = {"ours": ours}
+    if task == "infer":
+        found["ours plain"] = [*ours, "plain"]
+    if options.torch_python and not options.peers:
+        script = str(ROOT / "benchmarks" / "sides" / "timm_side.py")
+        found |= {f"timm {mode}": [options.torch_python, script, *words, mode] for mode in options.modes}
+    if options.peers:
+        python = options.keras_python if PEERS[model] == "keras" else sys.executable
+        if python:
+            found[PEERS[model]] = [python, "-m", "benchmarks.sides.peers", PEERS[model], *words]
+    return found
+
+
+def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table.
+
+    Returns:
+      `milliseconds` by side, `ratio` to the fastest other side, its name, the versions.
+    """
+    sides: dict[str, Side] = {}
+    for name, command in commands(model, task, batch, options).items():
+        print(f"{model} {task}:{batch}: starting {name}", file=sys.stderr, flush=True)
+        side = Side(command)
+        if side.works:
+            sides[name] = side
+        else:
+            print(f"{model} {task}:{batch}: {name} broke, see above", file=sys.stderr)
+    count = options.repetitions or {"1": 60, "16": 15}.get(batch, 15) // (3 if task == "train" else 1)
+    for _ in range(max(count, 3)):
+        for side in sides.values():
+            side.turn()
+    for side in sides.values():
+        side.close()
+    medians = {name: statistics.median(side.seconds) for name, side in sides.items()}
+    others = [name for name in sides if not name.startswith("ours")]
+    row: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "batch": int(batch),
+        "image_size": options.image_size,
+        "repetitions": max(count, 3),
+        "milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
+    }
+    if others:
+        fastest = min(others, key=lambda name: medians[name])
+        pairs = zip(sides[fastest].seconds, sides["ours"].seconds, strict=True)
+        row |= {"fastest_other": fastest, "ratio": round(statistics.median(b / a for b, a in pairs), 3)}
+    return row | {"versions": {k: v for side in sides.values() for k, v in side.versions.items()}}
+
+
+def main() -> int:
+    """Measures what the command line names and records it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
+    parser.add_argument("--keras-python", help="interpreter with keras and jax, for --models peers")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)}), or peers")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
+    parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="of timm")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels (224)")
+    parser.add_argument("--repetitions", type=int, help="turns of every side (60 of one image, 15 of 16, 5 updates)")
+    parser.add_argument("--dry-run", action="store_true", help="record nothing")
+    options = parser.parse_args()
+    options.peers = options.models == ["peers"]
+    for model in PEERS if options.peers else options.models:
+        for each in options.tasks:
+            task, _, batch = each.partition(":")
+            if task not in ("infer", "train") or not batch.isdigit():
+                parser.error(f"got the task {each!r}; give infer:N or train:N")
+            row = measure(model, task, batch, options)
+            figures = ", ".join(f"{name} {value} ms" for name, value in row["milliseconds"].items())
+            ratio = f"   ratio {row['ratio']} to {row['fastest_other']}" if "ratio" in row else ""
+            print(f"{model:22} {each:9} {figures}{ratio}", flush=True)
+            if not options.dry_run:
+                date = datetime.datetime.now(datetime.UTC).date().isoformat()
+                command = shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]])
+                line = {"command": command, "date": date, **row, "machine": describe()}
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
