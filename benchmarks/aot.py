@@ -2,6 +2,7 @@
 
     python -m benchmarks.aot attention      # networks with and without their attention, v5e:2x2
     python -m benchmarks.aot scaling        # one network from v5e:2x2 to v5e:16x16, the batch per device fixed
+    python -m benchmarks.aot plain          # ResNet-50 as Flax's example has it, to compare ours with
     python -m benchmarks.aot --model=... --topology=...     # any other command line of train.aot
 
 Needs libtpu (`pip install 'se-flax[tpu]'`) and no TPU. Every result is one line of `benchmarks/results/aot.jsonl`, with
@@ -53,9 +54,43 @@ def record(words: list[str]) -> bool:
     return True
 
 
+def record_plain() -> bool:
+    """Compiles `benchmarks.plain_resnet` with the step of `train.aot` and appends its line."""
+    import dataclasses
+
+    from benchmarks.plain_resnet import PlainResNet50
+    from train import aot
+    from train.topology import find_topology
+
+    topology = find_topology("v5e:2x2")
+    config = aot.with_batch(aot.settings_for_model("resnet50", 224), 128, len(topology.devices))
+    costs, _ = aot.compile_run(config, topology, model=PlainResNet50())
+    line = {
+        "command": "python -m benchmarks.aot plain",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "model": "plain_resnet50",
+        "attention": False,
+        "step": "train",
+        "topology": topology.name,
+        "device_kind": topology.devices[0].device_kind,
+        "devices": len(topology.devices),
+        "batch_per_device": 128,
+        "image_size": 224,
+        "precision": "bfloat16",
+        "memory_bytes": topology.memory_bytes,
+        **dataclasses.asdict(costs),
+        "versions": aot.versions(),
+    }
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return True
+
+
 def main() -> int:
     """Runs the table or the single command that the command line names; 1 if anything failed."""
     words = sys.argv[1:]
+    if words == ["plain"]:
+        return 0 if record_plain() else 1
     known = len(words) == 1 and words[0] in TABLES
     if not words or (not known and not all(word.startswith("--") for word in words)) or "--help" in words:
         print(__doc__)

@@ -275,14 +275,15 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
         other, _ = compile_run(bare, topology, evaluation=options.eval)
         result["without_attention"] = dataclasses.asdict(other)
         result["ratios"] = _ratios(result, result["without_attention"])
-    return {**result, "versions": _versions()}
+    return {**result, "versions": versions()}
 
 
 def _ratios(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     return {name: round(a[name] / b[name], 4) for name in _RATIOS if a[name] and b[name]}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of JAX and of the compilers."""
     found = {"jax": jax.__version__}
     for name in ("jaxlib", "libtpu"):
         try:

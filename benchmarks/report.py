@@ -1,0 +1,230 @@
+"""Writes docs/performance.md and its plot from the results in `benchmarks/results`; nothing is measured here.
+
+python -m benchmarks.report            # write
+python -m benchmarks.report --check    # exit code 1 if the document is not what the results give
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "scaling.png"
+
+Row = dict[str, Any]
+
+HEAD = """# Performance
+
+Every figure here was measured by a command that stands beside it; the results are in `benchmarks/results`, and
+`python -m benchmarks.report` writes this page from them. Ratios count: the sides of a comparison take turns in one run,
+so that they meet the same machine.
+"""
+ATTENTION = """
+## Squeeze-and-excitation's price on a TPU
+
+The training step, compiled for TPU v5e chips that are not there (`python -m train.aot`): bfloat16, SGD with momentum.
+Flops, bytes and memory are the compiler's own figures of one device and the same on every run. Without attention is the
+same network with nothing in its place.
+
+| network | images per device | GiB accessed | without attention | ratio | peak memory, ratio | of |
+|---|---:|---:|---:|---:|---:|---|
+"""
+ATTENTION_NOTE = """
+Where a batch norm directly feeds the squeeze, norm and gate are one affine per image and channel: the squeeze is the
+norm's own per-image mean, and the gated map is written in the pass that the norm needs anyway. Written as a norm and
+then an attention, SE-ResNet-50's step accesses 1.1154 times the bytes of ResNet-50's (the first line). What is left
+above 1 is the attention's own parameters, their momentum and their all-reduce, and the per-image means.
+"""
+PLAIN = """
+ResNet-50 itself, written with Linen's own layers as Flax's example has it (`benchmarks/plain_resnet.py`), compiled the
+same way:
+
+"""
+SCALING = """
+## More chips
+
+The same recipe on more chips, the batch per device fixed; per device. Nothing grows but the number of chips: the batch
+norms see their own replica, and the gradients' all-reduce is the only talk.
+
+| topology | chips | GFLOP | GiB accessed | peak memory, GiB | all-reduce, MB |
+|---|---:|---:|---:|---:|---:|
+"""
+CPU = """
+## On a CPU
+
+Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`); median of turns, and the median of the other
+side's time over ours, turn by turn: above 1 we are faster. timm stands for the fastest of its eager, channels-last and
+compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets the network as it is.
+
+| network | task | ours | timm | ratio | machine, versions |
+|---|---|---:|---:|---:|---|
+"""
+CPU_NOTE = """
+What a convolution becomes on a CPU is in `se_flax/cpu_convolution.py`; TPU and GPU keep XLA's own.
+`python -m train` keeps freed memory in the process, in large pages (`train/memory.py`).
+"""
+LOADER = """
+## From JPEG to batch
+
+Images per second of one core (`python -m benchmarks.loader`): decode, random resized crop to 224 pixels, flip,
+normalised float32. `host` is what training with an accelerator takes from the host, uint8; the accelerator does the
+rest, RandAugment included. Ratios are medians of rounds.
+
+| side | row | images per second and core |
+|---|---|---:|
+"""
+
+
+def rows(name: str) -> list[Row]:
+    """The recorded lines of one benchmark, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def latest(lines: list[Row], *keys: str) -> list[Row]:
+    """The last line of each combination of keys, in the order in which they first came."""
+    return list({tuple(str(line.get(key)) for key in keys): line for line in lines}.values())
+
+
+def attention_table(lines: list[Row]) -> str:
+    """Networks with and without their attention."""
+    text = ""
+    for line in (line for line in lines if "ratios" in line):
+        bare, ratios = line["without_attention"], line["ratios"]
+        label = {"before": " (norm, then attention)"}.get(line.get("state", ""), "")
+        text += (
+            f"| {line['model']}{label} | {line['batch_per_device']} | {line['bytes_accessed'] / 2**30:.2f} | "
+            f"{bare['bytes_accessed'] / 2**30:.2f} | {ratios['bytes_accessed']:.4f} | "
+            f"{ratios['peak_memory_bytes']:.4f} | {line['date']}, {line['topology']} |\n"
+        )
+    return ATTENTION + text + ATTENTION_NOTE if text else ""
+
+
+def plain_line(lines: list[Row]) -> str:
+    """Our ResNet-50 beside Flax's."""
+    plain = [line for line in lines if line["model"] == "plain_resnet50"]
+    ours = [line for line in lines if line["model"] == "seresnet50" and "without_attention" in line]
+    if not plain or not ours:
+        return ""
+    a, b = ours[-1]["without_attention"], plain[-1]
+    per_image = b["batch_per_device"] * 2**20
+    return (
+        PLAIN + f"| | MiB per image | peak memory, GB |\n|---|---:|---:|\n"
+        f"| se-flax | {a['bytes_accessed'] / per_image:.1f} | {a['peak_memory_bytes'] / 1e9:.3f} |\n"
+        f"| plain | {b['bytes_accessed'] / per_image:.1f} | {b['peak_memory_bytes'] / 1e9:.3f} |\n"
+    )
+
+
+def scaling_lines(lines: list[Row]) -> list[Row]:
+    """One network on several topologies."""
+    found = [line for line in lines if "ratios" not in line and line["model"] == "seresnet18"]
+    return sorted(latest(found, "topology"), key=lambda line: line["devices"])
+
+
+def scaling_table(lines: list[Row]) -> str:
+    """Per-device figures by topology, and the plot."""
+    if len(lines) < 2:
+        return ""
+    text = "".join(
+        f"| {line['topology']} | {line['devices']} | {line['flops'] / 1e9:,.1f} | "
+        f"{line['bytes_accessed'] / 2**30:.3f} | {line['peak_memory_bytes'] / 2**30:.3f} | "
+        f"{line['collective_bytes'] / 1e6:.2f} |\n"
+        for line in lines
+    )
+    early = " Compiled before norm and gate were one." if any(line.get("state") == "before" for line in lines) else ""
+    first = lines[0]
+    about = (
+        f"\n{first['model']}, {first['batch_per_device']} images per device, `{first['command']}` and so on.{early}\n"
+    )
+    return SCALING + text + about + "\n![Per-device figures by number of chips](scaling.png)\n"
+
+
+def plot(lines: list[Row], path: Path) -> None:
+    """Per-device figures over the number of chips, each relative to the smallest topology."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    chips = [line["devices"] for line in lines]
+    markers = {"flops": "o", "bytes_accessed": "s", "peak_memory_bytes": "^", "collective_bytes": "x"}
+    names = {"flops": "flops", "bytes_accessed": "bytes accessed", "peak_memory_bytes": "peak memory"}
+    for key, marker in markers.items():
+        values = [line[key] / lines[0][key] for line in lines]
+        axes.plot(chips, values, marker=marker, label=names.get(key, "all-reduce bytes"), alpha=0.8)
+    axes.set(xscale="log", ylim=(0.9, 1.1), xlabel="chips (TPU v5e)", ylabel=f"per device, {chips[0]} chips = 1")
+    axes.set_xticks(chips, [str(n) for n in chips])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def cpu_table(lines: list[Row]) -> str:
+    """Networks on a CPU."""
+    text = ""
+    for line in latest([line for line in lines if "ratio" in line], "model", "task", "batch", "image_size"):
+        ms, other = line["milliseconds"], line["fastest_other"]
+        bare = f" ({ms['ours plain']:g})" if "ours plain" in ms else ""
+        versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items() if name != "se_flax")
+        machine = f"{line['date']}, {line['machine']['cores']} cores of {line['machine']['processor']}"
+        text += (
+            f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g}{bare} | {ms[other]:g} ({other}) | "
+            f"{line['ratio']:.2f} | {machine}; {versions} |\n"
+        )
+    commands = "".join(f"- `{command}`\n" for command in dict.fromkeys(line["command"] for line in lines))
+    return CPU + text + CPU_NOTE + "\n" + commands if text else ""
+
+
+def loader_table(lines: list[Row]) -> str:
+    """The input pipeline."""
+    with_ratios = [line for line in lines if line.get("ratios")]
+    if not with_ratios:
+        return ""
+    line = with_ratios[-1]
+    text = "".join(
+        f"| {side} | {row} | {figures['images_per_second_per_core']:,.0f} |\n"
+        for side, table in line["figures"].items()
+        for row, figures in table.items()
+    )
+    ratios = "".join(
+        f"- {row}: " + ", ".join(f"{value:.2f} times {side}" for side, value in found.items()) + "\n"
+        for row, found in line["ratios"].items()
+    )
+    return f"{LOADER}{text}\n{ratios}\n{line['date']}, `{line['command']}`.\n"
+
+
+def document() -> str:
+    """The whole page."""
+    aot = rows("aot")
+    return (
+        HEAD
+        + attention_table(aot)
+        + plain_line(aot)
+        + scaling_table(scaling_lines(aot))
+        + cpu_table(rows("cpu"))
+        + loader_table(rows("loader"))
+    )
+
+
+def main() -> int:
+    """Writes the page, or compares it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if they differ")
+    if parser.parse_args().check:
+        return 0 if DOCUMENT.exists() and DOCUMENT.read_text() == document() else 1
+    DOCUMENT.write_text(document())
+    lines = scaling_lines(rows("aot"))
+    if len(lines) > 1:
+        plot(lines, PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Documents that are written from recorded results say what the results say."""
+
+import re
+
+import se_flax
+from benchmarks import parity, report
+
+
+def test_the_documents_are_what_the_results_give():
+    assert report.DOCUMENT.read_text() == report.document()
+    assert parity.TABLE.read_text() == parity.table(parity.results())
+
+
+def test_every_network_with_a_fixture_is_in_the_parity_table_and_within_its_bounds():
+    rows = parity.results()
+    fixtures = {path.name.split(".")[0] for path in (parity.compare.HERE / "fixtures").glob("*.json.gz")}
+    assert fixtures & set(se_flax.list_models()) == rows.keys()
+    for name, row in rows.items():
+        assert max(row["logits"], row["features"]) < 1e-4, name
+        assert row.get("gradients_double", 0.0) < 1e-3, name
+
+
+def test_no_ratio_stands_without_its_command():
+    lines = [*report.rows("aot"), *report.rows("cpu"), *report.rows("loader")]
+    for line in lines:
+        assert line["command"].startswith("python -m ") and re.fullmatch(r"\d{4}-\d\d-\d\d", line["date"])
+
+
+def test_seresnet50_costs_at_most_a_hundredth_over_resnet50_on_record():
+    lines = [line for line in report.rows("aot") if "ratios" in line and line["model"] == "seresnet50"]
+    assert lines[-1]["ratios"]["bytes_accessed"] <= 1.01
