@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +116,32 @@ def test_random_crops_differ_between_epochs_and_repeat_with_the_seed():
     assert_same(batches, take(one(splits, data), 6))
 
 
+@pytest.fixture
+def jpegs(tmp_path):
+    """Two class folders of four JPEGs each."""
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / "jpegs" / name / f"{i}.jpg" for name in "ab" for i in range(4)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    return small(source=f"folder:{tmp_path / 'jpegs'}", image_size=16, batch_size=3, train_crop="random_resized")
+
+
+def test_crops_of_jpegs_follow_seed_and_position_alone(jpegs):
+    splits = open_data(jpegs)
+    batches = take(one(splits, jpegs), 6)
+    assert len({image.tobytes() for batch in batches for image in batch["image"]}) == 18
+    by_number = one(splits, jpegs).by_number()
+    for number in (4, 0, 4, 5):  # in any order
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(by_number[number][key], batches[number][key], strict=True)
+    assert_same(batches[4:], take(one(splits, jpegs, start=12), 2))
+    loader = one(splits, replace(jpegs, workers=1))
+    try:
+        assert_same(batches[:3], take(loader, 3))
+    finally:
+        loader.close()
+
+
 def test_micro_batches_laid_end_to_end_are_the_batch():
     splits, data = numbered(50), small(batch_size=12)
     whole = [numbers(batch) for batch in take(one(splits, data), 5)]
@@ -187,6 +215,59 @@ def test_a_closed_loader_stays_closed():
     loader.close()
     with pytest.raises(ValueError, match="closed"):
         next(loader)
+
+
+# ---- reading ahead
+
+
+class Gated:
+    """A source that lets `allowed` reads pass and holds all others until it is opened."""
+
+    def __init__(self, source, allowed):
+        self.source, self.allowed = source, allowed
+        self.changed = threading.Condition()
+        self.open, self.done, self.readers = False, 0, set()
+
+    def __len__(self):
+        return len(self.source)
+
+    def name(self, index):
+        return self.source.name(index)
+
+    def __getitem__(self, index):
+        with self.changed:
+            self.readers.add(threading.get_ident())
+            self.allowed -= 1
+            if self.allowed < 0:
+                self.changed.wait_for(lambda: self.open)
+            self.done += 1
+            self.changed.notify_all()
+        return self.source[index]
+
+    def let_all_pass(self):
+        with self.changed:
+            self.open = True
+            self.changed.notify_all()
+
+
+def test_batches_are_made_before_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread reads, so that batches are made one after the other
+    expected = [numbers(batch) for batch in take(one(numbered(40), small()), 4)]
+    gate = Gated(numbered(40).train, allowed=8)
+    loader = one(DataSplits(gate, gate, ("0",)), small())
+    try:
+        loader.start_prefetch()
+        with gate.changed:
+            assert gate.changed.wait_for(lambda: gate.done == 8, timeout=60)
+        # No further image can be read: these two batches were read without anyone having asked for one.
+        assert [numbers(batch) for batch in take(loader, 2)] == expected[:2]
+        assert gate.done == 8
+        assert threading.get_ident() not in gate.readers
+        gate.let_all_pass()
+        assert [numbers(batch) for batch in take(loader, 2)] == expected[2:]
+    finally:
+        gate.let_all_pass()
+        loader.close()
 
 
 # ---- evaluation

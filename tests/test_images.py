@@ -1,13 +1,24 @@
 """Decoding and cropping on the host, against NumPy, known pixels and the distributions the paper asks for."""
 
+import contextlib
 import io
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+import train.images
 from train.images import UnreadableImage, eval_image, random_box, train_image
+
+SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
+FAST = ("simplejpeg", "cykooz_resizer")
+# Which of the optional packages a test pretends to have.
+PACKAGES = pytest.mark.parametrize(
+    "packages", [(), *((name,) for name in FAST), FAST], ids=lambda names: "+".join(names)
+)
 
 
 def encoded(image, kind="PNG", **options):
@@ -26,10 +37,10 @@ def draw():
 
 def test_an_image_of_the_right_size_is_untouched():
     image = noise(12, 12)
-    for given in (image, encoded(image)):
-        np.testing.assert_array_equal(eval_image(given, size=12), image)
-        np.testing.assert_array_equal(train_image(given, draw(), size=12, crop="resize"), image)
-        np.testing.assert_array_equal(train_image(given, draw(), size=12, crop="center"), image)
+    for form in (image, encoded(image)):
+        np.testing.assert_array_equal(eval_image(form, size=12), image)
+        np.testing.assert_array_equal(train_image(form, draw(), size=12, crop="resize"), image)
+        np.testing.assert_array_equal(train_image(form, draw(), size=12, crop="center"), image)
 
 
 def grey(value):
@@ -165,3 +176,128 @@ def test_damage_is_named(given, reason):
         eval_image(given, size=8)
     with pytest.raises(UnreadableImage, match=reason):
         train_image(given, draw(), size=8, crop="random_resized")
+
+
+# ---- random crops with and without the optional packages
+
+
+@contextlib.contextmanager
+def only(packages):
+    """Leaves only these optional packages; skips where one is not installed."""
+    for name in packages:
+        pytest.importorskip(name)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(FAST) - set(packages):
+            patch.setattr(train.images, name, None)
+        yield
+
+
+def cropped(given, packages, *, seed=0, size=24, interpolation="bilinear"):
+    rng = np.random.default_rng(seed)
+    with only(packages):
+        return train_image(given, rng, size=size, crop="random_resized", interpolation=interpolation)
+
+
+def plainly_cropped(given, *, seed=0, size=24, interpolation="bilinear", factor=1):
+    """The whole picture decoded, the box cut out, resized, by Pillow."""
+    image = Image.open(io.BytesIO(given))
+    left, upper, right, lower = random_box(np.random.default_rng(seed), *image.size, SCALE, RATIO)
+    width, height = image.size
+    image.draft(None, (width // factor, height // factor))
+    assert image.size == (math.ceil(width / factor), math.ceil(height / factor))
+    across, down = image.width / width, image.height / height
+    box = (round(left * across), round(upper * down), round(right * across), round(lower * down))
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    return np.asarray(image.convert("RGB").crop(box).resize((size, size), resample))
+
+
+def assert_close(image, expected, packages):
+    """Pillow's pixels; the other resizer rounds differently."""
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).max() <= (1 if "cykooz_resizer" in packages else 0)
+
+
+@PACKAGES
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(8, 90),
+    height=st.integers(8, 90),
+    grey=st.booleans(),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    quality=st.integers(20, 100),
+    progressive=st.booleans(),
+    restart=st.integers(0, 3),
+    seed=st.integers(0, 2**16),
+    size=st.integers(4, 40),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+)
+def test_a_random_crop_is_cut_out_of_the_whole_picture(
+    packages, width, height, grey, subsampling, quality, progressive, restart, seed, size, interpolation
+):
+    picture = Image.fromarray(noise(height, width, seed))
+    options = {"quality": quality, "progressive": progressive, "restart_marker_blocks": restart}
+    options |= {} if grey else {"subsampling": subsampling}
+    given = encoded(picture.convert("L") if grey else picture, "JPEG", **options)
+    left, upper, right, lower = random_box(np.random.default_rng(seed), width, height, SCALE, RATIO)
+    factor = max([f for f in (2, 4, 8) if min(right - left, lower - upper) >= 2 * f * size], default=1)
+    expected = plainly_cropped(given, seed=seed, size=size, interpolation=interpolation, factor=factor)
+    assert_close(cropped(given, packages, seed=seed, size=size, interpolation=interpolation), expected, packages)
+
+
+@PACKAGES
+@pytest.mark.parametrize("size", [64, 32, 16, 5])
+def test_a_random_crop_of_a_large_picture(packages, size):
+    smooth = Image.fromarray(noise(12, 9)).resize((701, 997), Image.Resampling.BICUBIC)
+    given = encoded(smooth, "JPEG", quality=95)
+    factors = set()
+    for seed in range(8):
+        left, upper, right, lower = random_box(np.random.default_rng(seed), 701, 997, SCALE, RATIO)
+        factor = max([f for f in (2, 4, 8) if min(right - left, lower - upper) >= 2 * f * size], default=1)
+        expected = plainly_cropped(given, seed=seed, size=size, factor=factor)
+        assert_close(cropped(given, packages, seed=seed, size=size), expected, packages)
+        factors.add(factor)
+    assert max(factors) == {64: 4, 32: 8, 16: 8, 5: 8}[size]
+
+
+@PACKAGES
+@pytest.mark.parametrize(
+    "given",
+    [
+        encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG"),
+        encoded(noise(30, 40), "JPEG") + b"left behind by a camera",
+        encoded(noise(30, 40), "JPEG", exif=b"Exif\0\0" + encoded(noise(9, 9), "JPEG")),  # with a thumbnail
+        encoded(noise(30, 40)),
+        encoded(noise(24, 24), "BMP"),
+    ],
+    ids=["CMYK", "trailing bytes", "thumbnail", "PNG", "BMP"],
+)
+def test_random_crops_of_other_files(packages, given):
+    for seed in range(5):
+        assert_close(cropped(given, packages, seed=seed), plainly_cropped(given, seed=seed), packages)
+
+
+@PACKAGES
+def test_the_generator_is_used_alike_whatever_decodes(packages):
+    for form in (encoded(noise(40, 50), "JPEG"), encoded(noise(40, 50)), noise(40, 50)):
+        rng, alone = np.random.default_rng(3), np.random.default_rng(3)
+        with only(packages):
+            train_image(form, rng, size=8, crop="random_resized")
+        random_box(alone, 50, 40, SCALE, RATIO)
+        assert rng.bit_generator.state == alone.bit_generator.state
+
+
+@PACKAGES
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (encoded(noise(90, 90), "JPEG")[:-2], "truncated"),
+        (encoded(noise(90, 90), "JPEG")[:-900], "truncated"),
+        (b"\xff\xd8\xff\xd9", "not an image that Pillow knows|cannot|truncated|broken"),
+        (b"\xff\xd8" + bytes(100) + b"\xff\xd9", "not an image that Pillow knows"),
+        (b"\xff\xd8\xff\xc0\x00\x0b\x08\x00\x20\x00\x20\x01\x01\x11\x00\xff\xd9", "truncated|broken|cannot"),
+        (b"\xff\xd8\xff\xc0\xff\xd9", "not an image that Pillow knows|Truncated|truncated"),
+    ],
+)
+def test_a_damaged_jpeg_is_named_whatever_decodes(packages, given, reason):
+    with pytest.raises(UnreadableImage, match=reason):
+        cropped(given, packages)

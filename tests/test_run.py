@@ -66,7 +66,8 @@ def arrays_of(workdir, step):
 def figures_of(workdir):
     """Rows of metrics.jsonl without the timings."""
     return [
-        {k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(workdir / "metrics.jsonl")
+        {k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")}
+        for row in read_metrics(workdir / "metrics.jsonl")
     ]
 
 

@@ -200,11 +200,14 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self._assert_not_closed()
         if self._batches is not None:
             return
+        self._batches = _read_ahead(self.by_number(), self._batch_bytes(), self._data.workers)
+        self._batches.start_prefetch()
+
+    def by_number(self) -> grain.MapDataset:
+        """The batches from the present position on, each made when it is asked for, in the caller's thread."""
         prepare = _PrepareTrain(self._source, self._data)
         stream = grain.MapDataset.range(len(self._source)).seed(self._seed).shuffle().repeat().random_map(prepare)
-        batches = _host_batches(stream[self._position :], self._batch_size, *self._process)
-        self._batches = _read_ahead(batches, self._batch_bytes(), self._data.workers)
-        self._batches.start_prefetch()
+        return _host_batches(stream[self._position :], self._batch_size, *self._process)
 
     def close(self) -> None:
         """Stops threads and worker processes; the loader cannot be used afterwards."""

@@ -4,11 +4,12 @@ Everything else (flips, colour, normalisation) happens on the accelerator. Crops
 a network evaluated here sees the pixels that its published accuracy was measured on.
 
 Two optional packages speed up random crops; without them Pillow does the same work (`benchmarks/loader.py` compares):
-simplejpeg decodes, to Pillow's pixels bit by bit, and cykooz_resizer scales, to Pillow's pixels but for the rounding
-(at most two of 255 levels apart). Hosts that shall see the same pixels need the same packages.
+simplejpeg decodes, to Pillow's pixels bit by bit, and cykooz_resizer does the bilinear scaling, to Pillow's pixels but
+for the rounding (at most one of 255 levels apart). Hosts that shall see the same pixels need the same packages.
 """
 
 import functools
+import importlib
 import math
 import struct
 from typing import Any
@@ -26,18 +27,18 @@ from se_flax.images import (
     to_rgb,
 )
 
-simplejpeg: Any
-cykooz_resizer: Any
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
-try:
-    import cykooz_resizer
-except ImportError:
-    cykooz_resizer = None
-
 __all__ = ["INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "random_box", "train_image"]
+
+
+def _optional(name: str) -> Any:
+    """A module, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+simplejpeg, cykooz_resizer = _optional("simplejpeg"), _optional("cykooz_resizer")
 
 TRAIN_CROPS = ("resize", "random_resized", "center")
 
@@ -85,7 +86,7 @@ def train_image(
         return _random_resized(image, rng, size, scale, ratio, interpolation)
     opened = open_image(image)
     resample = INTERPOLATIONS[interpolation]
-    rgb = to_rgb(_shrunk(opened, _shrink_factor(*opened.size, min(opened.size), size)))
+    rgb = to_rgb(_shrunk(opened, _shrink_factor(min(opened.size), size)))
     if crop == "center":
         return short_side_and_centre(rgb, size, size, resample)
     return np.asarray(resized(rgb, (size, size), resample))
@@ -164,7 +165,7 @@ def _random_resized(
         opened = open_image(image)
         width, height = opened.size
     box = random_box(rng, width, height, scale, ratio)
-    factor = _shrink_factor(width, height, min(box[2] - box[0], box[3] - box[1]), size)
+    factor = _shrink_factor(min(box[2] - box[0], box[3] - box[1]), size)
     window = None
     if isinstance(image, bytes) and frame is not None:
         window = _window_of_jpeg(image, frame, box, factor)
@@ -180,13 +181,9 @@ def _coarser(box: Box, across: float, down: float) -> Box:
     return round(left * across), round(upper * down), round(right * across), round(lower * down)
 
 
-def _shrink_factor(width: int, height: int, side: int, size: int) -> int:
+def _shrink_factor(side: int, size: int) -> int:
     """By how much a JPEG decoder may shrink (1, 2, 4 or 8) where `side` source pixels become `size`."""
-    share = 2 * size / side
-    if share > 0.5:
-        return 1
-    most = min(width // math.ceil(width * share), height // math.ceil(height * share))
-    return next(factor for factor in (8, 4, 2, 1) if factor <= most)
+    return next((factor for factor in (8, 4, 2) if side >= 2 * factor * size), 1)
 
 
 def _shrunk(image: Image.Image, factor: int) -> Image.Image:
@@ -251,7 +248,8 @@ def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int) -> np.ndar
 
 def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """The window as uint8 `[size, size, 3]`, antialiased; one of that size untouched."""
-    if cykooz_resizer is None:
+    if cykooz_resizer is None or interpolation != "bilinear":
+        # Cubic weights overshoot, and cykooz_resizer, which scales columns before rows, cuts that off elsewhere.
         image = window if isinstance(window, Image.Image) else Image.fromarray(window)
         return np.asarray(resized(image, (size, size), INTERPOLATIONS[interpolation]))
     pixels = np.asarray(window)
@@ -262,12 +260,11 @@ def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> 
     source = cykooz_resizer.ImageData(width, height, kind, pixels.tobytes())
     target = cykooz_resizer.ImageData(size, size, kind)
     # A resizer of its own: two threads may not share one.
-    cykooz_resizer.Resizer().resize(source, target, _filter(interpolation))
+    cykooz_resizer.Resizer().resize(source, target, _bilinear())
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
 @functools.cache
-def _filter(interpolation: str) -> Any:
-    filters = cykooz_resizer.FilterType
-    chosen = {"bilinear": filters.bilinear, "bicubic": filters.catmull_rom}[interpolation]  # Pillow's cubic: a = -1/2
-    return cykooz_resizer.ResizeOptions(resize_alg=cykooz_resizer.ResizeAlg.convolution(chosen), use_alpha=False)
+def _bilinear() -> Any:
+    algorithm = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    return cykooz_resizer.ResizeOptions(resize_alg=algorithm, use_alpha=False)

@@ -22,6 +22,7 @@ from train.config import Config, check_same_run, flatten
 from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
 from train.evaluate import Result, evaluate, padded_size
 from train.layers import Frozen, split, trace
+from train.memory import keep_memory
 from train.parallel import Replicas, make_replicas
 from train.program import make_program
 from train.report import Report
@@ -98,6 +99,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     splits = open_data(config.data)
     num_classes = check_classes(config, splits.class_names, config.data.source)
     replicas = make_replicas(config.parallel.backend, config.parallel.devices)
+    if jax.default_backend() == "cpu":
+        keep_memory()
     check_batch(config, replicas)
 
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)
@@ -225,7 +228,7 @@ class _Trainer:
         self._eval_every = self.config.eval_every_epochs * self.per_epoch
         self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self._window: list[dict[str, float]] = []
-        self._window_started = time.monotonic()
+        self._start_clock()
 
     def train(self) -> bool:
         """Runs to the last step; False when a signal stopped it before."""
@@ -236,7 +239,7 @@ class _Trainer:
         with _stop_signals() as stop:
             while self.step < self.total:
                 self._profile(self.step - first)
-                batch = self.replicas.shard(next(self.loader))
+                batch = self.replicas.shard(self._next_batch())
                 if self.step == first:
                     self._compile(batch)
                 self.state, metrics = self.train_step(self.state, batch)
@@ -254,6 +257,16 @@ class _Trainer:
                     return False
         return True
 
+    def _start_clock(self) -> None:
+        self._window_started = time.monotonic()
+        self._waited = 0.0  # seconds of these in which the loop had no batch to go on with
+
+    def _next_batch(self) -> Mapping[str, np.ndarray]:
+        asked = time.monotonic()
+        batch = next(self.loader)
+        self._waited += time.monotonic() - asked
+        return batch
+
     def _due(self, every: float) -> bool:
         """Whether a multiple of `every` steps (a fraction when epochs are) was reached by this step."""
         return every > 0 and math.floor(self.step / every + 1e-9) > math.floor((self.step - 1) / every + 1e-9)
@@ -268,7 +281,7 @@ class _Trainer:
         if hasattr(self.train_step, "lower"):
             self.train_step = self.train_step.lower(self.state, batch).compile()
         self.report.say(f"compiled in {time.monotonic() - begun:.1f} s")
-        self._window_started = time.monotonic()
+        self._start_clock()
 
     def _profile(self, done: int) -> None:
         if self.config.profile and done in _PROFILE_STEPS:
@@ -301,15 +314,16 @@ class _Trainer:
             name: sum(figures[name] for figures in self._window) / len(self._window)
             for name in ("loss", "accuracy", "grad_norm")
         }
-        now = time.monotonic()
+        seconds = max(time.monotonic() - self._window_started, 1e-9)
         images = len(self._window) * self.config.data.batch_size
-        speed = images / max(now - self._window_started, 1e-9)
         rate = self._window[-1]["learning_rate"]
-        self.report.write(
-            step, self._epoch(step), {**means, "learning_rate": rate, "images_per_second": round(speed, 2)}
-        )
+        timings = {
+            "images_per_second": round(images / seconds, 2),
+            "data_wait": round(min(1.0, self._waited / seconds), 4),
+        }
+        self.report.write(step, self._epoch(step), {**means, "learning_rate": rate, **timings})
         self._window.clear()
-        self._window_started = now
+        self._start_clock()
 
     def _refuse(self, step: int, figures: Mapping[str, float]) -> None:
         self.checkpoints.finish()
@@ -338,7 +352,7 @@ class _Trainer:
             f"top-5 {_share(r.top5, r.count)} in {time.monotonic() - begun:.1f} s"
         )
         self.report.draw()
-        self._window_started = time.monotonic()
+        self._start_clock()
 
     def _save(self, *, with_metrics: bool) -> None:
         # No state follows a loss that was not looked at, and a resumed run starts its averages where this one does.

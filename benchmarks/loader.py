@@ -1,0 +1,218 @@
+"""Measures how many images a second one core turns from JPEG files into a batch, beside timm's loader and tf.data.
+
+    python -m benchmarks.loader --data FOLDER --torch-python A/bin/python --tf-python B/bin/python
+    python -m benchmarks.loader --data FOLDER --decoders [--size 64]    # what each decoder and resizer gives
+
+FOLDER is searched for .jpg and .jpeg files at any depth. Every side reads the same files and makes the same kind of
+batch: random resized crop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear), flip, normalised float32. Rows:
+
+- `plain`: without RandAugment.
+- `randaugment`: with it (2 operations, magnitude 9), everything on this CPU. Our own is made for an accelerator.
+- `host`: what our training takes from the host in both cases: uint8; the accelerator does the rest.
+- `equal work`: tf.data once more. As it is usually written (`plain`), its crops are smaller on average than
+  torchvision's and its bilinear scaling is not antialiased; with both as timm and we have them, it costs this.
+
+Our side is the training program's own stream (`train.data`) and what its step does before the network: flip,
+RandAugment, normalisation, compiled for the CPU. timm's is `timm.data.create_loader` (Pillow, torchvision), tf.data's
+the chain of `decode_and_crop_jpeg`, `resize` and, for RandAugment, Keras. The code is in `loader_sides.py`.
+
+Each side is a process of its own in its own environment, pinned to one core with one thread, and the sides take turns,
+round by round, so that whatever else the machine does hits all of them. A figure is the median over the rounds of
+images per second of *processor time*, which for one busy core is images per second; what a side reads ahead after a
+round counts. `busy` is processor time over wall time within the round. A ratio is the median of the rounds' ratios,
+above 1 where we are faster. The result is appended as one line to `benchmarks/results/loader.jsonl`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
+ENVIRONMENT = {  # of the sides
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "OMP_NUM_THREADS": "1",
+}
+# Name, our row, the others' row. With an accelerator the host's work is the same with RandAugment and without it.
+RATIOS = (
+    ("plain", "plain", "plain"),
+    ("plain to equal work", "plain", "equal work"),
+    ("randaugment", "randaugment", "randaugment"),
+    ("host to plain", "host", "plain"),
+    ("host to randaugment", "host", "randaugment"),
+)
+
+Round = dict[str, float]  # "cpu": seconds; "busy"
+
+
+def images_below(folder: Path) -> list[str]:
+    """The JPEG files of a folder, sorted."""
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+
+
+class Side:
+    """A side's process, seen from the one that measures."""
+
+    def __init__(self, name: str, python: str, files: list[str], options: argparse.Namespace):
+        task = {"side": name, "batch": options.batch, "batches": options.batches, "size": options.size}
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "benchmarks" / "loader_sides.py"), json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if options.verbose else subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self._send(files)
+        self.rows: list[str] = []
+        self.versions: dict[str, str] = {}
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def wait(self) -> bool:
+        """Until it is ready; False when it broke."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if line:
+            ready = json.loads(line)
+            self.rows, self.versions = ready["rows"], ready["versions"]
+        return bool(line)
+
+    def measure(self, row: str) -> Round:
+        """One round of one row."""
+        assert self._process.stdout
+        self._send(row)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def figures_of(rounds: list[Round], images: int) -> dict[str, float]:
+    """Medians over the rounds of one row of one side."""
+    return {
+        "images_per_second_per_core": round(statistics.median(images / each["cpu"] for each in rounds), 1),
+        "busy": round(statistics.median(each["busy"] for each in rounds), 3),
+    }
+
+
+def ratio_of(mine: list[Round], theirs: list[Round]) -> float:
+    """Median of what mine is faster by, round by round."""
+    return round(statistics.median(b["cpu"] / a["cpu"] for a, b in zip(mine, theirs, strict=True)), 3)
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def compare(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, Any]:
+    """Lets the sides take turns.
+
+    Returns:
+      `figures[side][row]` and `ratios[row][side]`.
+    """
+    rows = list(dict.fromkeys(row for side in sides.values() for row in side.rows if row in (options.rows or [row])))
+    rounds: dict[tuple[str, str], list[Round]] = {}
+    for _ in range(options.rounds):
+        for row in rows:
+            for name, side in sides.items():
+                if row in side.rows:
+                    rounds.setdefault((name, row), []).append(side.measure(row))
+    figures: dict[str, Any] = {name: {} for name in sides}
+    for (name, row), measured in rounds.items():
+        figures[name][row] = figures_of(measured, options.batch * options.batches)
+    ratios: dict[str, Any] = {}
+    for title, row, others in RATIOS:
+        mine = rounds.get(("ours", row))
+        theirs = {name: rounds.get((name, others)) for name in sides if name != "ours"}
+        found = {name: ratio_of(mine, there) for name, there in theirs.items() if mine and there}
+        ratios |= {title: found} if found else {}
+    return {"figures": figures, "ratios": ratios}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = []
+    for side, rows in result["figures"].items():
+        for row, figures in rows.items():
+            speed, busy = figures["images_per_second_per_core"], figures["busy"]
+            lines.append(f"{side:9} {row:28} {speed:8.1f} images/s per core   busy {busy:.2f}")
+    for row, ratios in result["ratios"].items():
+        lines.append(f"ratio     {row:28} " + ", ".join(f"{value:.2f} x {side}" for side, value in ratios.items()))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures what the command line names and records it; 1 if a side that was asked for broke."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with JPEG files")
+    parser.add_argument("--torch-python", help="interpreter with torch, torchvision and timm; without it, no such side")
+    parser.add_argument("--tf-python", help="interpreter with tensorflow; without it, no such side")
+    parser.add_argument("--decoders", action="store_true", help="compare decoders of our own side instead")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (224)")
+    parser.add_argument("--batch", type=int, default=50, help="images in a batch (50)")
+    parser.add_argument("--batches", type=int, default=3, help="batches in a round of one side (3)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (9)")
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--json", action="store_true", help="print the recorded line instead of a table")
+    parser.add_argument("--dry-run", action="store_true", help="record nothing")
+    parser.add_argument("--verbose", action="store_true", help="show what the sides print")
+    options = parser.parse_args()
+    files = images_below(options.data)
+    if len(files) < options.batch:
+        parser.error(f"{len(files)} JPEG files in {options.data}, fewer than --batch={options.batch}")
+
+    pythons = {"ours": sys.executable, "timm": options.torch_python, "tf.data": options.tf_python}
+    if options.decoders:
+        pythons = {"decoders": sys.executable}
+    sides, broken = {}, []
+    for name, python in pythons.items():
+        if not python:
+            print(f"{name}: skipped, no interpreter given", file=sys.stderr)
+            continue
+        side = Side(name, python, files, options)
+        if side.wait():
+            sides[name] = side
+        else:
+            print(f"{name}: broke; --verbose shows why", file=sys.stderr)
+            broken.append(name)
+    result = compare(sides, options)
+    for side in sides.values():
+        side.close()
+    line = {
+        "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "versions": {"python": platform.python_version()} | {name: side.versions for name, side in sides.items()},
+        "data": {"files": len(files), "bytes_per_file": sum(os.path.getsize(file) for file in files) // len(files)},
+        "size": options.size,
+        "rounds": options.rounds,
+        "images_per_round": options.batch * options.batches,
+        **result,
+    }
+    if not options.dry_run and not broken:
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    print(json.dumps(line) if options.json else table(result))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
