@@ -67,6 +67,15 @@ CPU_NOTE = """
 What a convolution becomes on a CPU is in `se_flax/cpu_convolution.py`; TPU and GPU keep XLA's own.
 `python -m train` keeps freed memory in the process, in large pages (`train/memory.py`).
 """
+CONVOLUTION = """
+### Convolutions
+
+Ours / XLA's, milliseconds, and the ratio (`python -m benchmarks.convolution`), for the side of the map, the channels in
+and out, the kernel, the stride and the groups.
+
+| shape | images | forward | input's gradient | kernel's gradient |
+|---|---:|---:|---:|---:|
+"""
 LOADER = """
 ## From JPEG to batch
 
@@ -182,6 +191,22 @@ def cpu_table(lines: list[Row]) -> str:
     return CPU + text + CPU_NOTE + "\n" + commands if text else ""
 
 
+def convolution_table(lines: list[Row]) -> str:
+    """Single convolutions on a CPU."""
+    text = ""
+    for line in latest(lines, "shape", "batch"):
+        cells = " | ".join(
+            f"{line[task]['ours']:g} / {line[task]['xla']:g}, {line[task]['ratio']:.1f}"
+            for task in ("forward", "input", "kernel")
+        )
+        text += f"| {' x '.join(map(str, line['shape']))} | {line['batch']} | {cells} |\n"
+    if not text:
+        return ""
+    last = lines[-1]
+    machine = f"{last['machine']['cores']} cores of {last['machine']['processor']}"
+    return f"{CONVOLUTION}{text}\n{last['date']}, `{last['command']}`, {machine}, JAX {last['jax']}.\n"
+
+
 def loader_table(lines: list[Row]) -> str:
     """The input pipeline."""
     with_ratios = [line for line in lines if line.get("ratios")]
@@ -209,6 +234,7 @@ def document() -> str:
         + plain_line(aot)
         + scaling_table(scaling_lines(aot))
         + cpu_table(rows("cpu"))
+        + convolution_table(rows("convolution"))
         + loader_table(rows("loader"))
     )
 

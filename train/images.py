@@ -218,7 +218,8 @@ def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int) -> np.ndar
     """Decodes the rows down to the end of the box and cuts the box out; None: let Pillow try.
 
     Rows are stored from top to bottom, so a header that says fewer of them ends the decoding there, and what comes
-    before is the same bit by bit. No library with wheels skips rows above or columns beside a box.
+    before is the same bit by bit. Damage further down goes unnoticed. No library with wheels skips rows above a box or
+    columns beside it.
 
     Args:
       jpeg: the file.
