@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
 from se_flax.layers import drop_path
 
@@ -104,14 +105,7 @@ class CondConv(nn.Module):
         folded = x.transpose(1, 2, 0, 3).reshape(1, h, w, n * channels)
         kernel = kernels.transpose(1, 2, 3, 0, 4).reshape(*size, channels // self.groups, n * self.features)
         padding = "SAME" if self.padding == "SAME" else [((self.kernel_size - 1) // 2,) * 2] * 2
-        y = jax.lax.conv_general_dilated(
-            folded,
-            kernel,
-            (self.strides, self.strides),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups * n,
-        )
+        y = convolve(folded, kernel, (self.strides, self.strides), padding, (1, 1), self.groups * n)
         return y.reshape(*y.shape[1:3], n, self.features).transpose(2, 0, 1, 3)
 
 

@@ -28,6 +28,8 @@ class FoldedNorm(BatchNorm):
     With variables it normalises with the running statistics; without, it hands the map on, gated where it is told so.
     """
 
+    takes_means = True
+
     def __call__(
         self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None
     ) -> Array:

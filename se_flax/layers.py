@@ -94,6 +94,8 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     dtype: Dtype = None
 
+    takes_means = False
+
     @nn.compact
     def __call__(
         self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None

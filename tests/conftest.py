@@ -6,7 +6,10 @@ run, so no result depends on an earlier one.
 
 import os
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -20,3 +23,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 def pytest_unconfigure():
     if _OWN:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _memory_goes_back(monkeypatch):
+    """Many small runs in one process must not each leave their peak behind; processes of their own keep theirs."""
+    if "train.loop" in sys.modules:
+        monkeypatch.setattr(sys.modules["train.loop"], "keep_memory", lambda: False)
