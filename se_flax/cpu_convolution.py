@@ -4,7 +4,7 @@
 |---|---|---|
 | 1x1 | matrix product | matrix product |
 | depthwise | sum of shifted products | likewise, some images at a time |
-| grouped | dense ones of 32 channels, zeros between groups | as for dense ones |
+| grouped | dense ones of 32 channels, or an eighth of them; zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches, some images at a time |
 
 `benchmarks/convolution.py` measures them beside XLA's.
@@ -135,10 +135,12 @@ def _window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Arr
 
 
 def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """Groups side by side in dense convolutions of about 32 channels; arguments as for `convolve_on_cpu`."""
+    """Groups side by side in at most eight dense convolutions; arguments as for `convolve_on_cpu`."""
     kh, kw, width, features = kernel.shape
     out = features // groups
-    fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= max(_BLOCK, width)]
+    # More than eight would be somewhat faster, but every one of them has to be compiled.
+    block = max(_BLOCK, width, groups * width // 8)
+    fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= block]
     together = max(fitting)
     blocks = groups // together
     spread = kernel.reshape(kh, kw, 1, width, blocks, together, out)
