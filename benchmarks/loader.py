@@ -35,6 +35,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
 ENVIRONMENT = {  # of the sides
@@ -113,13 +115,6 @@ def figures_of(rounds: list[Round], images: int) -> dict[str, float]:
 def ratio_of(mine: list[Round], theirs: list[Round]) -> float:
     """Median of what mine is faster by, round by round."""
     return round(statistics.median(b["cpu"] / a["cpu"] for a, b in zip(mine, theirs, strict=True)), 3)
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def compare(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, Any]:
