@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.machine import describe
 from se_flax.convolution import convolve
+from se_flax.cpu_convolution import native
 from train.memory import keep_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convolution.jsonl"
@@ -56,19 +57,6 @@ def tasks(convolution: Callable[..., Any], *arguments: Any) -> dict[str, Callabl
         "input": jax.jit(lambda x, k, dy: jax.vjp(lambda x: of(x, k), x)[1](dy)),
         "kernel": jax.jit(lambda x, k, dy: jax.vjp(lambda k: of(x, k), k)[1](dy)),
     }
-
-
-def native(x: Any, kernel: Any, strides: Any, padding: Any, dilation: Any, groups: int) -> Any:
-    """XLA's convolution."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
 
 
 def measure(batch: int, shape: tuple[int, ...], turns: int) -> dict[str, Any]:

@@ -27,7 +27,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
+from benchmarks.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
@@ -194,8 +193,8 @@ def main() -> int:
     line = {
         "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: side.versions for name, side in sides.items()},
+        "machine": describe(),
+        "versions": {name: side.versions for name, side in sides.items()},
         "data": {"files": len(files), "bytes_per_file": sum(os.path.getsize(file) for file in files) // len(files)},
         "size": options.size,
         "rounds": options.rounds,

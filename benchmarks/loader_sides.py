@@ -83,7 +83,7 @@ def timm(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
     import torch
 
     torch.set_num_threads(1)
-    library = _import_torchvision(torch)
+    library = import_torchvision(torch)
     from PIL import Image
     from timm.data import create_loader
 
@@ -127,7 +127,7 @@ def timm(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
     return makers, versions_of("torch", "torchvision", "timm", "pillow")
 
 
-def _import_torchvision(torch: Any) -> Any:
+def import_torchvision(torch: Any) -> Any:
     """Imports it where it was built for another PyTorch: its transforms are Python and need none of its operators.
 
     Returns:

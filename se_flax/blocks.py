@@ -105,15 +105,13 @@ class Block(nn.Module):
     ) -> Array:
         """The norm, then attention if the block carries it at this place; one affine where that is possible.
 
-        `squeezed` gives x's means over H and W without a pass over x, for norms that were folded away: others make
-        that pass while training anyway, and their multiply-adds are the ones that papers count.
+        `squeezed` gives x's means over H and W without a pass over x, see `BatchNorm`.
         """
         if self.attention is None or place is not self.placement:
             return norm(x, train=train)
         attention = self.attention(name=self.attention_name)
         if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-            mean = squeezed() if squeezed is not None and norm.takes_means else None
-            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels), mean=mean)
+            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels), squeezed=squeezed)
         return attention(norm(x, train=train), train=train, base_channels=base_channels)
 
     def low_pass(self, x: Array) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from se_flax.cpu_convolution import convolve_on_cpu, keeps_native
+from se_flax.cpu_convolution import convolve_on_cpu, native
 
 Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]
@@ -26,20 +26,6 @@ def convolve(
     Returns:
       [N, h, w, features], of the same dtype.
     """
-
-    def native(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=strides,
-            padding=padding,
-            rhs_dilation=dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-        )
-
-    if keeps_native(kernel.shape, groups):
-        return native(x, kernel)
     sides = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True)]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], sides, strides, padding) if isinstance(padding, str) else padding
     (top, bottom), (left, right) = pads
@@ -47,4 +33,7 @@ def convolve(
     def on_cpu(x: Array, kernel: Array) -> Array:
         return convolve_on_cpu(x, kernel, strides, ((top, bottom), (left, right)), dilation, groups)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
+    def elsewhere(x: Array, kernel: Array) -> Array:
+        return native(x, kernel, strides, padding, dilation, groups)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)

@@ -4,7 +4,7 @@
 |---|---|---|
 | 1x1 | matrix product | matrix product |
 | depthwise | sum of shifted products | likewise, some images at a time |
-| grouped | dense ones of 32 channels, or an eighth of them; zeros between groups | as for dense ones |
+| grouped | dense ones of 32 to 128 channels, zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches, some images at a time |
 
 `benchmarks/convolution.py` measures them beside XLA's.
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Pair = tuple[int, int]
 Pads = tuple[tuple[int, int], tuple[int, int]]
+Product = Callable[[Array, Array], Array]
 
 # Channels of the dense convolutions that a grouped one is made of: fewer make XLA's loops slow, more add zeros.
 _BLOCK = 32
@@ -29,9 +30,17 @@ _BLOCK = 32
 _PATCHES = 14 << 20
 
 
-def keeps_native(kernel: tuple[int, ...], groups: int) -> bool:
-    """Whether nothing is gained over XLA's convolution: each channel times a number, in several groups."""
-    return groups > 1 and kernel[:2] == (1, 1)
+def native(x: Array, kernel: Array, strides: Pair, padding: Any, dilation: Pair, groups: int) -> Array:
+    """XLA's own convolution; arguments and result as for `se_flax.convolution.convolve`."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=strides,
+        padding=padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
@@ -48,9 +57,10 @@ def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
     Returns:
       [N, h, w, features].
     """
+    if groups == 1 and kernel.shape[:2] == (1, 1):
+        return pointwise(x, kernel, strides, padding)
     if groups == 1:
-        one = kernel.shape[:2] == (1, 1)
-        return pointwise(x, kernel, strides, padding) if one else dense(x, kernel, strides, padding, dilation)
+        return dense(x, kernel, strides, padding, dilation)
     if kernel.shape[2] == 1 and kernel.shape[3] == groups:
         return depthwise(x, kernel, strides, padding, dilation)
     return grouped(x, kernel, strides, padding, dilation, groups)
@@ -68,6 +78,18 @@ def _matrix_product(x: Array, matrix: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
+def _bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: Any, tangents: Any) -> Any:
+    """Value and derivative of a product, each of the derivative's terms in the form whose transpose is fast."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    terms = [
+        term(*operands)
+        for term, operands, tangent in ((in_x, (dx, kernel), dx), (in_kernel, (x, dkernel), dkernel))
+        if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    ]
+    y = product(x, kernel)
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
 # --- Dense ------------------------------------------------------------------------------------------------------------
 
 
@@ -77,21 +99,18 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
 
     The derivative is written as a forward one, which JAX transposes for the gradient: both modes work.
     """
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return native(x, kernel, strides, padding, dilation, 1)
 
 
 def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    zero = jax.custom_derivatives.SymbolicZero
-    y = dense(x, kernel, strides, padding, dilation)
-    parts = []
-    if not isinstance(dx, zero):
-        parts.append(dense(dx, kernel, strides, padding, dilation))
-    if not isinstance(dkernel, zero):
-        parts.append(_patch_products(x, dkernel, strides, padding, dilation))
-    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+    settings = strides, padding, dilation
+    return _bilinear_jvp(
+        lambda x, kernel: dense(x, kernel, *settings),
+        lambda dx, kernel: dense(dx, kernel, *settings),
+        lambda x, dkernel: _patch_products(x, dkernel, *settings),
+        primals,
+        tangents,
+    )
 
 
 dense.defjvp(_dense_jvp, symbolic_zeros=True)
@@ -135,21 +154,22 @@ def _window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Arr
 
 
 def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """Groups side by side in at most eight dense convolutions; arguments as for `convolve_on_cpu`."""
+    """Groups side by side in dense convolutions of 32 to 128 channels, or of one wider group.
+
+    Arguments as for `convolve_on_cpu`.
+    """
     kh, kw, width, features = kernel.shape
     out = features // groups
-    # More than eight would be somewhat faster, but every one of them has to be compiled.
-    block = max(_BLOCK, width, groups * width // 8)
+    # Small ones are somewhat faster, but every one of them has to be compiled: eight of them unless they grow too wide.
+    block = max(_BLOCK, width, min(groups * width // 8, 4 * _BLOCK))
     fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= block]
     together = max(fitting)
     blocks = groups // together
     spread = kernel.reshape(kh, kw, 1, width, blocks, together, out)
     spread = spread * jnp.eye(together, dtype=kernel.dtype).reshape(together, 1, 1, together, 1)
     spread = spread.reshape(kh, kw, together * width, blocks, together * out)
-    parts = [
-        dense(part, spread[..., i, :], strides, padding, dilation)
-        for i, part in enumerate(jnp.split(x, blocks, axis=-1))
-    ]
+    inputs = jnp.split(x, blocks, axis=-1)
+    parts = [convolve_on_cpu(part, spread[..., i, :], strides, padding, dilation, 1) for i, part in enumerate(inputs)]
     return jnp.concatenate(parts, -1)
 
 
@@ -178,18 +198,20 @@ def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: P
 
 
 def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
-    (x, kernel), (dx, dkernel) = primals, tangents
     settings = strides, padding, dilation
-    parts = []
-    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-        parts.append(_scattered(dx, kernel, *settings))
-    if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
+
+    def in_kernel(x: Array, dkernel: Array) -> Array:
         # An image per core at a time: sums over the whole batch would read all of it once for every tap.
-        images = math.gcd(x.shape[0], os.cpu_count() or 1)
         some = jax.checkpoint(lambda part: depthwise(part, dkernel, *settings))
-        parts.append(_in_parts(some, x, images))
-    y = depthwise(x, kernel, *settings)
-    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+        return _in_parts(some, x, math.gcd(x.shape[0], os.cpu_count() or 1))
+
+    return _bilinear_jvp(
+        lambda x, kernel: depthwise(x, kernel, *settings),
+        lambda dx, kernel: _scattered(dx, kernel, *settings),
+        in_kernel,
+        primals,
+        tangents,
+    )
 
 
 depthwise.defjvp(_depthwise_jvp, symbolic_zeros=True)

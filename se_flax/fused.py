@@ -28,10 +28,13 @@ class FoldedNorm(BatchNorm):
     With variables it normalises with the running statistics; without, it hands the map on, gated where it is told so.
     """
 
-    takes_means = True
-
     def __call__(
-        self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        gate: Callable[[Array], Array] | None = None,
+        squeezed: Callable[[], Array] | None = None,
     ) -> Array:
         """Arguments and result as for `BatchNorm`.
 
@@ -41,10 +44,10 @@ class FoldedNorm(BatchNorm):
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
         if self.is_initializing() or self.has_variable("params", "scale"):
-            return super().__call__(x, gate=gate, mean=mean)
+            return super().__call__(x, gate=gate)
         if gate is not None:
             wide = x.astype(jnp.float32)
-            x = (wide * gate(jnp.mean(wide, (1, 2), keepdims=True) if mean is None else mean)).astype(x.dtype)
+            x = (wide * gate(squeezed() if squeezed else jnp.mean(wide, (1, 2), keepdims=True))).astype(x.dtype)
         return x.astype(self.dtype or x.dtype)
 
 

@@ -94,11 +94,14 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     dtype: Dtype = None
 
-    takes_means = False
-
     @nn.compact
     def __call__(
-        self, x: Array, *, train: bool = False, gate: Callable[[Array], Array] | None = None, mean: Array | None = None
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        gate: Callable[[Array], Array] | None = None,
+        squeezed: Callable[[], Array] | None = None,
     ) -> Array:
         """Normalises, and gates the normalised map where it is told how.
 
@@ -111,7 +114,9 @@ class BatchNorm(nn.Module):
           x: [..., C]; [N, H, W, C] with a gate.
           train: use and record the batch's statistics.
           gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
-          mean: x's means over H and W, float32 [N, 1, 1, C], where the caller has them cheaper; for gate alone.
+          squeezed: gives x's means over H and W, float32 [N, 1, 1, C], without a pass over x. Only a norm that was
+            folded away (`fused.FoldedNorm`) takes them there: training makes that pass anyway, and the multiply-adds of
+            a network as it is are those that papers count.
 
         Returns:
           The shape of x.
@@ -121,21 +126,20 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        del squeezed
         wide = x.astype(jnp.float32)
-        pooled = None
-        if gate is not None:
-            pooled = jnp.mean(wide, (1, 2), keepdims=True) if mean is None else mean
+        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None else None
         if train:
-            center, var, count = self._batch_statistics(wide, pooled)
+            mean, var, count = self._batch_statistics(wide, pooled)
             if not self.is_initializing():
                 unbiased = var * (count / max(count - 1, 1))
                 keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * center
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
                 running_var.value = keep * running_var.value + (1 - keep) * unbiased
         else:
-            center, var = running_mean.value, running_var.value
+            mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        offset = bias - center * factor
+        offset = bias - mean * factor
         if gate is not None and pooled is not None:
             gates = gate(pooled * factor + offset)
             factor, offset = gates * factor, gates * offset

@@ -93,9 +93,9 @@ def test_what_cannot_be_fused_is_said():
 
 def test_the_squeeze_of_a_fused_bottleneck_reads_the_narrow_map():
     model, variables, images = made("seresnet50", 64)
-    program = jax.make_jaxpr(partial(se_flax.fuse(model, variables)[0].apply))
-    folded = se_flax.fuse(model, variables)[1]
-    sums = [eqn for eqn in program(folded, images).eqns if eqn.primitive.name == "reduce_sum"]
+    fused, folded = se_flax.fuse(model, variables)
+    program = jax.make_jaxpr(fused.apply)(folded, images)
+    sums = [eqn for eqn in program.eqns if eqn.primitive.name == "reduce_sum"]
     widths = [eqn.invars[0].aval.shape[-1] for eqn in sums if eqn.params["axes"] == (1, 2)]
     # conv3's input has a quarter of its output's channels; the last mean is the classifier's.
     assert widths == [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3 + [2048]

@@ -261,14 +261,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     result = {
         "model": config.model.name,
         "attention": _has_attention(config) and not options.without_attention,
-        "step": "eval" if options.eval else "train",
-        "topology": topology.name,
-        "device_kind": topology.devices[0].device_kind,
-        "devices": devices,
-        "batch_per_device": size // devices,
-        "image_size": config.data.image_size,
-        "precision": config.precision,
-        "memory_bytes": topology.memory_bytes,
+        **circumstances(config, topology, size // devices, evaluation=options.eval),
         **dataclasses.asdict(costs),
     }
     if options.compare:
@@ -276,6 +269,30 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
         result["without_attention"] = dataclasses.asdict(other)
         result["ratios"] = _ratios(result, result["without_attention"])
     return {**result, "versions": versions()}
+
+
+def circumstances(config: Config, topology: Topology, per_device: int, *, evaluation: bool = False) -> dict[str, Any]:
+    """What a compiled step's costs depend on beside its network.
+
+    Args:
+      config: the settings.
+      topology: that it was compiled for.
+      per_device: images on each device.
+      evaluation: the evaluation step instead of the training step.
+
+    Returns:
+      Entries of what `--json` prints.
+    """
+    return {
+        "step": "eval" if evaluation else "train",
+        "topology": topology.name,
+        "device_kind": topology.devices[0].device_kind,
+        "devices": config.parallel.devices or len(topology.devices),
+        "batch_per_device": per_device,
+        "image_size": config.data.image_size,
+        "precision": config.precision,
+        "memory_bytes": topology.memory_bytes,
+    }
 
 
 def _ratios(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:

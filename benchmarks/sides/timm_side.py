@@ -1,7 +1,6 @@
 """timm's side, under an interpreter that has it: `python timm_side.py MODEL TASK BATCH SIDE MODE`.
 
-Modes are `eager`, `channels_last` and `compile`, which is `torch.compile` with channels-last memory. torchvision is
-not needed: what timm asks of it is declared.
+Modes are `eager`, `channels_last` and `compile`, which is `torch.compile` with channels-last memory.
 """
 
 import sys
@@ -9,19 +8,18 @@ from pathlib import Path
 
 import torch
 
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import timm  # noqa: E402
-
-from benchmarks.sides.pace import serve  # noqa: E402
+from benchmarks.loader_sides import import_torchvision
+from benchmarks.sides.pace import serve
 
 
 def main() -> None:
     """Serves one comparison."""
     name, task, batch, side, mode = sys.argv[1:]
+    kept = import_torchvision(torch)
+    import timm
+
     torch.manual_seed(0)
     torch.set_num_threads(2)
     layout = torch.contiguous_format if mode == "eager" else torch.channels_last
@@ -42,6 +40,7 @@ def main() -> None:
             run(images)
 
     serve(train if task == "train" else infer, torch=torch.__version__, timm=timm.__version__)
+    del kept
 
 
 if __name__ == "__main__":
