@@ -70,7 +70,8 @@ def pointwise(x: Array, kernel: Array, strides: Pair, padding: Pads) -> Array:
     """A 1x1 convolution as a matrix product; arguments as for `convolve_on_cpu`."""
     if padding != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return _matrix_product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+    # A slice whatever the batch: indexing would become a gather where its size is symbolic.
+    return _matrix_product(jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1)), kernel[0, 0])
 
 
 def _matrix_product(x: Array, matrix: Array) -> Array:
@@ -165,12 +166,23 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
     fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= block]
     together = max(fitting)
     blocks = groups // together
-    spread = kernel.reshape(kh, kw, 1, width, blocks, together, out)
-    spread = spread * jnp.eye(together, dtype=kernel.dtype).reshape(together, 1, 1, together, 1)
+    apart = kernel.reshape(kh, kw, width, blocks, together, out).transpose(4, 0, 1, 2, 3, 5)
+    spread = _on_diagonal(apart).transpose(2, 3, 0, 4, 5, 1, 6)
     spread = spread.reshape(kh, kw, together * width, blocks, together * out)
     inputs = jnp.split(x, blocks, axis=-1)
     parts = [convolve_on_cpu(part, spread[..., i, :], strides, padding, dilation, 1) for i, part in enumerate(inputs)]
     return jnp.concatenate(parts, -1)
+
+
+def _on_diagonal(x: Array) -> Array:
+    """x[i] at [i, i] and zeros elsewhere; [t, ...] to [t, t, ...].
+
+    Written row by row with one item's room too much, the items come to lie one further in every row. A product with the
+    identity would do, but its gradient is a sum, on which XLA crashes for some shapes (32 channels in two groups).
+    """
+    count = x.shape[0]
+    rows = jnp.pad(x.reshape(count, -1), ((0, 0), (0, x.size)))
+    return rows.reshape(-1)[: count * x.size].reshape(count, *x.shape)
 
 
 # --- Depthwise --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ Array = jax.Array
 Path = tuple[str, ...]
 
 # Any size that every network takes; nothing is computed at it.
-_TRACED_SIDE = 64
+_TRACED_SIDE = 96
 _NORM_FIELDS = ("norm", "linear_norm")
 
 
@@ -34,6 +34,7 @@ class FoldedNorm(BatchNorm):
         *,
         train: bool = False,
         gate: Callable[[Array], Array] | None = None,
+        act: Callable[[Array], Array] | None = None,
         squeezed: Callable[[], Array] | None = None,
     ) -> Array:
         """Arguments and result as for `BatchNorm`.
@@ -44,10 +45,11 @@ class FoldedNorm(BatchNorm):
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
         if self.is_initializing() or self.has_variable("params", "scale"):
-            return super().__call__(x, gate=gate)
+            return super().__call__(x, gate=gate, act=act)
         if gate is not None:
-            wide = x.astype(jnp.float32)
-            x = (wide * gate(squeezed() if squeezed else jnp.mean(wide, (1, 2), keepdims=True))).astype(x.dtype)
+            wide = x.astype(jnp.float32) if act is None else act(x.astype(jnp.float32))
+            known = squeezed if act is None else None
+            x = (wide * gate(known() if known else jnp.mean(wide, (1, 2), keepdims=True))).astype(x.dtype)
         return x.astype(self.dtype or x.dtype)
 
 
@@ -70,10 +72,11 @@ def fuse(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dic
     Raises:
       UserError: a network without such convolutions or norms, or variables without `params` and `batch_stats`.
 
-    Example:
-      >>> import jax, se_flax
-      >>> model = se_flax.create_model("seresnet20_cifar")
-      >>> variables = model.init(jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
+    Examples:
+      >>> import jax, numpy, se_flax
+      >>> model = se_flax.create_model("seresnet20")
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
+      >>> variables = jax.tree.map(lambda x: numpy.ones(x.shape, x.dtype), shapes)  # or a checkpoint's
       >>> fused, fused_variables = se_flax.fuse(model, variables)
       >>> list(fused_variables)
       ['params']
@@ -91,9 +94,6 @@ def fuse(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dic
             f"got variables without {' and '.join(sorted(missing))}; give both params and batch_stats, as model.init "
             "and load_pretrained return them, of a network that is not fused"
         )
-    norms = {
-        field: _folded(getattr(given, field)) for field in _NORM_FIELDS if _is(getattr(given, field, 0), BatchNorm)
-    }
     fused = given.clone(conv=partial(given.conv, use_bias=True), **norms)
     params, statistics = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
     convs, pairs = _trace(fused, getattr(given, "in_channels", 3))

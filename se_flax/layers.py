@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
 
@@ -101,6 +102,7 @@ class BatchNorm(nn.Module):
         *,
         train: bool = False,
         gate: Callable[[Array], Array] | None = None,
+        act: Callable[[Array], Array] | None = None,
         squeezed: Callable[[], Array] | None = None,
     ) -> Array:
         """Normalises, and gates the normalised map where it is told how.
@@ -108,12 +110,14 @@ class BatchNorm(nn.Module):
         With `gate` the result is that of the norm followed by an attention whose gate is a function of the channels'
         means, without its passes over the map. For the map u, mean m over H and W, and the norm a * u + b: the squeeze
         is a * m + b, and norm and gate s are one affine per image and channel, (s * a) * u + s * b. The batch's
-        statistics are means over the images of m and of the mean square, which one pass gives.
+        statistics are means over the images of m and of the mean square, which one pass gives. With an activation
+        between norm and squeeze as well, see `se_flax.activated`.
 
         Args:
           x: [..., C]; [N, H, W, C] with a gate.
           train: use and record the batch's statistics.
           gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
+          act: elementwise, of the normalised map, which is squeezed and gated after it; only with a gate.
           squeezed: gives x's means over H and W, float32 [N, 1, 1, C], without a pass over x. Only a norm that was
             folded away (`fused.FoldedNorm`) takes them there: training makes that pass anyway, and the multiply-adds of
             a network as it is are those that papers count.
@@ -128,7 +132,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         del squeezed
         wide = x.astype(jnp.float32)
-        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None else None
+        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None and act is None else None
         if train:
             mean, var, count = self._batch_statistics(wide, pooled)
             if not self.is_initializing():
@@ -140,6 +144,9 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
+        if gate is not None and act is not None:
+            gates = gate(squeeze_activated(x, factor, offset, act))
+            return gate_activated(x, factor, offset, gates, act, self.dtype or x.dtype)
         if gate is not None and pooled is not None:
             gates = gate(pooled * factor + offset)
             factor, offset = gates * factor, gates * offset

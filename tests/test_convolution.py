@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from se_flax import Conv, cpu_convolution
 from se_flax.convolution import convolve
+from se_flax.cpu_convolution import convolve_on_cpu, native
 from se_flax.layers import max_pool
 
 
@@ -114,6 +115,18 @@ def test_gradients_over_several_devices_add_up(groups):
 
     spread = jax.shard_map(gradient, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec())
     np.testing.assert_allclose(jax.jit(spread)(x, kernel), gradient(x, kernel), rtol=1e-4, atol=1e-4)
+
+
+def test_two_groups_of_sixteen_channels_have_gradients():
+    # As one dense block whose gradient is summed, XLA crashes on this shape.
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 16, 16, 32), (3, 3, 16, 32)))
+
+    def loss(kernel, form):
+        return jnp.sum(jnp.sin(form(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), 2)))
+
+    got = jax.jit(jax.grad(lambda k: loss(k, convolve_on_cpu)))(kernel)
+    np.testing.assert_allclose(got, jax.grad(lambda k: loss(k, native))(kernel), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("groups", "size"), [(4, 3), (4, 1), (1, 1), (2, 1), (1, 3), (2, 3)])
