@@ -356,7 +356,7 @@ def weigh_branches(
         out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(-1, features)
         return out if bias is None else out + bias
 
-    z = functools.reduce(jnp.add, [F.squeeze(branch)[:, 0, 0] for branch in branches])
+    z = functools.reduce(jnp.add, [jnp.squeeze(F.squeeze(branch), (1, 2)) for branch in branches])
     z = grouped(z, width, names[0])
     z = act(norm(name=names[1], dtype=jnp.float32)(z, train=train))
     logits = grouped(z, count * channels, names[2]).reshape(-1, groups, count, channels // groups)

@@ -164,7 +164,7 @@ class ConvNorm(nn.Module):
       features: output channels.
       conv: as in `Block`.
       norm: as in `Block`.
-      kernel_size: side of the kernel.
+      kernel_size: side of the kernel, or (height, width).
       strides: of the convolution.
       groups: of the convolution.
       dilation: of the convolution.
@@ -174,7 +174,7 @@ class ConvNorm(nn.Module):
     features: int
     conv: ModuleDef
     norm: ModuleDef
-    kernel_size: int = 1
+    kernel_size: int | tuple[int, int] = 1
     strides: int = 1
     groups: int = 1
     dilation: int = 1
@@ -335,6 +335,6 @@ def pad_channels(x: Array, features: int, strides: int, **parts: Any) -> Array:
     are not needed.
     """
     del parts
-    x = x[:, ::strides, ::strides]
+    x = jax.lax.slice(x, (0,) * 4, x.shape, (1, strides, strides, 1))
     missing = features - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 3 + [(missing // 2, missing - missing // 2)])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
-from se_flax.layers import drop_path
+from se_flax.layers import BatchNorm, drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -57,7 +57,7 @@ def mixed_conv(
 
     outputs, start = [], 0
     for i, (size, width, out) in enumerate(zip(kernel, split(x.shape[-1]), split(features), strict=True)):
-        part = x[..., start : start + width]
+        part = jax.lax.slice_in_dim(x, start, start + width, axis=-1)
         part_groups = width if groups > 1 else 1
         init = fan_out_init(part_groups)
         outputs.append(conv(out, size, groups=part_groups, kernel_init=init, name=f"{name}_{i}", **kw)(part))
@@ -97,15 +97,22 @@ class CondConv(nn.Module):
         shape = (self.experts, *size, channels // self.groups, self.features)
         experts = self.param("experts", init, shape, jnp.float32)
         dtype = self.dtype or x.dtype
-        kernels = jnp.einsum("ne,ehwio->nhwio", routing.astype(jnp.float32), experts).astype(dtype)
+        padding = "SAME" if self.padding == "SAME" else [((self.kernel_size - 1) // 2,) * 2] * 2
+        strides = (self.strides, self.strides)
         x = x.astype(dtype)
+        if not isinstance(n, int):
+            # Traced for a batch of any size (jax.export), there cannot be a group per image: every expert's map is
+            # computed, and the maps are mixed instead of the kernels.
+            shares = jnp.split(routing.astype(dtype), self.experts, axis=1)
+            maps = (convolve(x, kernel.astype(dtype), strides, padding, (1, 1), self.groups) for kernel in experts)
+            return sum(y * share[:, :, None, None] for y, share in zip(maps, shares, strict=True))
+        kernels = jnp.einsum("ne,ehwio->nhwio", routing.astype(jnp.float32), experts).astype(dtype)
         if self.kernel_size == 1 and self.strides == 1 and self.groups == 1:
-            return jnp.einsum("nhwi,nio->nhwo", x, kernels[:, 0, 0])
+            return jnp.einsum("nhwi,nio->nhwo", x, jnp.squeeze(kernels, (1, 2)))
         # One kernel per image is one group of channels per image, in a batch of one.
         folded = x.transpose(1, 2, 0, 3).reshape(1, h, w, n * channels)
         kernel = kernels.transpose(1, 2, 3, 0, 4).reshape(*size, channels // self.groups, n * self.features)
-        padding = "SAME" if self.padding == "SAME" else [((self.kernel_size - 1) // 2,) * 2] * 2
-        y = convolve(folded, kernel, (self.strides, self.strides), padding, (1, 1), self.groups * n)
+        y = convolve(folded, kernel, strides, padding, (1, 1), self.groups * n)
         return y.reshape(*y.shape[1:3], n, self.features).transpose(2, 0, 1, 3)
 
 
@@ -125,6 +132,7 @@ class MobileBlock(nn.Module):
       attention_base: channels that a reduction is a share of; None: the block's input, or see `from_expanded`.
       from_expanded: a reduction is a share of the map that the attention acts on (MobileNetV3) instead of the block's
         input (MnasNet, EfficientNet).
+      attention_last: attention acts on the block's last map, before the sum, instead of the depthwise one.
       skip: adds the input where the shape allows.
       group_size: channels per group of the spatial convolution; 1 is depthwise.
       antialias: takes over a stride of 2 after norm and activation (`layers.blur_pool`); None leaves it to the
@@ -142,6 +150,7 @@ class MobileBlock(nn.Module):
     attention: ModuleDef | None = None
     attention_base: int | None = None
     from_expanded: bool = False
+    attention_last: bool = False
     skip: bool = True
     group_size: int = 1
     antialias: Callable[[Array], Array] | None = None
@@ -164,12 +173,25 @@ class MobileBlock(nn.Module):
         """The rest of the stride."""
         return x if self.antialias is None or self.strides == 1 else self.antialias(x)
 
-    def attend(self, x: Array, in_channels: int, train: bool) -> Array:
-        """Attention, if the block carries any."""
-        if self.attention is None:
+    def attend(self, x: Array, in_channels: int, train: bool, *, last: bool = False) -> Array:
+        """Attention, if the block carries any at this place."""
+        if self.attention is None or last is not self.attention_last:
             return x
-        base = self.attention_base or (x.shape[-1] if self.from_expanded else in_channels)
-        return self.attention(name="se")(x, train=train, base_channels=base)
+        return self.attention(name="se")(x, train=train, base_channels=self._attention_base(x, in_channels))
+
+    def activate_attend(self, x: Array, name: str, in_channels: int, train: bool) -> Array:
+        """Norm, activation, the rest of the stride, attention; the norm takes the others in where it can."""
+        blurs = self.antialias is not None and self.strides > 1
+        if self.attention is None or self.attention_last or blurs:
+            return self.attend(self.blur(self.activate(x, name, train)), in_channels, train)
+        norm, attention = self.norm(name=name), self.attention(name="se")
+        base = self._attention_base(x, in_channels)
+        if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
+            return norm(x, train=train, gate=partial(attention.gates, base_channels=base), act=self.act)
+        return attention(self.act(norm(x, train=train)), train=train, base_channels=base)
+
+    def _attention_base(self, x: Array, in_channels: int) -> int:
+        return self.attention_base or (x.shape[-1] if self.from_expanded else in_channels)
 
     def add(self, x: Array, branch: Array, train: bool) -> Array:
         """The residual sum, where the block has one, with stochastic depth on the branch."""
@@ -215,10 +237,10 @@ class DepthwiseSeparable(MobileBlock):
         width = y.shape[-1]
         groups = width // self.group_size
         y = mixed_conv(self.conv, width, kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw", **kw)
-        y = self.attend(self.blur(self.activate(y, "bn1", train)), x.shape[-1], train)
+        y = self.activate_attend(y, "bn1", x.shape[-1], train)
         y = mixed_conv(self.conv, self.features, 1, y, name="conv_pw")
         y = self.activate(y, "bn2", train) if self.project_act else self.linear(y, "bn2", train)
-        return self.add(x, y, train)
+        return self.add(x, self.attend(y, x.shape[-1], train, last=True), train)
 
 
 class InvertedResidual(MobileBlock):
@@ -259,9 +281,9 @@ class InvertedResidual(MobileBlock):
         y = self.activate(conv(hidden, self.expand_kernel, x, name="conv_pw"), "bn1", train)
         groups = hidden // self.group_size
         y = conv(hidden, self.kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw")
-        y = self.attend(self.blur(self.activate(y, "bn2", train)), in_channels, train)
+        y = self.activate_attend(y, "bn2", in_channels, train)
         y = self.linear(conv(self.features, self.project_kernel, y, name="conv_pwl"), "bn3", train)
-        return self.add(x, y, train)
+        return self.add(x, self.attend(y, in_channels, train, last=True), train)
 
 
 class FusedInvertedResidual(MobileBlock):
@@ -278,6 +300,6 @@ class FusedInvertedResidual(MobileBlock):
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
         hidden = round_to_multiple(x.shape[-1] * self.expand)
         y = mixed_conv(self.conv, hidden, self.kernel, x, strides=self.conv_strides, name="conv_exp")
-        y = self.attend(self.blur(self.activate(y, "bn1", train)), x.shape[-1], train)
+        y = self.activate_attend(y, "bn1", x.shape[-1], train)
         y = self.linear(mixed_conv(self.conv, self.features, 1, y, name="conv_pwl"), "bn2", train)
-        return self.add(x, y, train)
+        return self.add(x, self.attend(y, x.shape[-1], train, last=True), train)

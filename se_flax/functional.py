@@ -133,7 +133,7 @@ def reduced_width(
       channels: C, what the width is a share of.
       reduction: M = C / reduction (Hu et al. 2020, section 3.2: r). Exactly one of this and `fraction` is given.
       fraction: M = C * fraction (the `se0.25` of MnasNet and EfficientNet).
-      rounding: `floor` (Caffe's SENet), `ceil` (FiBiNET's and the SE note for tables), `nearest`, `multiple_of_8` (with
+      rounding: `floor` (Caffe's SENet), `ceil` (usual over the fields of a table), `nearest`, `multiple_of_8` (with
         the 90 % rule), `multiple_of_8_any` (without it), or a function of the unrounded width.
 
     Returns:
@@ -252,7 +252,7 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     # k is 3 to 9: a sum of shifted slices beats a one-channel convolution on every backend.
     out = jnp.zeros_like(z) if bias is None else jnp.broadcast_to(bias, z.shape).astype(jnp.float32)
     for i in range(size):
-        out = out + kernel[i] * padded[..., i : i + z.shape[-1]]
+        out = out + kernel[i] * jax.lax.slice_in_dim(padded, i, i + z.shape[-1], axis=-1)
     return out
 
 
@@ -280,7 +280,7 @@ def channel_gate_mean_max(
     """
     both = jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
     paths = excite(both, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
-    return lookup(GATES, gate, "gate")(paths[0] + paths[1])
+    return lookup(GATES, gate, "gate")(jnp.sum(paths, axis=0))
 
 
 def spatial_descriptor(x: Array) -> Array:

@@ -10,12 +10,48 @@ from typing import Any
 
 import flax.linen as nn
 
-from se_flax.backbones import cifar_resnet, efficientnet, mnasnet, mobilenetv3, resnest, resnet, senet, sknet
+from se_flax.backbones import (
+    cifar_resnet,
+    efficientnet,
+    inception,
+    inception_resnet_v2,
+    inception_v3,
+    mnasnet,
+    mobilenetv1,
+    mobilenetv2,
+    mobilenetv3,
+    resnest,
+    resnet,
+    senet,
+    shake,
+    shufflenet,
+    sknet,
+    vgg,
+    wide_resnet,
+)
 from se_flax.blocks import Placement
 from se_flax.errors import UserError, closest
 from se_flax.variant import Variant, published_weights
 
-FAMILIES: tuple[ModuleType, ...] = (cifar_resnet, efficientnet, mnasnet, mobilenetv3, resnest, resnet, senet, sknet)
+FAMILIES: tuple[ModuleType, ...] = (
+    cifar_resnet,
+    efficientnet,
+    inception,
+    inception_resnet_v2,
+    inception_v3,
+    mnasnet,
+    mobilenetv1,
+    mobilenetv2,
+    mobilenetv3,
+    resnest,
+    resnet,
+    senet,
+    shake,
+    shufflenet,
+    sknet,
+    vgg,
+    wide_resnet,
+)
 """One module per family; each has a table `VARIANTS`. A new family adds its module here."""
 
 
@@ -94,7 +130,7 @@ def create_model(name: str, **attributes: Any) -> nn.Module:
     Raises:
       UserError: unknown name or attribute, or a value that cannot be one.
 
-    Example:
+    Examples:
       >>> import se_flax
       >>> model = se_flax.create_model("resnet50", num_classes=10, attention=se_flax.ECA, stages=(4, 5))
       >>> model.num_classes

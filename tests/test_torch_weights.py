@@ -27,6 +27,8 @@ from se_flax.weights.torch import torch_key
         ("params/blocks_3_11/se/conv_reduce/kernel", "blocks.3.11.se.conv_reduce.weight"),
         ("params/conv_stem/kernel", "conv_stem.weight"),
         ("params/fc/bias", "fc.bias"),
+        ("params/Mixed_5b/branch3x3dbl__3/bn/scale", "Mixed_5b.branch3x3dbl_3.bn.weight"),
+        ("batch_stats/repeat__1_19/branch1_2/bn/var", "repeat_1.19.branch1.2.bn.running_var"),
     ],
 )
 def test_a_path_is_renamed_by_rule(path, key):

@@ -56,7 +56,8 @@ def test_every_network_keeps_its_promises(name, monkeypatch):
     side = size if maps[0].shape[1] == size else size / 2
     for x in maps:
         assert x.ndim == 4 and x.dtype == jnp.bfloat16
-        assert x.shape[1] == x.shape[2] and abs(x.shape[1] - side) < 1
+        # Convolutions without padding (Inception-v3) leave up to two pixels out.
+        assert x.shape[1] == x.shape[2] and -3 < x.shape[1] - side < 1
         side = x.shape[1] / 2
 
 

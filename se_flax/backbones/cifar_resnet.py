@@ -35,6 +35,7 @@ class CifarResNet(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout before the classifier.
       drop_path_rate: stochastic depth of the last block; earlier ones linearly less.
       zero_init_last: each block starts as the identity (not used by pre-activation blocks).
@@ -53,6 +54,7 @@ class CifarResNet(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     zero_init_last: bool = False
@@ -106,7 +108,7 @@ class CifarResNet(nn.Module):
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
         if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.he_normal(), name="linear")(x)
+            x = self.classifier(self.num_classes, kernel_init=nn.initializers.he_normal(), name="linear")(x)
         return (x, features) if return_features else x
 
 

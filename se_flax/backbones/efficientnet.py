@@ -75,7 +75,7 @@ class EfficientNet(nn.Module):
     Attributes:
       layout: the stages' blocks.
       stem: features of the stem.
-      head: features of the last 1x1 convolution.
+      head: features of the last 1x1 convolution; 0 leaves it out.
       num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
       attention: attention class or partial, a tuple with one (or None) per stage, or None.
       stages: which stages carry it, in all their blocks: 2 (torch's `blocks.0`) and up; None for those that the
@@ -84,6 +84,7 @@ class EfficientNet(nn.Module):
       norm: batch-norm class or partial.
       linear_norm: norm where no activation follows; None takes `norm`.
       act: activation; a row of the table may have its own.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       antialias: takes over the stride of the blocks, see `blocks_mobile.MobileBlock`.
       from_expanded: attention's reduction is a share of the expanded channels instead of the block's input.
       drop_rate: dropout before the classifier.
@@ -102,6 +103,7 @@ class EfficientNet(nn.Module):
     norm: ModuleDef = BatchNorm
     linear_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = jax.nn.silu
+    classifier: ModuleDef = nn.Dense
     antialias: Callable[[Array], Array] | None = None
     from_expanded: bool = False
     drop_rate: float = 0.0
@@ -133,7 +135,7 @@ class EfficientNet(nn.Module):
         x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
         if self.num_classes:
             init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-            x = nn.Dense(self.num_classes, kernel_init=init, name="classifier")(x)
+            x = self.classifier(self.num_classes, kernel_init=init, name="classifier")(x)
         return (x, features) if return_features else x
 
     def trunk(self, x: Array, train: bool) -> tuple[Array, list[Array]]:
@@ -169,10 +171,11 @@ class EfficientNet(nn.Module):
         return x, [*features, x]
 
     def pool(self, x: Array, train: bool) -> Array:
-        """Last convolution and mean; returns float32 [N, head]."""
-        conv = partial(self.conv, dtype=self.dtype, kernel_init=fan_out_init())
-        x = conv(self.head, 1, name="conv_head")(x)
-        x = self.act(partial(self.norm, dtype=self.dtype)(name="bn2")(x, train=train))
+        """Last convolution and mean; returns float32 [N, head], or the last stage's features without a head."""
+        if self.head:
+            conv = partial(self.conv, dtype=self.dtype, kernel_init=fan_out_init())
+            x = conv(self.head, 1, name="conv_head")(x)
+            x = self.act(partial(self.norm, dtype=self.dtype)(name="bn2")(x, train=train))
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
 

@@ -42,7 +42,7 @@ class MobileNetV3(EfficientNet):
         del train
         x = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
         conv = Conv(self.head, 1, use_bias=self.head_bias, kernel_init=fan_out_init(), name="conv_head")
-        return self.act(conv(x))[:, 0, 0]
+        return jnp.squeeze(self.act(conv(x)), (1, 2))
 
 
 SE = partial(

@@ -158,6 +158,7 @@ class ResNet(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout before the classifier.
       drop_path_rate: stochastic depth of the last block; earlier ones linearly less (Huang et al. 2016, section 3).
       zero_init_last: each block starts as the identity.
@@ -185,6 +186,7 @@ class ResNet(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     zero_init_last: bool = True
@@ -250,7 +252,8 @@ class ResNet(nn.Module):
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
         if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name=self.classifier_name)(x)
+            init = nn.initializers.normal(0.01)
+            x = self.classifier(self.num_classes, kernel_init=init, name=self.classifier_name)(x)
         return (x, features) if return_features else x
 
     def _check_stages(self) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_flax import attention, norms
+from se_flax.cosine import CosineClassifier
 from se_flax.errors import UserError, closest
 from se_flax.layers import BatchNorm
 
@@ -24,6 +25,7 @@ CLASSES = {
         norms.GroupNorm,
         norms.LayerNorm,
         norms.EvoNormS0,
+        CosineClassifier,
     )
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")

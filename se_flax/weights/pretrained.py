@@ -90,7 +90,7 @@ def load_pretrained(
     Raises:
       UserError: nothing there, not readable, damaged, or not the weights of that network.
 
-    Example:
+    Examples:
       >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
       >>> logits = loaded.model.apply(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
     """
@@ -209,7 +209,7 @@ def save_pretrained(
         description["digests"] = digests(building / "variables")
         (building / OWN).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         building.chmod(0o755)
-        _swap(building, folder)
+        swap_folder(building, folder)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}; nothing was changed") from error
     finally:
@@ -258,7 +258,7 @@ def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:
         checkpointer.save(path.absolute(), host)
 
 
-def _swap(building: Path, folder: Path) -> None:
+def swap_folder(building: Path, folder: Path) -> None:
     """Puts a finished folder in its place; what was there goes only once the new one stands."""
     if not folder.exists():
         building.rename(folder)

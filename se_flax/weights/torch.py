@@ -1,7 +1,8 @@
 """PyTorch's state dictionaries <-> Linen variables, by one rule.
 
 Submodules are named after torch's module path, with its list indexes joined by an underscore
-(`layer1.0.conv1` <-> `layer1_0/conv1`), so a key is renamed, never looked up:
+(`layer1.0.conv1` <-> `layer1_0/conv1`), so a key is renamed, never looked up. Where torch itself has an underscore
+before a number ours is doubled (`repeat_1.0` <-> `repeat__1_0`):
 
 | Linen | torch | layout |
 |---|---|---|
@@ -41,6 +42,7 @@ _LEAVES = {
 # From torch's axes to ours, by rank of the kernel.
 _TO_OURS = {4: (2, 3, 1, 0), 3: (2, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0)}
+_UNDERSCORES = re.compile(r"__|_(?=\d+(_\d+)*$)|(?<=\d)_(?=\d+$)")
 
 
 def torch_key(path: Path) -> str:
@@ -52,7 +54,7 @@ def torch_key(path: Path) -> str:
     Returns:
       The key: `"layer1.0.conv1.weight"`.
     """
-    modules = [re.sub(r"_(?=\d+(_\d+)*$)|(?<=\d)_(?=\d+$)", ".", part) for part in path[1:-1]]
+    modules = [_UNDERSCORES.sub(lambda found: "_" if found[0] == "__" else ".", part) for part in path[1:-1]]
     return ".".join([*modules, _LEAVES.get(path[-1], path[-1])])
 
 

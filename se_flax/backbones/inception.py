@@ -1,0 +1,197 @@
+"""BN-Inception (Ioffe and Szegedy 2015, figure 5) and SE-BN-Inception, as the authors of SENet released it (Caffe).
+
+The network class is that of Inception-v3 and Inception-ResNet-v2 too (`inception_v3.py`, `inception_resnet_v2.py`):
+what tells them apart is a table.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_flax.attention import SqueezeExcite
+from se_flax.backbones.senet import caffe_max_pooling
+from se_flax.blocks import ModuleDef
+from se_flax.blocks_inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
+from se_flax.errors import UserError
+from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.variant import Variant
+
+Array = jax.Array
+Layout = tuple[tuple[Unit | Mixed | Pool, ...], ...]
+"""What a network consists of, one group per resolution."""
+
+
+class Inception(nn.Module):
+    """A chain of units, poolings and modules of parallel branches; mean, classifier.
+
+    Attributes:
+      layout: the chain, one group per resolution, the finest first.
+      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
+      attention: attention class or partial on the output of every module; None for none.
+      conv: convolution class or partial.
+      norm: batch-norm class or partial.
+      act: activation.
+      drop_rate: dropout before the classifier.
+      drop_path_rate: stochastic depth of the last residual module; earlier ones linearly less.
+      in_channels: of the images.
+      smallest: side of the smallest images that leave a pixel behind convolutions without padding.
+      classifier_name: submodule name of the classifier.
+      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
+    """
+
+    layout: Layout
+    num_classes: int = 1000
+    attention: ModuleDef | None = None
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
+    act: Callable[[Array], Array] = jax.nn.relu
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    in_channels: int = 3
+    smallest: int = 1
+    classifier_name: str = "fc"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
+        """Classifies images.
+
+        Args:
+          images: float [N, H, W, in_channels], normalised.
+          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
+          return_features: return the map of every resolution as well.
+
+        Returns:
+          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
+          last of every group (strides 2, 4, 8, 16, 32).
+
+        Raises:
+          UserError: images of the wrong rank, channel count or dtype, or too small.
+        """
+        check_images(images, self.in_channels)
+        check_side(images, self.smallest)
+        parts: dict[str, Any] = {
+            "conv": partial(self.conv, dtype=self.dtype),
+            "norm": partial(self.norm, dtype=self.dtype),
+            "act": self.act,
+        }
+        entries = [entry for group in self.layout for entry in group]
+        residual = [entry for entry in entries if isinstance(entry, Mixed) and entry.scale is not None]
+
+        x = images.astype(self.dtype or images.dtype)
+        features, index = [], 0
+        for group in self.layout:
+            for entry in group:
+                if isinstance(entry, Unit):
+                    x = apply_unit(entry, x, **parts, train=train)
+                elif isinstance(entry, Mixed):
+                    module = MixedModule(
+                        entry.branches,
+                        **parts,
+                        attention=self.attention,
+                        scale=entry.scale,
+                        activated=entry.activated,
+                        drop_path_rate=self.drop_path_rate * index / max(len(residual) - 1, 1),
+                        name=entry.name,
+                    )
+                    x = module(x, train=train)
+                    index += entry.scale is not None
+                else:
+                    x = entry(x)
+            features.append(x)
+
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name=self.classifier_name)(x)
+        return (x, features) if return_features else x
+
+
+def check_side(images: Array, smallest: int) -> None:
+    """Refuses images of which a network would leave nothing.
+
+    Args:
+      images: [N, H, W, C].
+      smallest: side that it takes.
+
+    Raises:
+      UserError: a side below that.
+    """
+    height, width = images.shape[1:3]
+    if min(height, width) < smallest:
+        raise UserError(
+            f"got images of {height} x {width} pixels, of which this network would leave no pixel for its classifier; "
+            f"resize them to at least {smallest} x {smallest}"
+        )
+
+
+def max_pooling_to_half(x: Array) -> Array:
+    """3x3 max-pooling at stride 2 without padding at the start, [N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), C].
+
+    On even sides it is Caffe's. On odd ones Caffe's is a pixel smaller than the strided convolutions beside it, and the
+    network refuses such images; here the last window hangs over by two pixels instead of one.
+    """
+    return nn.max_pool(x, (3, 3), (2, 2), [(0, 1 + dim % 2) for dim in x.shape[1:3]])
+
+
+def module(
+    name: str, one: int, three: tuple[int, int], double: tuple[int, int], pool: Pool, projection: int, strides: int = 1
+) -> Mixed:
+    """A row of the paper's table: 1x1, 3x3, two 3x3, and pooling.
+
+    Args:
+      name: of the submodule.
+      one: features of the 1x1 convolution; 0 leaves the branch out.
+      three: of the 1x1 and the 3x3 convolution.
+      double: of the 1x1 and both 3x3 convolutions.
+      pool: of the last branch.
+      projection: features of the 1x1 convolution after it; 0 for none.
+      strides: of the last convolution of the two 3x3 branches.
+    """
+    branches: tuple[tuple[Step, ...], ...] = (
+        (Unit("conv_3x3_reduce", three[0]), Unit("conv_3x3", three[1], 3, strides)),
+        (
+            Unit("double_3x3_reduce", double[0]),
+            Unit("double_3x3_a", double[1], 3),
+            Unit("double_3x3_b", double[1], 3, strides),
+        ),
+        (pool, Unit("pool_proj", projection)) if projection else (pool,),
+    )
+    return Mixed(name, ((Unit("conv_1x1", one),), *branches) if one else branches)
+
+
+BN_INCEPTION: Layout = (
+    (Unit("conv1", 64, 7, 2),),
+    (caffe_max_pooling, Unit("conv2_reduce", 64), Unit("conv2", 192, 3)),
+    (
+        caffe_max_pooling,
+        module("inception_3a", 64, (64, 64), (64, 96), average_3x3, 32),
+        module("inception_3b", 64, (64, 96), (64, 96), average_3x3, 64),
+    ),
+    (
+        module("inception_3c", 0, (128, 160), (64, 96), max_pooling_to_half, 0, strides=2),
+        module("inception_4a", 224, (64, 96), (96, 128), average_3x3, 128),
+        module("inception_4b", 192, (96, 128), (96, 128), average_3x3, 128),
+        module("inception_4c", 160, (128, 160), (128, 160), average_3x3, 128),
+        module("inception_4d", 96, (128, 192), (160, 192), average_3x3, 128),
+    ),
+    (
+        module("inception_4e", 0, (128, 192), (192, 256), max_pooling_to_half, 0, strides=2),
+        module("inception_5a", 352, (192, 320), (160, 224), average_3x3, 128),
+        module("inception_5b", 352, (192, 320), (192, 224), partial(max_pool, strides=1), 128),
+    ),
+)
+
+NETWORK = partial(Inception, layout=BN_INCEPTION)
+
+_IOFFE = "Ioffe and Szegedy 2015, figure 5; widths and rounding of the released Caffe model"
+_HU = "Hu et al. 2020, table 2; released Caffe model"
+
+VARIANTS: dict[str, Variant] = {
+    "bn_inception": Variant(NETWORK, 11_285_224, 224, _IOFFE),
+    "se_bn_inception": Variant(partial(NETWORK, attention=SqueezeExcite), 11_931_622, 224, _HU),
+}

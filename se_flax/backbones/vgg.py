@@ -1,0 +1,174 @@
+"""VGG with batch norm (Simonyan and Zisserman 2015, table 1) in timm's layout, and with SE (Hu et al. 2020)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_flax.attention import SqueezeExcite
+from se_flax.backbones.inception import check_side
+from se_flax.blocks import ModuleDef
+from se_flax.errors import UserError
+from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.variant import Variant
+
+Array = jax.Array
+
+WINDOW = 7
+"""Side of the map that the first hidden layer takes in."""
+
+
+def at_least(x: Array, side: int) -> Array:
+    """Stretches a map that is smaller than the window after it, by means over shares of pixels.
+
+    As PyTorch's adaptive average-pooling: pixel i of the result is the mean of the pixels that [i, i + 1) of `side`
+    equal shares touches.
+
+    Args:
+      x: [N, H, W, C].
+      side: that height and width have at least.
+
+    Returns:
+      [N, max(H, side), max(W, side), C].
+    """
+    for axis, einsum in ((1, "oh,nhwc->nowc"), (2, "ow,nhwc->nhoc")):
+        size = x.shape[axis]
+        if size < side:
+            touched = np.zeros((side, size), np.float32)
+            for i in range(side):
+                first, end = i * size // side, -(-(i + 1) * size // side)
+                touched[i, first:end] = 1 / (end - first)
+            x = jnp.einsum(einsum, touched.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    return x
+
+
+class HiddenLayers(nn.Module):
+    """The two layers before the classifier, as convolutions: they slide over maps larger than their window.
+
+    Attributes:
+      features: of both.
+      conv: convolution.
+      act: activation.
+      drop_rate: dropout between them.
+    """
+
+    features: int
+    conv: ModuleDef
+    act: Callable[[Array], Array]
+    drop_rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, max(H - 6, 1), max(W - 6, 1), features]."""
+        x = self.conv(self.features, WINDOW, padding="VALID", name="fc1")(at_least(x, WINDOW))
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(self.act(x))
+        return self.act(self.conv(self.features, 1, name="fc2")(x))
+
+
+class Classifier(nn.Module):
+    """A dense layer one level down, where timm has it.
+
+    Attributes:
+      num_classes: its width.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Args: x [N, C]. Returns: [N, num_classes]."""
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
+
+
+class VGG(nn.Module):
+    """Five groups of 3x3 convolutions with a max-pooling after each, two hidden layers, classifier.
+
+    Attributes:
+      depths: convolutions per group.
+      num_classes: width of the classifier; 0 leaves it out, and the call returns the last hidden layer.
+      attention: attention class or partial after every convolution's activation; None for none.
+      widths: features per group.
+      hidden: features of the two hidden layers.
+      conv: convolution class or partial.
+      norm: batch-norm class or partial.
+      act: activation.
+      drop_rate: dropout after both hidden layers (Simonyan and Zisserman 2015, section 3.1).
+      in_channels: of the images.
+      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
+    """
+
+    depths: tuple[int, ...]
+    num_classes: int = 1000
+    attention: ModuleDef | None = None
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    hidden: int = 4096
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
+    act: Callable[[Array], Array] = jax.nn.relu
+    drop_rate: float = 0.5
+    in_channels: int = 3
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
+        """Classifies images.
+
+        Args:
+          images: float [N, H, W, in_channels], normalised.
+          train: batch statistics and dropout are active (the latter needs an rng named `dropout`).
+          return_features: return the map of every resolution as well.
+
+        Returns:
+          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: every
+          group before its pooling, and the last one's after it (strides 1, 2, 4, 8, 16, 32).
+
+        Raises:
+          UserError: images of the wrong rank, channel count or dtype, or smaller than a pixel of the last map; `depths`
+            and `widths` of different lengths.
+        """
+        check_images(images, self.in_channels)
+        if len(self.widths) != len(self.depths):
+            raise UserError(f"got depths={self.depths} and widths={self.widths}; give one of each per group")
+        check_side(images, 2 ** len(self.depths))
+        conv = partial(self.conv, use_bias=True, dtype=self.dtype)
+        norm = partial(self.norm, dtype=self.dtype)
+
+        x = images.astype(self.dtype or images.dtype)
+        # Torch counts convolution, norm, activation and pooling in one list.
+        features, index = [], 0
+        for group, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
+            for i in range(depth):
+                x = conv(width, 3, name=f"features_{index}")(x)
+                x = self.act(norm(name=f"features_{index + 1}")(x, train=train))
+                index += 3
+                if self.attention is not None:
+                    x = self.attention(name=f"se{group}_{i}")(x, train=train)
+            features.append(x)
+            x = max_pool(x, 2, 2, 0)
+            index += 1
+        features.append(x)
+
+        x = HiddenLayers(self.hidden, conv, self.act, self.drop_rate, name="pre_logits")(x, train=train)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        if self.num_classes:
+            x = Classifier(self.num_classes, name="head")(x)
+        return (x, features) if return_features else x
+
+
+VGG16 = partial(VGG, depths=(2, 2, 3, 3, 3))
+
+_SIMONYAN = "Simonyan and Zisserman 2015, table 1, with batch norm; torchvision and timm"
+_HU = "Hu et al. 2020, section 3.3 and table 2; count: torchvision's and the formula for SE"
+
+VARIANTS: dict[str, Variant] = {
+    "vgg11_bn": Variant(partial(VGG, depths=(1, 1, 2, 2, 2)), 132_868_840, 224, _SIMONYAN),
+    "vgg13_bn": Variant(partial(VGG, depths=(2, 2, 2, 2, 2)), 133_053_736, 224, _SIMONYAN),
+    "vgg16_bn": Variant(VGG16, 138_365_992, 224, _SIMONYAN),
+    "vgg19_bn": Variant(partial(VGG, depths=(2, 2, 4, 4, 4)), 143_678_248, 224, _SIMONYAN),
+    "se_vgg16_bn": Variant(partial(VGG16, attention=SqueezeExcite), 138_596_784, 224, _HU),
+}

@@ -1,0 +1,43 @@
+"""A classifier that compares directions, for losses with a margin between classes (ArcFace, CosFace)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class CosineClassifier(nn.Module):
+    """Scaled cosines between the features and one vector per class (Wang et al. 2018, section 3.1).
+
+    logits_k = scale * <x / |x|, w_k / |w_k|>. It takes the place of a network's dense layer:
+    `create_model("seresnet50", num_classes=500, classifier=se_flax.CosineClassifier)`.
+
+    Parameters: `kernel` [features, classes]; its columns have any length. No bias.
+
+    Attributes:
+      features: number of classes.
+      scale: what the cosines are multiplied by, the papers' s; a softmax of bare cosines cannot come close to 1.
+      kernel_init: initialiser of the kernel; only the directions of its columns count.
+      dtype: accepted for uniformity; the arithmetic is float32 in full precision.
+    """
+
+    features: int
+    scale: float = 64.0
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Args: x [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        # Angles of a few degrees are what the margin is about: a TPU's default of bfloat16 would blur them.
+        cosines = jnp.matmul(_unit(x.astype(jnp.float32), -1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST)
+        return self.scale * cosines
+
+
+def _unit(x: Array, axis: int) -> Array:
+    # A vector of zeros stays one, with a finite gradient.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis, keepdims=True), 1e-12))
