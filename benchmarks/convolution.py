@@ -11,7 +11,6 @@ A ratio is the median of XLA's time over ours, turn by turn. Every shape is one 
 import argparse
 import datetime
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.machine import command_line, describe
 from se_flax.convolution import convolve
 from se_flax.cpu_convolution import native
 from train.memory import keep_memory
@@ -101,7 +100,7 @@ def main() -> int:
         )
         print(f"{'x'.join(map(str, shape)):24} {figures}", flush=True)
         if not options.dry_run:
-            command = shlex.join(["python", "-m", "benchmarks.convolution", *sys.argv[1:]])
+            command = command_line("benchmarks.convolution")
             date = datetime.datetime.now(datetime.UTC).date().isoformat()
             line = {"command": command, "date": date, **row, "jax": jax.__version__, "machine": describe()}
             with RESULTS.open("a") as file:

@@ -20,14 +20,13 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from benchmarks.machine import command_line, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
@@ -146,7 +145,7 @@ def main() -> int:
             print(f"{model:22} {each:9} {figures}{ratio}", flush=True)
             if not options.dry_run:
                 date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                command = shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]])
+                command = command_line("benchmarks.cpu")
                 line = {"command": command, "date": date, **row, "machine": describe()}
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -27,14 +27,13 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from benchmarks.machine import command_line, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
@@ -191,7 +190,7 @@ def main() -> int:
     for side in sides.values():
         side.close()
     line = {
-        "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        "command": command_line("benchmarks.loader"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe(),
         "versions": {name: side.versions for name, side in sides.items()},

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +25,13 @@ def describe() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
+
+
+def command_line(module: str) -> str:
+    """The command that is running, for a benchmark's record; of absolute paths only their ends, which tell enough."""
+
+    def short(word: str) -> str:
+        parts = Path(word).parts
+        return word if not Path(word).is_absolute() else str(Path(*parts[-3 if parts[-2:-1] == ("bin",) else -1 :]))
+
+    return shlex.join(["python", "-m", module, *map(short, sys.argv[1:])])

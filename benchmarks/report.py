@@ -86,6 +86,16 @@ rest, RandAugment included. Ratios are medians of rounds.
 | side | row | images per second and core |
 |---|---|---:|
 """
+STARTUP = """
+## Start-up
+
+Seconds from the start of a process to the end of its first update of two images, float32 (`python -m
+benchmarks.startup`): with an empty compilation cache (cold), and with the one that the cold start filled (warm).
+`compile` is the drawing of the parameters and the compilation of the step together, what the cache can help. Medians.
+
+| network | pixels | cold: all | compile | trace | warm: all | compile | trace | all, ratio | compile, ratio |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+"""
 
 
 def rows(name: str) -> list[Row]:
@@ -225,6 +235,23 @@ def loader_table(lines: list[Row]) -> str:
     return f"{LOADER}{text}\n{ratios}\n{line['date']}, `{line['command']}`.\n"
 
 
+def startup_table(lines: list[Row]) -> str:
+    """Cold and warm starts."""
+    text = ""
+    for line in latest(lines, "model", "image_size"):
+        cells = " | ".join(
+            f"{one['all']:.1f} | {one['parameters'] + one['compile']:.1f} | {one['trace']:.1f}"
+            for one in (line["seconds"]["cold"], line["seconds"]["warm"])
+        )
+        ratios = f"{line['ratios']['all']:.1f} | {line['ratios']['compile']:.1f}"
+        text += f"| {line['model']} | {line['image_size']} | {cells} | {ratios} |\n"
+    if not text:
+        return ""
+    last = lines[-1]
+    machine = f"{last['machine']['cores']} cores of {last['machine']['processor']}"
+    return f"{STARTUP}{text}\n{last['date']}, `{last['command']}`, {machine}, JAX {last['versions']['jax']}.\n"
+
+
 def document() -> str:
     """The whole page."""
     aot = rows("aot")
@@ -236,6 +263,7 @@ def document() -> str:
         + cpu_table(rows("cpu"))
         + convolution_table(rows("convolution"))
         + loader_table(rows("loader"))
+        + startup_table(rows("startup"))
     )
 
 

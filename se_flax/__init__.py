@@ -5,9 +5,15 @@ variables = model.init(key, images)
 logits = model.apply(variables, images)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from se_flax import functional
 from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
 from se_flax.blocks import Placement
+from se_flax.cosine import CosineClassifier
+from se_flax.counting import Costs, LayerCosts, costs
+from se_flax.ctr.layers import SqueezeExciteFields
 from se_flax.errors import UserError
 from se_flax.fused import fuse
 from se_flax.layers import BatchNorm, Conv
@@ -19,22 +25,43 @@ from se_flax.weights.pretrained import Pretrained, load_pretrained, save_pretrai
 from se_flax.weights.torch import from_timm, to_timm
 from se_flax.zoo import create_model, get_variant, list_models
 
+if TYPE_CHECKING:
+    from se_flax.export import export_pretrained
+    from se_flax.nnx import from_nnx, to_nnx
+
+# Imported when first asked for: flax.nnx would make the import of this package slower for everybody.
+_LATE = {"export_pretrained": "export", "from_nnx": "nnx", "to_nnx": "nnx"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'se_flax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"se_flax.{_LATE[name]}"), name)
+
+
 __all__ = [
     "CBAM",
     "ECA",
     "BatchNorm",
     "Conv",
+    "Costs",
+    "CosineClassifier",
     "EffectiveSE",
+    "LayerCosts",
     "Placement",
     "Preprocess",
     "Pretrained",
     "SqueezeExcite",
+    "SqueezeExciteFields",
     "UserError",
     "Variant",
     "Weights",
     "__version__",
+    "costs",
     "create_model",
+    "export_pretrained",
     "from_keras",
+    "from_nnx",
     "from_timm",
     "functional",
     "fuse",
@@ -43,5 +70,6 @@ __all__ = [
     "load_pretrained",
     "save_pretrained",
     "to_keras",
+    "to_nnx",
     "to_timm",
 ]

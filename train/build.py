@@ -1,15 +1,19 @@
 """Turns the settings' words into modules: the one place where strings become classes."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 import se_flax
 from se_flax.errors import UserError, closest
 from train.config import Attention, Config
+from train.margins import arcface, cosface
 from train.step import AXIS
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,6 +45,13 @@ ATTENTIONS: dict[str, Callable[[Attention, str | None], Any]] = {
     "eca": _eca,
     "cbam": _cbam,
     "ese": _effective_se,
+}
+
+
+# Function, its usual margin, and the margin that is too much.
+MARGINS: dict[str, tuple[Callable[..., jax.Array], float, float]] = {
+    "arcface": (arcface, 0.5, math.pi / 2),
+    "cosface": (cosface, 0.4, 2.0),
 }
 
 
@@ -79,6 +90,55 @@ def attention_attributes(config: Config) -> dict[str, Any]:
     return attributes
 
 
+def network_attributes(config: Config) -> dict[str, Any]:
+    """The network's attributes that belong to it for good, and are saved with it: `model.attention` and `loss`.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      Keywords of `se_flax.create_model`.
+
+    Raises:
+      UserError: as `attention_attributes` and `loss_margin`.
+    """
+    attributes = attention_attributes(config)
+    if loss_margin(config) is not None:
+        attributes["classifier"] = partial(se_flax.CosineClassifier, scale=config.loss.scale)
+    return attributes
+
+
+def loss_margin(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """What training does to the logits before the cross-entropy.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      From logits and class indices to logits with a margin; None for the plain cross-entropy.
+
+    Raises:
+      UserError: unknown loss, a margin or scale out of range, or mixed images, which have no one right class.
+    """
+    loss = config.loss
+    if loss.name == "cross_entropy":
+        return None
+    if loss.name not in MARGINS:
+        raise UserError(f"unknown loss.name {loss.name!r}; {closest(loss.name, ['cross_entropy', *MARGINS])}")
+    function, own, limit = MARGINS[loss.name]
+    margin = own if loss.margin < 0 else loss.margin
+    if not margin < limit:
+        raise UserError(f"got loss.margin={loss.margin} for {loss.name}; give 0 to below {limit:.4g}, or -1 for {own}")
+    if not 0 < loss.scale < math.inf:
+        raise UserError(f"got loss.scale={loss.scale}; it must be positive and finite (the papers have 64)")
+    if config.augment.mixup or config.augment.cutmix:
+        raise UserError(
+            f"got loss.name={loss.name} with augment.mixup={config.augment.mixup:g} and "
+            f"augment.cutmix={config.augment.cutmix:g}, but a mixed image has no one right class; set both to 0"
+        )
+    return partial(function, margin=margin, scale=loss.scale)
+
+
 def _norm(name: str, axis: str | None) -> Any:
     """The network's own norm; a batch norm is told over which replicas its statistics go."""
     norm = se_flax.create_model(name).norm
@@ -97,11 +157,18 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
       The module.
 
     Raises:
-      UserError: unknown model, attention, gate, squeeze, placement, stage, precision or batch-norm scope.
+      UserError: unknown model, attention, gate, squeeze, placement, stage, loss, precision or batch-norm scope.
     """
     settings = config.model
     if config.precision not in PRECISIONS:
         raise UserError(f"unknown precision {config.precision!r}; {closest(config.precision, PRECISIONS)}")
+    attributes = network_attributes(config)
+    fields = {field.name for field in dataclasses.fields(se_flax.create_model(settings.name))}
+    if "classifier" in attributes and "classifier" not in fields:
+        raise UserError(
+            f"got loss.name={config.loss.name} with model.name={settings.name}, whose classifier cannot be one of "
+            "cosines; choose another network, such as seresnet50, or loss.name=cross_entropy"
+        )
     return se_flax.create_model(
         settings.name,
         num_classes=num_classes,
@@ -109,5 +176,5 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         dtype=PRECISIONS[config.precision],
         drop_rate=settings.drop_rate,
         drop_path_rate=settings.drop_path_rate,
-        **attention_attributes(config),
+        **attributes,
     )

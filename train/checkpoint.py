@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.struct
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from se_flax.errors import UserError
 from se_flax.weights.orbax import quiet
-from train.step import TrainState
 
 PyTree = Any
-_METRIC = "eval_top1"
+State = flax.struct.PyTreeNode  # `train.step.TrainState`, or another one
 _ITEMS = ("state", "data", "run")
 # A file this large is read in pieces when its digest is taken.
 _PIECE = 1 << 22
@@ -43,16 +43,15 @@ class Restored:
     """
 
     step: int
-    state: TrainState
+    state: Any
     data: dict[str, Any]
     run: dict[str, Any]
     skipped: tuple[str, ...]
 
 
-def _tree(state: TrainState) -> dict[str, PyTree]:
+def _tree(state: State) -> dict[str, PyTree]:
     """The state as a dictionary without the parts it does not have."""
-    names = ("step", "params", "batch_stats", "opt_state", "ema", "key")
-    return {name: getattr(state, name) for name in names if getattr(state, name) is not None}
+    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 class Checkpoints:
@@ -61,11 +60,13 @@ class Checkpoints:
     Args:
       workdir: the run's directory, local or on a bucket.
       keep_last: newest ones to keep.
-      keep_best: ones with the best evaluation top-1 to keep beside those.
+      keep_best: ones with the best evaluation to keep beside those.
+      metric: the figure of an evaluation that says which is best; more is better.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep_last: int, keep_best: int):
+    def __init__(self, workdir: epath.PathLike, *, keep_last: int, keep_best: int, metric: str = "eval_top1"):
         self._root = epath.Path(workdir)
+        self._metric = metric
         self.directory = self._root / "checkpoints"
         self._digests = self._root / "digests"
         policies = ocp.checkpoint_managers
@@ -74,13 +75,13 @@ class Checkpoints:
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 create=True,
-                best_fn=lambda m: m[_METRIC],  # without it Orbax does not store the figure
+                best_fn=lambda m: m[metric],  # without it Orbax does not store the figure
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(keep_last),
                         # A checkpoint between evaluations has no figure and must not crowd out one that has.
                         policies.BestN(
-                            get_metric_fn=lambda m: m[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False
+                            get_metric_fn=lambda m: m[metric], n=keep_best, keep_checkpoints_without_metrics=False
                         ),
                     ]
                 ),
@@ -99,7 +100,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: State,
         *,
         data: Mapping[str, Any],
         run: Mapping[str, Any],
@@ -129,7 +130,7 @@ class Checkpoints:
                         data=ocp.args.JsonSave(dict(data)),
                         run=ocp.args.JsonSave(dict(run)),
                     ),
-                    metrics={_METRIC: float(metrics[_METRIC])} if metrics else None,
+                    metrics={self._metric: float(metrics[self._metric])} if metrics else None,
                     force=True,
                 )
             self._unsealed.append(step)
@@ -168,7 +169,7 @@ class Checkpoints:
                 continue
         return None
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def restore(self, like: State) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import inspect
 import re
 import runpy
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 
 from se_flax.errors import UserError, closest
 from train.config import Config, flatten
+from train.ctr.config import Config as TableConfig
 
 USAGE = """\
 Train a network.
@@ -24,14 +26,33 @@ Train a network.
   --config=FILE[:ARGUMENT]   the recipe; its get_config() gives the settings (see configs/)
   --workdir=DIR              checkpoints, metrics.jsonl, curves.png and TensorBoard events; a run found there is resumed
   --config.A.B=VALUE         overrides one setting of the recipe; tuples in quotes: --config.optim.boundaries='(30,60)'
+  --help                     this text; python -m train.ctr --help has the settings of recipes for tables
+
+Settings, with the defaults that a recipe starts from:
+"""
+TABLE_USAGE = """\
+Train a network for click prediction on a table. `python -m train` does the same, given a recipe for tables.
+
+  python -m train.ctr --config=configs/ctr_frappe.py --workdir=runs/frappe --config.data.train=csv:clicks.csv
+
+  --config=FILE[:ARGUMENT]   the recipe; its get_config() gives the settings (see configs/ctr_*.py)
+  --workdir=DIR              checkpoints, metrics.jsonl and encoder.json; a run found there is resumed
+  --config.A.B=VALUE         overrides one setting of the recipe; tuples in quotes: --config.model.hidden='(64,64)'
   --help                     this text
 
 Settings, with the defaults that a recipe starts from:
 """
 
 
-def settings_help() -> str:
-    """Every setting with its default and its comment in `train/config.py`."""
+def settings_help(kind: type = Config) -> str:
+    """Every setting with its default and its comment in the source of its class.
+
+    Args:
+      kind: `train.config.Config` or `train.ctr.config.Config`.
+
+    Returns:
+      One line per setting.
+    """
     lines: list[str] = []
 
     def walk(cls: type, prefix: str) -> None:
@@ -46,7 +67,7 @@ def settings_help() -> str:
                 left = f"  --config.{prefix}{f.name}={f.default!r}"
                 lines.append(f"{left:<58} {comments.get(f.name, '')}".rstrip())
 
-    walk(Config, "")
+    walk(kind, "")
     return "\n".join(lines)
 
 
@@ -68,19 +89,19 @@ def _expected(kind: Any) -> str:
     return _WORDS.get(kind, "a tuple of numbers such as '(30, 60)'")
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, str]:
+def parse(argv: Sequence[str]) -> tuple[Any, str]:
     """Reads a command line.
 
     Args:
       argv: its words, without the program's name.
 
     Returns:
-      The recipe's settings with the overrides applied, and the work directory.
+      The recipe's settings (`train.config.Config`, `train.ctr.config.Config` for tables) with the overrides applied,
+      and the work directory.
 
     Raises:
       UserError: a flag or setting that does not exist, a value of the wrong type, or a recipe that cannot be read.
     """
-    types = _types(Config)
     words = _joined([w if not re.match(r"-[a-z]", w) else "-" + w for w in argv])
     recipe = [w for w in words if w.startswith("--config=")]
     overrides = [w for w in words if w.startswith("--config.")]
@@ -93,13 +114,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
         raise UserError(
             f"{missing} is missing; for example: python -m train --config=configs/digits.py --workdir=runs/digits"
         )
+    config = load_recipe(recipe[-1].removeprefix("--config="))
+    types = _types(type(config))
+    program = "train.ctr" if isinstance(config, TableConfig) else "train"
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         if name not in types:
-            raise UserError(f"unknown setting {name!r}; {closest(name, types)} (python -m train --help lists all)")
+            raise UserError(f"unknown setting {name!r}; {closest(name, types)} (python -m {program} --help lists all)")
         if types[name] is bool and value.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"got --config.{name}={value}; {_expected(bool)} is expected")
-    config = load_recipe(recipe[-1].removeprefix("--config="))
     values = flags.FlagValues()
     line = ["train", *overrides]
     try:
@@ -127,7 +150,7 @@ def _joined(words: Sequence[str]) -> list[str]:
     return out
 
 
-def load_recipe(text: str) -> Config:
+def load_recipe(text: str) -> Any:
     """Runs a recipe.
 
     Args:
@@ -153,7 +176,7 @@ def load_recipe(text: str) -> Config:
     except TypeError as error:
         raise UserError(f"{name} takes no argument, got {text!r}; leave out ':{argument[0]}'") from error
     config = get_config(*argument)
-    if not isinstance(config, Config):
+    if not isinstance(config, Config | TableConfig):
         raise UserError(f"get_config() of {name} must return a train.config.Config, got {type(config).__name__}")
     return config
 
@@ -167,24 +190,25 @@ def _explained(error: Exception, overrides: Sequence[str], types: dict[str, Any]
     return UserError(f"the recipe could not be read: {str(error).strip().splitlines()[-1]}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
     """Runs the program.
 
     Args:
       argv: words of the command line, without the program's name; the process's own when None.
+      kind: of the settings that the help lists; a recipe of either kind is run.
 
     Returns:
       The exit code: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped early by a signal.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "-help") for word in words):
-        print(USAGE + settings_help())
+        print((TABLE_USAGE if kind is TableConfig else USAGE) + settings_help(kind))
         return 0
     try:
         config, workdir = parse(words)
-        from train.loop import run  # imports JAX, which a wrong flag need not wait for
-
-        outcome = run(config, workdir)
+        # Imports JAX, which a wrong flag need not wait for.
+        loop = importlib.import_module("train.ctr.loop" if isinstance(config, TableConfig) else "train.loop")
+        outcome = loop.run(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -116,6 +116,15 @@ class Optim:
 
 
 @dataclass
+class Loss:
+    """What training minimises; `arcface` and `cosface` give the network a classifier of scaled cosines."""
+
+    name: str = "cross_entropy"  # cross_entropy | arcface | cosface
+    margin: float = -1.0  # arcface: radians; cosface: of the cosine; below 0: 0.5 and 0.4
+    scale: float = 64.0  # arcface, cosface: what the cosines are multiplied by
+
+
+@dataclass
 class Parallel:
     """How the per-replica step is spread over devices."""
 
@@ -143,6 +152,7 @@ class Config:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     init_from: str = ""  # weights a new run starts from: what se_flax.load_pretrained takes; empty: random ones
@@ -185,12 +195,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
+def check_same_run(saved: dict[str, Any], config: Any, workdir: str) -> None:
     """Refuses to continue a run under settings that make it another one.
 
     Args:
       saved: flattened settings of the checkpoint.
-      config: the settings now.
+      config: the settings now, a dataclass.
       workdir: where the checkpoint lies, for the message.
 
     Raises:
@@ -198,7 +208,7 @@ def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
     """
     now = flatten(config)
     # A setting that came after the checkpoint has a default that changes nothing.
-    saved = {**flatten(Config()), **saved}
+    saved = {**flatten(type(config)()), **saved}
     changed = [
         f"{key}={saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())

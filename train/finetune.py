@@ -15,10 +15,10 @@ import se_flax
 from se_flax.errors import UserError
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
-from train.layers import trace
+from train.layers import layer_depths, trace
 
 # Attributes of the network that are the run's affair and not the checkpoint's.
-_OWN = ("num_classes", "in_channels", "dtype", "drop_rate", "drop_path_rate", "parent", "name")
+_OWN = ("num_classes", "classifier", "in_channels", "dtype", "drop_rate", "drop_path_rate", "parent", "name")
 # The settings that may be left empty; what fills them is part of the run.
 _OPEN = ("model.name", "data.mean", "data.std", "data.interpolation")
 
@@ -52,7 +52,19 @@ def load(config: Config, num_classes: int) -> Any:
             f"init_from={config.init_from} holds {loaded.name}, but model.name is {config.model.name!r}; "
             "leave it empty (--config.model.name=) to take the checkpoint's network, or name another checkpoint"
         )
-    return loaded
+    return loaded if config.loss.name == "cross_entropy" else _without_bias(loaded, config.data.image_size)
+
+
+def _without_bias(loaded: Any, image_size: int) -> Any:
+    """A classifier of cosines compares with the directions that a dense one had, and has no bias."""
+    depths = layer_depths(trace(loaded.model, image_size)["params"])
+    head = next(name for name, depth in depths.items() if depth == 0)
+    params = dict(loaded.variables["params"])
+    bias = params[head].get("bias", jnp.zeros(1))
+    params[head] = {"kernel": params[head]["kernel"]}
+    note = f"{loaded.name}: the classifier's bias was left out, as cosines have none"
+    notes = (*loaded.notes, note) if jnp.any(bias != 0) else loaded.notes
+    return dataclasses.replace(loaded, variables={**loaded.variables, "params": params}, notes=notes)
 
 
 def complete(config: Config, saved: Mapping[str, Any] | None, loaded: Any) -> Config:

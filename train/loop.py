@@ -236,7 +236,7 @@ class _Trainer:
         if first >= self.total:
             self._evaluate(record=False)  # the run itself recorded this step
             return True
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             while self.step < self.total:
                 self._profile(self.step - first)
                 batch = self.replicas.shard(self._next_batch())
@@ -415,7 +415,7 @@ def prepare_workdir(workdir: str | Path) -> Path:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts."""
     seen: list[int] = []
     previous: dict[signal.Signals, Any] = {}

@@ -9,7 +9,7 @@ import flax.linen as nn
 import optax
 
 from train import optim
-from train.build import build_model
+from train.build import build_model, loss_margin
 from train.config import Config
 from train.layers import Frozen, frozen_parts, layer_depths, trace
 from train.step import TrainState, init_state, make_eval_step, make_train_step
@@ -70,6 +70,7 @@ def make_program(
         settings=config.augment,
         num_classes=num_classes,
         label_smoothing=config.optim.label_smoothing,
+        margin=loss_margin(config),
         ema_decay=config.optim.ema_decay,
         accumulate=config.optim.accumulate,
         frozen=frozen,

@@ -6,7 +6,7 @@ from typing import Any
 
 import se_flax
 from se_flax.errors import UserError
-from train.build import attention_attributes
+from train.build import network_attributes
 from train.config import Config
 from train.evaluate import Result
 
@@ -54,7 +54,7 @@ def save_model(
             folder,
             config.model.name,
             variables,
-            arguments={"num_classes": classes, **attention_attributes(config)},
+            arguments={"num_classes": classes, **network_attributes(config)},
             preprocess=preprocess,
             labels=class_names if len(class_names) == classes else None,
             provenance=provenance,

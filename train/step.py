@@ -106,6 +106,7 @@ def make_train_step(
     settings: Augment,
     num_classes: int,
     label_smoothing: float = 0.0,
+    margin: Callable[[Array, Array], Array] | None = None,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     frozen: Frozen = NOTHING,
@@ -121,6 +122,8 @@ def make_train_step(
       settings: augmentation; read while tracing only.
       num_classes: of the labels.
       label_smoothing: share of the target spread over all classes.
+      margin: from logits and class indices to the logits that the loss sees (`train.margins`); None leaves them. Not
+        for mixed images.
       ema_decay: of the moving average; 0 for none.
       accumulate: micro-batches whose gradients make one update; each has its own batch statistics, in turn.
       frozen: parameters that keep their values, to the bit, and modules that run in evaluation mode. With any of
@@ -150,7 +153,8 @@ def make_train_step(
                 mutable=[] if frozen.modules else ["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-        loss = jnp.mean(cross_entropy(logits, targets, label_smoothing))
+        scored = logits if margin is None else margin(logits, part["label"])
+        loss = jnp.mean(cross_entropy(scored, targets, label_smoothing))
         # Of a mixed image, the label that weighs more is the right answer.
         correct = jnp.mean(topk_correct(logits, jnp.argmax(targets, axis=-1), 1).astype(jnp.float32))
         return loss, (updated.get("batch_stats", stats), correct)

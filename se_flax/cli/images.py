@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
         help="what is in a picture",
         description="The most probable classes of each picture. A folder stands for every picture in it.",
     )
-    _add_common(parser)
+    add_common(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files or folders of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default: 5)")
     parser.set_defaults(run=predict)
@@ -36,12 +36,13 @@ def add_commands(commands: Any) -> None:
         "by class name, WordNet id or number (as many folders as the network has classes may have any names: they "
         "are numbered in sorted order); or pictures whose names begin with a WordNet id or a class number and _.",
     )
-    _add_common(parser)
+    add_common(parser)
     parser.add_argument("data", metavar="DATA", help="folder of pictures")
     parser.set_defaults(run=evaluate)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of every command that shows pictures to a checkpoint."""
     parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
     parser.add_argument("--name", help="the network, for a file whose name does not say it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -62,7 +63,7 @@ def predict(options: argparse.Namespace) -> None:
     paths = list(_pictures(options.images))
     if options.top < 1:
         raise UserError(f"got --top={options.top}; give 1 or more")
-    loaded = _load(options)
+    loaded = load(options)
     results = []
     for path, logits in zip(paths, _logits(loaded, paths, options.batch_size), strict=True):
         shares = np.exp(logits - logits.max(), dtype=np.float64)
@@ -104,7 +105,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """
     if not Path(options.data).is_dir():
         raise UserError(f"{options.data}: no such folder; give one of pictures in class folders")
-    loaded = _load(options)
+    loaded = load(options)
     classes = getattr(loaded.model, "num_classes", 0)
     examples = labelled_images(Path(options.data), loaded.labels, classes)
     start = time.perf_counter()
@@ -143,7 +144,12 @@ def accuracy(loaded: Pretrained, examples: Sequence[Example], batch_size: int = 
     return Accuracy(len(examples), top1, top5)
 
 
-def _load(options: argparse.Namespace) -> Pretrained:
+def load(options: argparse.Namespace) -> Pretrained:
+    """The checkpoint that the arguments of `add_common` name, with their preprocessing.
+
+    Raises:
+      UserError: no such checkpoint, or a batch of no pictures.
+    """
     if options.batch_size < 1:
         raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
     loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
@@ -158,15 +164,33 @@ def _load(options: argparse.Namespace) -> Pretrained:
 
 
 def _logits(loaded: Pretrained, paths: Sequence[Path], batch_size: int) -> Iterator[np.ndarray]:
-    """Logits picture by picture; every batch has the same size, so that the network is compiled once."""
-    size = min(batch_size, len(paths))
+    """Logits picture by picture."""
     apply = jax.jit(lambda variables, images: loaded.model.apply(variables, images))
-    with tqdm(total=len(paths), unit=" pictures", disable=None if len(paths) > size else True, leave=False) as bar:
+    for images, count in padded_batches(loaded, paths, batch_size):
+        yield from np.asarray(apply(loaded.variables, jnp.asarray(images)))[:count]
+
+
+def padded_batches(
+    loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Reads pictures, with a progress bar; every batch has the same size, so that a network is compiled once.
+
+    Args:
+      loaded: whose preprocessing they get.
+      paths: the pictures.
+      batch_size: pictures at a time.
+      title: in front of the bar.
+
+    Yields:
+      float32 [B, H, W, C] and the number of pictures in it; the rest are zeros.
+    """
+    size = min(batch_size, len(paths))
+    quiet = None if len(paths) > size else True
+    with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as bar:
         for start in range(0, len(paths), size):
             batch = loaded.preprocess(paths[start : start + size])
             count = len(batch)
-            images = jnp.asarray(np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]))
-            yield from np.asarray(apply(loaded.variables, images))[:count]
+            yield np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]), count
             bar.update(count)
 
 

@@ -36,36 +36,37 @@ def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) 
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not paths:
         raise UserError(f"{root} holds no pictures ({', '.join(EXTENSIONS)})")
-    known = _known(labels, num_classes)
+    known = known_classes(labels, num_classes)
     flat = [path for path in paths if path.parent == root]
     if flat and len(flat) < len(paths):
         raise UserError(f"{root} holds pictures beside class folders, such as {flat[0].name}; move them away")
     if flat:
         return [Example(path, _by_file_name(path, known, num_classes)) for path in paths]
     folders = sorted({path.relative_to(root).parts[0] for path in paths})
-    unknown = [folder for folder in folders if _normal(folder) not in known]
+    unknown = [folder for folder in folders if normal_name(folder) not in known]
     if unknown and len(folders) == num_classes:
-        known = {_normal(folder): i for i, folder in enumerate(folders)}
+        known = {normal_name(folder): i for i, folder in enumerate(folders)}
     elif unknown:
         raise UserError(
             f"the folder {unknown[0]!r} of {root} names none of the network's {num_classes} classes "
             f"({len(unknown)} of {len(folders)} folders do not); name folders by class name, WordNet id or class number"
         )
-    return [Example(path, known[_normal(path.relative_to(root).parts[0])]) for path in paths]
+    return [Example(path, known[normal_name(path.relative_to(root).parts[0])]) for path in paths]
 
 
-def _known(labels: Sequence[str] | None, num_classes: int) -> dict[str, int]:
+def known_classes(labels: Sequence[str] | None, num_classes: int) -> dict[str, int]:
     """Class numbers by every name that a folder may have."""
     known = {str(i): i for i in range(num_classes)}
     for i, label in enumerate(labels or ()):
         for name in (label, label.split(",")[0]):
-            known.setdefault(_normal(name), i)
+            known.setdefault(normal_name(name), i)
     if labels is not None and tuple(labels) == tuple(label.name for label in imagenet_labels()):
         known |= {label.wordnet_id: i for i, label in enumerate(imagenet_labels())}
     return known
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
+    """A class's name as it is compared: lower case, words joined by _, numbers without leading zeros."""
     text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     return str(int(text)) if text.isdigit() else text
 

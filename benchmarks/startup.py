@@ -1,0 +1,112 @@
+"""Times the start of a training: from nothing, and again with the compilation cache that the first start filled.
+
+    python -m benchmarks.startup                             # the table, about a quarter of an hour
+    python -m benchmarks.startup --models seresnet50 --rounds 3
+
+A start is a process of its own, from its first line to the end of the first update of two images: importing, drawing
+the parameters, tracing the step, compiling it, one update. Every round has a new, empty cache folder: one start fills
+it (cold), the next reads it (warm). Figures are medians over the rounds. Every row is appended as one line to
+`benchmarks/results/startup.jsonl` with the command, the date, the machine and the versions.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import se_flax
+from benchmarks.machine import command_line, describe
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "startup.jsonl"
+MODELS = ("seresnet50", "seresnet152", "efficientnet_b4")
+BATCH = 2
+
+
+def start(model: str, side: int, cache: str) -> dict[str, Any]:
+    """One start in a process of its own; its seconds by phase and its versions."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "benchmarks.sides.start", model, str(side), str(BATCH)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    """Cold and warm starts of one network.
+
+    Args:
+      model: its name.
+      rounds: pairs of starts.
+
+    Returns:
+      Seconds by phase and in all, cold and warm, and how many times faster the warm start and its compilation are.
+    """
+    side = se_flax.get_variant(model).input_size
+    starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    versions: dict[str, str] = {}
+    for i in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="se-flax-start-") as cache:
+            for which, found in starts.items():
+                line = start(model, side, cache)
+                versions = line["versions"]
+                found.append({**line["phases"], "all": sum(line["phases"].values())})
+                print(f"{model}, round {i + 1} of {rounds}, {which}: {found[-1]['all']:.1f} s", file=sys.stderr)
+    seconds = {
+        which: {phase: round(statistics.median(one[phase] for one in found), 2) for phase in found[0]}
+        for which, found in starts.items()
+    }
+    pairs = list(zip(starts["cold"], starts["warm"], strict=True))
+    ratios = {
+        "all": statistics.median(cold["all"] / warm["all"] for cold, warm in pairs),
+        "compile": statistics.median(_compiling(cold) / _compiling(warm) for cold, warm in pairs),
+    }
+    return {
+        "model": model,
+        "image_size": side,
+        "batch": BATCH,
+        "rounds": rounds,
+        "seconds": seconds,
+        "ratios": {name: round(value, 2) for name, value in ratios.items()},
+        "versions": versions,
+    }
+
+
+def _compiling(phases: dict[str, float]) -> float:
+    """Of what the cache can help: the programs that draw the parameters and that make an update."""
+    return phases["parameters"] + phases["compile"]
+
+
+def main() -> int:
+    """Measures what the command line names and records it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of a cold and a warm start (3)")
+    parser.add_argument("--dry-run", action="store_true", help="record nothing")
+    options = parser.parse_args()
+    for model in options.models:
+        row = measure(model, options.rounds)
+        for which, seconds in row["seconds"].items():
+            print(f"{model:18} {which}  " + "  ".join(f"{phase} {value} s" for phase, value in seconds.items()))
+        print(f"{model:18} warm is {row['ratios']['all']} times faster, its compilation {row['ratios']['compile']}")
+        if not options.dry_run:
+            command = command_line("benchmarks.startup")
+            date = datetime.datetime.now(datetime.UTC).date().isoformat()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"command": command, "date": date, **row, "machine": describe()}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

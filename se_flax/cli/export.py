@@ -1,0 +1,59 @@
+"""`se-flax export`: a checkpoint as a network for serving."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from se_flax.export import FORMATS, export_pretrained
+from se_flax.weights.pretrained import load_pretrained
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command of this file to an argument parser."""
+    parser = commands.add_parser(
+        "export",
+        help="a network for serving: StableHLO, ONNX or SavedModel",
+        description="Writes a folder with the network, its weights inside, and serving.json: input, output, "
+        "preprocessing and labels. The batch size stays free. stablehlo runs in JAX on CPU, CUDA and TPU from one "
+        "file; onnx in ONNX Runtime and others; savedmodel in TensorFlow.",
+    )
+    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    parser.add_argument("target", metavar="DST", help="a new folder")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="stablehlo", help="(default: stablehlo)")
+    parser.add_argument("--name", help="the network, for a file whose name does not say it")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
+    parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
+    parser.add_argument("--no-fuse", action="store_true", help="leave the batch norms beside their convolutions")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")
+    parser.set_defaults(run=export)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes the network and says what it is.
+
+    Raises:
+      UserError: no such checkpoint, DST is taken, or a package is missing.
+    """
+    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
+    given = {"image_size": options.image_size, "crop": options.crop}
+    preprocess = replace(loaded.preprocess, **{key: value for key, value in given.items() if value is not None})
+    written = export_pretrained(
+        options.target,
+        replace(loaded, preprocess=preprocess),
+        format=options.format,
+        fuse=not options.no_fuse,
+        overwrite=options.overwrite,
+    )
+    folder = Path(options.target).expanduser()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    shapes = " -> ".join("x".join(map(str, written[key]["shape"])) for key in ("input", "output"))
+    print(f"{folder}: {written['architecture']}, {written['format']}, {shapes}, {size:.1f} MB")
+    if "difference" in written:
+        apart = written["difference"]
+        print(
+            "not checked: ONNX Runtime is not installed (pip install onnxruntime)"
+            if apart is None
+            else f"ONNX Runtime differs from JAX by {apart:.1g} of the largest logit"
+        )

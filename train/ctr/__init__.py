@@ -1,0 +1,1 @@
+"""Training on tables: click prediction from categorical and numeric fields."""

@@ -1,0 +1,322 @@
+"""The story of a run on a table: open it, learn the ids, build the network, restore, step, evaluate, save, tell."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from se_flax.errors import UserError
+from train.checkpoint import Checkpoints
+from train.config import check_same_run, flatten
+from train.ctr.config import Config, check
+from train.ctr.encode import Encoder, fit
+from train.ctr.metrics import auc, log_loss
+from train.ctr.sources import Splits, Table, open_splits
+from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
+from train.ctr.stream import Batch, batches, encoded, shuffled
+from train.loop import prepare_workdir, stop_signals, use_compilation_cache
+from train.report import read_metrics
+
+ENCODER = "encoder.json"
+_METRIC = "eval_auc"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one whole set: area under the ROC curve, log loss in nats, rows."""
+
+    auc: float
+    log_loss: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"AUC {self.auc:.4f}, log loss {self.log_loss:.4f} ({self.rows:,} rows)"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: updates done.
+      completed: False when it was asked to stop early.
+      epoch: whose parameters are the best ones, counted from 1.
+      parameters: of the network.
+      eval: the best evaluation.
+      test: the test rows under its parameters, if there are any.
+      checkpoint: where the last checkpoint lies.
+      seconds: that this process took.
+      bad_images: always None; part of what the command line asks of an outcome.
+    """
+
+    step: int
+    completed: bool
+    epoch: int
+    parameters: int
+    eval: Result | None
+    test: Result | None
+    checkpoint: str
+    seconds: float
+    bad_images: str | None = None
+
+    def __str__(self) -> str:
+        taken = f"{self.seconds // 60:.0f} min {self.seconds % 60:.0f} s"
+        if not self.completed:
+            text = f"stopped at step {self.step} after {taken}"
+            return f"{text}; checkpoint: {self.checkpoint}; run the same command to resume"
+        text = f"done in {taken}: best epoch {self.epoch}, evaluation {self.eval}"
+        if self.test is not None:
+            text += f", test {self.test}"
+        return f"{text}; checkpoint: {self.checkpoint}"
+
+
+@dataclass
+class Progress:
+    """Where a run stands beside its parameters; a checkpoint holds it as JSON.
+
+    Attributes:
+      epoch: epochs done.
+      batch: batches done of the next one.
+      best_auc: of the best evaluation.
+      best_log_loss: of the same evaluation.
+      best_epoch: after which it was, counted from 1.
+      worse: evaluations since then.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best_auc: float = 0.0
+    best_log_loss: float = 0.0
+    best_epoch: int = 0
+    worse: int = 0
+
+    def over(self, config: Config) -> bool:
+        """Whether the run has done all its epochs, or stopped getting better."""
+        return self.epoch >= config.epochs or 0 < config.optim.patience <= self.worse
+
+
+def run(config: Config, workdir: str | Path) -> Outcome:
+    """Trains, or goes on training, in a work directory.
+
+    Args:
+      config: the settings.
+      workdir: where checkpoints and figures go; a checkpoint of the same run there is continued.
+
+    Returns:
+      How it ended.
+
+    Raises:
+      UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
+    """
+    started = time.monotonic()
+    check(config)
+    if config.compilation_cache:
+        use_compilation_cache(config.compilation_cache)
+    workdir = prepare_workdir(workdir)
+    splits = open_splits(config.data)
+    settings = config.checkpoint
+    checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
+    saved = checkpoints.newest_run()
+    if saved is not None:
+        check_same_run(saved["config"], config, str(workdir))
+    encoder = _encoder(config, splits.train, workdir, known=saved is not None)
+
+    model = build_model(config.model, encoder.num_ids)
+    optimizer = optax.adam(config.optim.learning_rate)
+    state = init_state(model, optimizer, len(encoder.fields), config.seed)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    _say(
+        f"{config.model.name}: {parameters:,} parameters; {len(encoder.fields)} fields with {encoder.num_ids:,} ids; "
+        f"{jax.devices()[0].device_kind}"
+    )
+    restored = checkpoints.restore(state)
+    progress = Progress()
+    if restored is not None:
+        state, progress = restored.state, Progress(**restored.data)
+        for text in restored.skipped:
+            _say(f"warning: {text}; an older one is used")
+        checkpoints.forget_after(restored.step)
+        _say(f"resuming from step {restored.step:,}")
+    (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+
+    trainer = _Trainer(
+        config=config,
+        splits=splits,
+        encoder=encoder,
+        state=state,
+        step=restored.step if restored else 0,
+        progress=progress,
+        train_step=make_train_step(model, optimizer, config.optim.l2),
+        eval_step=make_eval_step(model),
+        checkpoints=checkpoints,
+        log=_Log(workdir / "metrics.jsonl", restored.step if restored else 0),
+    )
+    completed = trainer.train()
+    checkpoints.close()
+    test = trainer.evaluate(splits.test, trainer.state.best) if completed and splits.test else None
+    best = Result(progress.best_auc, progress.best_log_loss, trainer.eval_rows)
+    if completed and trainer.eval_rows == 0:  # a run that was complete already
+        best = trainer.evaluate(splits.eval, trainer.state.best)
+    return Outcome(
+        step=trainer.step,
+        completed=completed,
+        epoch=progress.best_epoch,
+        parameters=parameters,
+        eval=best if completed else None,
+        test=test,
+        checkpoint=str(checkpoints.path(checkpoints.steps()[-1])),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _encoder(config: Config, train: Table, workdir: Path, *, known: bool) -> Encoder:
+    """Learns the ids, or reads what the run that is continued has learned."""
+    path = workdir / ENCODER
+    if known:
+        try:
+            return Encoder.from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} belongs to the checkpoints beside it and cannot be read; restore it, or start anew with "
+                "another --workdir"
+            ) from error
+    begun = time.monotonic()
+    encoder = fit(train, config.data)
+    _say(f"ids of {len(encoder.fields)} fields in {time.monotonic() - begun:.1f} s")
+    path.write_text(json.dumps(encoder.to_json()) + "\n")
+    return encoder
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Log:
+    """`metrics.jsonl`, without what an interrupted run wrote of later steps."""
+
+    def __init__(self, path: Path, start_step: int):
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, epoch: int, figures: Mapping[str, float]) -> None:
+        with self._path.open("a") as stream:
+            stream.write(json.dumps({"step": step, "epoch": epoch, **figures}) + "\n")
+
+
+@dataclass
+class _Trainer:
+    """A run under way: what changes from step to step, and the parts that it drives."""
+
+    config: Config
+    splits: Splits
+    encoder: Encoder
+    state: State
+    step: int
+    progress: Progress
+    train_step: Any
+    eval_step: Any
+    checkpoints: Checkpoints
+    log: _Log
+    eval_rows: int = 0
+    _losses: list[jax.Array] = field(default_factory=list)
+
+    def train(self) -> bool:
+        """Runs to the last epoch, or until it stops getting better; False when a signal stopped it before."""
+        with stop_signals() as stop:
+            while not self.progress.over(self.config):
+                for batch in self._rest_of_epoch():
+                    self.state, loss = self.train_step(self.state, batch)
+                    self._losses.append(loss)
+                    self.step += 1
+                    self.progress.batch += 1
+                    if self.step % self.config.log_every_steps == 0:
+                        self._write_losses()
+                    every, stopping = self.config.checkpoint.every_steps, stop()
+                    if stopping or (every and self.step % every == 0):
+                        self._save()
+                    if stopping:
+                        return False
+                self._end_epoch()
+        return True
+
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """The batches of this epoch that are not done yet. Its order follows from the seed and its number alone."""
+        data, progress = self.config.data, self.progress
+        rows = shuffled(
+            encoded(self.splits.train, self.encoder), data.shuffle_rows, (self.config.seed, progress.epoch, 1)
+        )
+        done, any_ = progress.batch, False
+        for i, batch in enumerate(batches(rows, data.batch_size)):
+            any_ = True
+            if i >= done:
+                yield batch
+        if not any_:
+            raise UserError(
+                f"{self.splits.train.name} has no rows to train on; give a file with some, or lower data.eval_fraction"
+            )
+
+    def _end_epoch(self) -> None:
+        self._write_losses()
+        progress = self.progress
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        result = self.evaluate(self.splits.eval, self.state.params)
+        self.eval_rows = result.rows
+        if result.auc > progress.best_auc:
+            progress.best_auc, progress.best_log_loss = result.auc, result.log_loss
+            progress.best_epoch, progress.worse = progress.epoch, 0
+            self.state = self.state.keep()
+        else:
+            progress.worse += 1
+        figures = {"eval_auc": result.auc, "eval_log_loss": result.log_loss}
+        self.log.write(self.step, progress.epoch, figures)
+        _say(f"epoch {progress.epoch}: {result}" + (f", best in epoch {progress.best_epoch}" if progress.worse else ""))
+        self._save(metrics=figures)
+
+    def _write_losses(self) -> None:
+        """Records the mean loss since the last record, and refuses to go on from one that is not finite."""
+        if not self._losses:
+            return
+        loss = float(np.mean(jax.device_get(self._losses)))
+        self._losses.clear()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} by step {self.step}; lower "
+                f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
+            )
+        self.log.write(self.step, self.progress.epoch, {"loss": loss})
+        _say(f"epoch {self.progress.epoch + 1}, step {self.step:,}: loss {loss:.4f}")
+
+    def evaluate(self, table: Table, params: dict) -> Result:
+        """Exact figures of a whole table: every row counts once."""
+        size = self.config.data.eval_batch_size or self.config.data.batch_size
+        logits, labels = [], []
+        for batch in batches(encoded(table, self.encoder), size):
+            count = int(batch["weights"].sum())
+            logits.append(np.asarray(self.eval_step(params, batch["ids"]))[:count])
+            labels.append(batch["labels"][:count])
+        if not logits:
+            raise UserError(f"{table.name} has no rows to evaluate on; give a file with some, or raise its share")
+        x, y = np.concatenate(logits), np.concatenate(labels)
+        return Result(auc(x, y), log_loss(x, y), len(y))
+
+    def _save(self, metrics: Mapping[str, float] | None = None) -> None:
+        self._write_losses()
+        if self.step in self.checkpoints.steps():  # a save by number of steps fell on the end of the epoch
+            self.checkpoints.finish()
+            self.checkpoints.forget_after(self.step - 1)
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            data=vars(self.progress).copy(),
+            run={"config": flatten(self.config)},
+            metrics=metrics,
+        )
