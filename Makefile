@@ -10,7 +10,7 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart test test-newest lint types check clean
+.PHONY: help quickstart test test-newest lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
 	@echo "make lint types    ruff; mypy"
 	@echo "make check         lint, types, test"
+	@echo "make docs          build the documentation into site/, strictly (open site/index.html)"
+	@echo "make package       build wheel and source distribution into dist/, install the wheel afresh and run it"
 	@echo "make clean         remove environments, caches and builds"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -42,6 +44,25 @@ types: $(VENV)/ready
 
 check: lint types test
 
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# In environments of its own: what is published must not depend on what is installed here.
+package:
+	rm -rf dist .venv-package
+	"$(PYTHON)" -m venv .venv-package/build
+	.venv-package/build/bin/python -m pip install --quiet "build>=1.3" "twine>=6.1"
+	.venv-package/build/bin/python -m build
+	.venv-package/build/bin/python -m twine check --strict dist/*
+	"$(PYTHON)" -m venv .venv-package/fresh
+	.venv-package/fresh/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../.venv-package/fresh/bin/se-flax list '*seresnet50*'
+	rm -rf .venv-package
+
 .venv-newest/ready: pyproject.toml
 	rm -rf .venv-newest
 	"$$(sh tools/find_python.sh 12)" -m venv .venv-newest
@@ -58,4 +79,4 @@ test-newest:
 	fi
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-package build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,204 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V5E1
+#     provenance: []
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train a squeeze-and-excitation network on a TPU
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb)
+#
+# Choose *Runtime > Change runtime type > v5e-1 TPU* and run the cells from top to bottom. A GPU and a CPU do as well.
+
+# %%
+# @title Install se-flax { display-mode: "form" }
+import glob
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+SMALL = os.environ.get("SE_FLAX_SMALL") == "1"  # the tests run this notebook with small settings
+IN_COLAB = "google.colab" in sys.modules
+
+# Each accelerator needs its own JAX. A TPU shows as /dev/accel0 or /dev/vfio/0, a GPU brings nvidia-smi.
+tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+extra = "[tpu]" if tpu else "[cuda]" if shutil.which("nvidia-smi") else ""
+if importlib.util.find_spec("se_flax") is None:
+    if not os.path.exists("se-flax"):
+        subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax{extra}"], check=True)
+sys.path.insert(0, os.path.abspath("se-flax"))
+
+# %%
+import jax
+
+print(f"JAX {jax.__version__} computes on", jax.devices())
+if extra and jax.default_backend() == "cpu":
+    print("JAX does not see the accelerator: restart the session (menu Runtime) and run the cells again.")
+
+# %% [markdown]
+# ## Data
+#
+# `DATA` is one of
+# - a folder with one folder of pictures per class: `photos/daisy/*.jpg`, `photos/rose/*.jpg`. A tenth is held out. Copy
+#   it from Drive to this machine first: Drive hands out small files slowly.
+# - `tfds:<name>`, a data set that TensorFlow Datasets has prepared. Reading it needs no TensorFlow, preparing it does:
+#   [docs/data.md](https://github.com/se-flax/se-flax/blob/main/docs/data.md).
+# - nothing: 1,797 handwritten digits, which the next cell writes into class folders, so that you see the layout.
+
+# %%
+DATA = ""  # @param {type: "string"}
+
+if not DATA:
+    import numpy as np
+    from PIL import Image as Picture
+    from sklearn.datasets import load_digits
+
+    written = load_digits()
+    for i, (grey, label) in enumerate(zip(written.images, written.target, strict=True)):
+        os.makedirs(f"digits/{label}", exist_ok=True)
+        Picture.fromarray(np.round(grey * (255 / 16)).astype(np.uint8)).save(f"digits/{label}/{i:04}.png")
+    print(sorted(os.listdir("digits")), len(os.listdir("digits/0")), "pictures of a zero")
+
+# %% [markdown]
+# ## Settings
+#
+# A recipe is plain data: `configs/digits.py` and `configs/folder.py` give the settings, every one of which you may
+# change before the run starts. `bfloat16` is the TPU's own arithmetic; parameters, gates and logits stay `float32`.
+
+# %%
+from configs import digits, folder
+
+if DATA:
+    config = folder.get_config("seresnet18")
+    config.data.source = DATA if DATA.startswith("tfds:") else f"folder:{DATA}"
+else:
+    config = digits.get_config()  # SE-ResNet-20, 24 epochs
+    config.data.source, config.data.eval_fraction = "folder:digits", 0.2
+config.precision = "bfloat16" if extra else "float32"
+
+if SMALL:  # thirty steps on 8 x 8 pixels
+    config.data.image_size, config.data.batch_size = 8, 48
+    config.augment.pad, config.augment.mixup, config.optim.ema_decay, config.optim.warmup_epochs = 0, 0, 0, 0
+    config.steps, config.eval_every_epochs, config.checkpoint.every_steps, config.log_every_steps = 30, 0.5, 10, 2
+    config.compilation_cache = ""
+print(config.model, config.data, config.optim, sep="\n")
+
+# %% [markdown]
+# ## A place that outlives this machine
+#
+# Colab takes its machines back: after some hours, or when you close the lid. What must stay is the folder of the run.
+# - `drive`: it lies on your Google Drive.
+# - `bucket`: it lies here, is fetched from the bucket before training, and is copied there once a minute.
+# - `here`: it goes with the machine.
+
+# %%
+KEEP = "drive"  # @param ["drive", "bucket", "here"]
+BUCKET = "gs://your-bucket/se-flax/run"  # @param {type: "string"}
+NAME = "digits"  # @param {type: "string"}
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+WORKDIR = Path("runs") / NAME
+if KEEP == "drive" and IN_COLAB:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+    WORKDIR = Path("/content/drive/MyDrive/se-flax") / NAME
+if KEEP == "bucket" and IN_COLAB:
+    from google.colab import auth
+
+    auth.authenticate_user()
+
+
+def gcloud(*words, check=True):
+    """Runs `gcloud storage`, which Colab has."""
+    return subprocess.run(["gcloud", "storage", *map(str, words)], check=check, capture_output=True, text=True)
+
+
+@contextmanager
+def mirrored(folder, bucket, seconds):
+    """Fetches what an earlier machine left in the bucket, and copies the folder there again and again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = gcloud("ls", bucket, check=False)
+    if there.returncode == 0:
+        gcloud("rsync", "--recursive", bucket, folder)
+    elif "matched no objects" not in there.stderr:  # no right to read it, for example: do not start anew over it
+        raise RuntimeError(there.stderr)
+
+    def copy(check):
+        same = ("--recursive", "--delete-unmatched-destination-objects", "--exclude=.*orbax-checkpoint-tmp.*")
+        gcloud("rsync", *same, folder, bucket, check=check)
+
+    def copy_now_and_then():
+        while not done.wait(seconds):
+            copy(check=False)
+
+    done = threading.Event()
+    copies = threading.Thread(target=copy_now_and_then, daemon=True)
+    copies.start()
+    try:
+        yield
+    finally:
+        done.set()
+        copies.join()
+        copy(check=True)
+
+
+# %% [markdown]
+# ## Train
+#
+# The first step is compiled, which takes a minute or two. **Interrupted?** Press the square button to try it: the run
+# saves a checkpoint and stops. Run the cell again and it goes on from there, bit for bit, order of the data included.
+# On a new machine run all cells again: same result. For a longer run raise `config.epochs` and run the cell again; for
+# another run choose another `NAME`.
+
+# %%
+from contextlib import nullcontext
+
+from train.loop import run
+
+with mirrored(WORKDIR, BUCKET, seconds=0.1 if SMALL else 60) if KEEP == "bucket" else nullcontext():
+    outcome = run(config, WORKDIR)
+print(outcome)
+assert outcome.completed, "not finished: run this cell again to go on"
+
+# %% [markdown]
+# ## Curves
+#
+# Blue: batches of the training data, with augmentation and smoothed labels, which keep the loss up. Orange: held-out
+# pictures, every one counted once. The figures are in `metrics.jsonl`, and for TensorBoard in `events/`.
+
+# %%
+from IPython.display import Image, display
+
+display(Image(str(WORKDIR / "curves.png")))
+
+# %% [markdown]
+# ## Use it
+#
+# A finished run is a checkpoint: network, weights, preprocessing and names of the classes.
+
+# %%
+import se_flax
+
+loaded = se_flax.load_pretrained(WORKDIR)
+print(loaded.name, loaded.labels, loaded.provenance["evaluation"])
+if not DATA:
+    logits = jax.jit(loaded.model.apply)(loaded.variables, loaded.preprocess("digits/0/0000.png"))
+    print("a zero is taken for a", loaded.labels[int(logits.argmax())])
+
+# %% [markdown]
+# Next: [look at the gates](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/restore.ipynb) that
+# it learned.

@@ -1,0 +1,97 @@
+"""What is published: every module and data file, one version, metadata that match the repository."""
+
+import fnmatch
+import re
+import runpy
+import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import se_flax
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "se_flax"
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = SETTINGS["project"], SETTINGS["tool"]["setuptools"]
+
+
+def test_every_folder_with_code_is_packaged():
+    included = SETUPTOOLS["packages"]["find"]["include"]
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        name = ".".join(folder.relative_to(ROOT).parts)
+        assert (folder / "__init__.py").exists(), f"{name} has no __init__.py, so setuptools leaves it out"
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in included), name
+
+
+def test_every_other_file_is_package_data():
+    patterns = SETUPTOOLS["package-data"]["se_flax"]
+    others = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {path.name for path in others} >= {"py.typed", "checkpoints.json", "imagenet_labels.tsv"}
+    for path in others:
+        name = path.relative_to(PACKAGE).as_posix()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), f"{name} is in no pattern of package-data"
+
+
+def test_the_version_comes_from_one_place():
+    version = se_flax.__version__
+    assert "version" in PROJECT["dynamic"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "se_flax.version.__version__"}
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert distribution("se-flax").version == version
+
+
+def test_addresses_agree():
+    repository = PROJECT["urls"]["Repository"]
+    assert f"repository-code: {repository}\n" in (ROOT / "CITATION.cff").read_text()
+    pages = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "hosts.md"]
+    cloned = {found for page in pages for found in re.findall(r"git clone (\S+)", page.read_text())}
+    assert cloned == {repository}
+    assert all(url.startswith(repository) for url in PROJECT["urls"].values())
+
+
+def test_the_long_description_leads_from_pypi_to_files_that_are_there(monkeypatch):
+    """PyPI shows the README without the files beside it."""
+    setuptools = type(sys)("setuptools")  # not every environment of the tests has it
+    setuptools.setup = None
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    text = runpy.run_path(str(ROOT / "setup.py"))["long_description"]()
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    starts = (f"{PROJECT['urls']['Repository']}/blob/main/", "https://raw.githubusercontent.com/se-flax/se-flax/main/")
+    ours = [target for target in targets if target.startswith(starts)]
+    assert len(ours) > 20 and any(target.startswith(starts[1]) for target in ours)
+    for target in targets:
+        assert target.startswith("https://"), target
+    for target in ours:
+        file = re.sub("|".join(starts), "", target).partition("#")[0]
+        assert (ROOT / file).exists(), f"{target} leads nowhere"
+
+
+def test_the_classifiers_start_at_the_oldest_python():
+    versions = [c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert versions[0] == PROJECT["requires-python"].removeprefix(">=")
+    assert versions == [f"3.{11 + i}" for i in range(len(versions))]
+
+
+def test_the_workflow_does_what_a_change_must_pass():
+    commands = set(re.findall(r"\bmake ([\w -]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert commands
+    for command in commands:
+        assert f"run: make {command}\n" in workflow, command
+
+
+@pytest.mark.parametrize("extra", ["dev", "docs"])
+def test_what_the_makefile_installs_is_pinned(extra):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_plain(line.split("==")[0]) for line in lines if "==" in line}
+    needed = {_plain(re.match(r"[\w.-]+", need)[0]) for need in PROJECT["optional-dependencies"][extra]}
+    # Hooks of one's own checkout; they are no part of what a change must pass.
+    assert needed - pinned <= {"pre-commit"}
+
+
+def _plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()

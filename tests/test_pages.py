@@ -1,0 +1,169 @@
+"""The pages of docs/ and the README: what they show exists, what is generated is current, what one types parses."""
+
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from costs import count, traced
+
+import se_flax
+import train.aot
+import train.cli
+from se_flax.cli import _parser
+from tools import attention_pictures, layers_picture, zoo_table
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: se_flax\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE))
+    assert set(se_flax.__all__) - {"__version__"} <= shown
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert there == listed
+
+
+# Imports
+
+
+@pytest.fixture(scope="module")
+def edges():
+    return layers_picture.graph()
+
+
+def test_imports_go_one_way(edges):
+    layers_picture.heights(edges)  # no circles
+    allowed = {"se_flax": {"se_flax"}, "train": {"train", "se_flax"}, "configs": {"configs", "train", "se_flax"}}
+    for name, others in edges.items():
+        package = name.split(".")[0]
+        assert {other.split(".")[0] for other in others} <= allowed[package], name
+
+
+def test_a_circle_of_imports_is_named():
+    with pytest.raises(ValueError, match="import each other: a -> b -> a"):
+        layers_picture.heights({"a": {"b"}, "b": {"a"}, "c": {"a"}})
+
+
+def test_a_module_stands_above_all_that_it_imports(edges):
+    rows = {}
+    for package, levels in layers_picture.bands(edges):
+        for row, names in enumerate(levels):
+            rows |= {name: (layers_picture.PACKAGES.index(package), row) for name in names}
+    assert rows["se_flax.attention"] < rows["se_flax.functional"]  # rows count from the top
+    assert rows["train.loop"] < rows["train.step"] < rows["se_flax.zoo"]
+    for name, others in edges.items():
+        assert all(rows[name] < rows[other] for other in others if name in rows and other in rows), name
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "command"),
+    [
+        (layers_picture.PICTURE, layers_picture.draw, "python tools/layers_picture.py"),
+        *(
+            (attention_pictures.FOLDER / name, partial(str, text), "python tools/attention_pictures.py")
+            for name, text in attention_pictures.PICTURES.items()
+        ),
+    ],
+    ids=lambda x: x.name if isinstance(x, Path) else "",
+)
+def test_a_picture_is_what_its_script_draws(path, text, command):
+    drawn, expected = (re.sub(r"<g><title>.*?</title>", "", svg) for svg in (path.read_text(), text()))
+    assert drawn == expected, f"run {command}"
+
+
+# Figures
+
+
+def test_the_zoo_page_is_current():
+    counts, parity = zoo_table.read(zoo_table.COUNTS), zoo_table.read(zoo_table.PARITY)
+    variants = {name: se_flax.get_variant(name) for name in se_flax.list_models()}
+    assert not zoo_table.missing(variants, counts), "run python tools/zoo_table.py"
+    assert zoo_table.PAGE.read_text() == zoo_table.page(zoo_table.FAMILIES, counts, parity), (
+        "run python tools/zoo_table.py"
+    )
+
+
+@pytest.mark.parametrize("name", ["seresnet20", "seresnet18", "mobilenetv3_small_050"])
+def test_the_zoo_pages_multiply_adds_are_those_of_the_traced_program(name):
+    row = zoo_table.read(zoo_table.COUNTS)[name]
+    variables, products = traced(name, row["image_size"])
+    assert row["params"] == count(variables["params"])
+    # Norms and the final pooling come on top in timm's convention, and are small.
+    assert products < row["macs"] < 1.1 * products
+
+
+def test_parameters_of_attention_are_those_on_the_page():
+    rows = re.findall(r"^\| \[`(\w+)`\].*\| ([\d,]+) \|$", (ROOT / "docs" / "attention.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for name, number in rows:
+        module = getattr(se_flax.attention, name)()
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32))
+        assert count(shapes["params"]) == int(number.replace(",", "")), name
+
+
+# Code and commands
+
+
+def python_blocks(page):
+    """Python of a page, joined: later blocks use the names of earlier ones."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+
+
+def stand_in(ref, **_):
+    """What `load_pretrained` gives, without the network: a small untrained one."""
+    model = se_flax.create_model("seresnet18", num_classes=10)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return se_flax.Pretrained("seresnet18", model, variables, lambda image: jnp.zeros((1, 32, 32, 3)))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/attention.md"])
+def test_the_code_on_a_page_runs(name, monkeypatch):
+    code = python_blocks(ROOT / name)
+    assert "se_flax." in code
+    monkeypatch.setattr(se_flax, "load_pretrained", stand_in)
+    names = {"__name__": "page", "se_flax": se_flax}
+    # Traced, not computed: full-size networks take a second that way.
+    jax.eval_shape(lambda: exec(compile(code, name, "exec"), names))
+    assert issubclass(names.get("Block", nn.Module), nn.Module)
+
+
+def commands(page):
+    """Command lines of a page, indented or fenced: joined where a backslash ends a line, without comments."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^    +(.*)$", text, re.MULTILINE) + [line for block in fenced for line in block.splitlines()]
+    for line in lines:
+        started = re.match(r"(?:\$ |srun |cd \S+ && |\w+=\S+ )*(?=(?:\S*/)?python -m train\b|se-flax )", line)
+        if started:
+            command = line[started.end() :].rstrip("& ")
+            # The last line of a quoted script for other hosts ends in its quote.
+            yield shlex.split(command.rstrip("'") if command.count("'") % 2 else command, comments=True)
+
+
+FOUND = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize("words", [pytest.param(words, id=f"{page}: {' '.join(words)[:60]}") for page, words in FOUND])
+def test_a_command_on_a_page_can_be_typed(words):
+    if words[0] == "se-flax":
+        assert _parser().parse_args(words[1:]).run
+    elif words[2] == "train" and words[3] != "--help":
+        config, workdir = train.cli.parse([re.sub(r"<\w+>", "x", word) for word in words[3:]])
+        assert workdir and config
+    elif words[2] == "train.aot":
+        assert "--model=seresnet50" in words
+
+
+def test_commands_are_found():
+    assert sum(words[0] == "se-flax" for _, words in FOUND) >= 10
+    assert sum(words[2:3] == ["train"] for _, words in FOUND) >= 10

@@ -1,0 +1,125 @@
+"""Writes docs/zoo.md: every network with its size, its cost, its measured parity and its published checkpoints.
+
+    python tools/zoo_table.py           # counts the networks that are new or have another size, then writes the page
+    python tools/zoo_table.py --again   # counts all of them
+
+Counting traces each network (seconds each, minutes in all), so the counts are kept in `benchmarks/results/costs.jsonl`.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import se_flax
+from se_flax.counting import costs
+from se_flax.variant import Variant
+from se_flax.zoo import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "zoo.md"
+COUNTS = ROOT / "benchmarks" / "results" / "costs.jsonl"
+PARITY = ROOT / "benchmarks" / "results" / "parity.jsonl"
+HEAD = """# The zoo
+
+{networks} networks, {published} of them with published weights ({checkpoints} checkpoints). Written by
+`python tools/zoo_table.py`.
+
+- **Parameters**: trainable, with the default classifier. A test holds them against the number in the paper or released
+  model.
+- **GMACs**: multiply-adds of one image at the side that the network was designed for, in billions, counted as timm's
+  tables do; [costs](costs.md) has the other conventions and the attention's share.
+- **Parity**: largest difference from timm's logits over the largest logit, for the same weights and images in float32;
+  features, loss, statistics and gradients are in [the table of parity](parity.md). Empty: no reference numbers, or no
+  counterpart in timm.
+- **Checkpoints**: tags; `se_flax.load_pretrained("<network>.<tag>")` [restores](checkpoints.md) one.
+
+The same from the command line: `se-flax list '*seresnet*'`, `se-flax info <network>`, `se-flax costs <network>`.
+
+"""
+COLUMNS = """| network | side | parameters | GMACs | parity | checkpoints |
+|---|---:|---:|---:|---:|---|
+"""
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last row of every name in a file of JSON lines; nothing where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def count(name: str, variant: Variant) -> dict[str, Any]:
+    """Counts one network at its own side."""
+    counted = costs(name)
+    return {"name": name, "image_size": variant.input_size, "params": counted.params, "macs": counted.macs}
+
+
+def missing(variants: Mapping[str, Variant], counts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Networks without a count, or with the count of another size."""
+    return sorted(
+        name
+        for name, variant in variants.items()
+        if name not in counts
+        or (counts[name]["image_size"], counts[name]["params"]) != (variant.input_size, variant.num_params)
+    )
+
+
+def page(
+    families: Iterable[ModuleType],
+    counts: Mapping[str, Mapping[str, Any]],
+    parity: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The whole page.
+
+    Args:
+      families: modules with a table `VARIANTS`; the first line of a module's docstring heads its networks.
+      counts: rows of `count`, by name.
+      parity: rows of `benchmarks.parity`, by name.
+
+    Returns:
+      Markdown.
+    """
+    sections, weights = [], []
+    for family in families:
+        line = (family.__doc__ or "").split("\n")[0]
+        title = re.split(r" \(|[:.]|, (?:with|as|in)\b", line)[0]
+        rows = []
+        for name in sorted(family.VARIANTS):
+            variant = se_flax.get_variant(name)
+            weights.append(len(variant.weights))
+            logits = parity.get(name, {}).get("logits")
+            cells = (
+                f"`{name}`",
+                str(variant.input_size),
+                f"{variant.num_params:,}",
+                f"{counts[name]['macs'] / 1e9:.3f}" if name in counts else "",
+                "" if logits is None else f"{logits:.1e}",
+                ", ".join(f"`{published.tag}`" for published in variant.weights),
+            )
+            rows.append("| " + " | ".join(cells) + " |\n")
+        sections.append(f"## {title}\n\n{line}\n\n{COLUMNS}{''.join(rows)}")
+    head = HEAD.format(networks=len(weights), published=sum(map(bool, weights)), checkpoints=sum(weights))
+    return head + "\n".join(sections)
+
+
+def main() -> None:
+    """Counts what is not counted yet and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="count every network anew")
+    options = parser.parse_args()
+    variants = {name: se_flax.get_variant(name) for name in se_flax.list_models()}
+    counts = {} if options.again else read(COUNTS)
+    counts = {name: row for name, row in counts.items() if name in variants}
+    PAGE.write_text(page(FAMILIES, counts, read(PARITY)))  # something to read, should counting be interrupted
+    for name in sorted(missing(variants, counts), key=lambda name: variants[name].num_params):
+        counts[name] = count(name, variants[name])
+        print(f"{name}: {counts[name]['macs']:,}", flush=True)
+        COUNTS.write_text("".join(json.dumps(counts[key]) + "\n" for key in sorted(counts)))
+    PAGE.write_text(page(FAMILIES, counts, read(PARITY)))
+
+
+if __name__ == "__main__":
+    main()
