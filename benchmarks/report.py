@@ -38,6 +38,10 @@ Where a batch norm directly feeds the squeeze, norm and gate are one affine per 
 norm's own per-image mean, and the gated map is written in the pass that the norm needs anyway. Written as a norm and
 then an attention, SE-ResNet-50's step accesses 1.1154 times the bytes of ResNet-50's (the first line). What is left
 above 1 is the attention's own parameters, their momentum and their all-reduce, and the per-image means.
+
+Where an activation stands between (EfficientNet, MobileNetV3), the squeeze cannot be had from the norm's means, and the
+activation needs the whole batch's statistics first: one read of the map more is the least. `se_flax/activated.py` adds
+that one and no other; the compiled backward pass has as many as without attention.
 """
 PLAIN = """
 ResNet-50 itself, written with Linen's own layers as Flax's example has it (`benchmarks/plain_resnet.py`), compiled the
