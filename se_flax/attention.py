@@ -7,6 +7,7 @@ what lets any attention go into any backbone: `create_model("resnet50", attentio
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -251,6 +252,38 @@ class CBAM(nn.Module):
         logits = Conv(1, self.kernel_size, kernel_init=self.kernel_init, name="spatial_conv")(F.spatial_descriptor(x))
         logits = BatchNorm(momentum=self.momentum, axis_name=self.axis_name, name="spatial_bn")(logits, train=train)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+
+
+def norm_attend(
+    norm: Any,
+    attention: Any,
+    x: Array,
+    *,
+    train: bool,
+    base_channels: int | None = None,
+    act: F.Elementwise | None = None,
+    squeezed: Callable[[], Array] | None = None,
+) -> Array:
+    """Norm, activation and attention, in one where the norm can take the others in (`BatchNorm` with a gate).
+
+    Args:
+      norm: called as `norm(x, train=train)`.
+      attention: attention module.
+      x: [N, H, W, C].
+      train: the norm uses the batch's statistics.
+      base_channels: what a reduction is a share of; C when None.
+      act: activation between norm and attention; None for none.
+      squeezed: see `BatchNorm`.
+
+    Returns:
+      [N, H, W, C].
+    """
+    if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
+        return norm(
+            x, train=train, gate=partial(attention.gates, base_channels=base_channels), act=act, squeezed=squeezed
+        )
+    x = norm(x, train=train)
+    return attention(x if act is None else act(x), train=train, base_channels=base_channels)
 
 
 def _affine(z: Array, kernel: Array, bias: Array | None) -> Array:

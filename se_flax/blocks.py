@@ -5,15 +5,15 @@ Where attention sits follows Hu et al. 2020, section 6.5 and figure 5; see `Plac
 
 import enum
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.attention import norm_attend
 from se_flax.errors import UserError, closest
-from se_flax.layers import BatchNorm, Conv, avg_pool, drop_path
+from se_flax.layers import Conv, avg_pool, drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -102,17 +102,17 @@ class Block(nn.Module):
         train: bool,
         base_channels: int | None = None,
         squeezed: Callable[[], Array] | None = None,
+        act: Callable[[Array], Array] | None = None,
     ) -> Array:
-        """The norm, then attention if the block carries it at this place; one affine where that is possible.
+        """The norm, the activation if one stands between, then attention if the block carries it at this place.
 
-        `squeezed` gives x's means over H and W without a pass over x, see `BatchNorm`.
+        See `attention.norm_attend`.
         """
         if self.attention is None or place is not self.placement:
-            return norm(x, train=train)
+            x = norm(x, train=train)
+            return x if act is None else act(x)
         attention = self.attention(name=self.attention_name)
-        if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-            return norm(x, train=train, gate=partial(attention.gates, base_channels=base_channels), squeezed=squeezed)
-        return attention(norm(x, train=train), train=train, base_channels=base_channels)
+        return norm_attend(norm, attention, x, train=train, base_channels=base_channels, act=act, squeezed=squeezed)
 
     def low_pass(self, x: Array) -> Array:
         """Anti-aliased halving in place of the convolution's stride, where the block has both."""

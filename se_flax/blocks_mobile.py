@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.attention import norm_attend
 from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
-from se_flax.layers import BatchNorm, drop_path
+from se_flax.layers import drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -160,10 +161,6 @@ class MobileBlock(nn.Module):
         """Norm and activation."""
         return (act or self.act)(self.norm(name=name)(x, train=train))
 
-    def linear(self, x: Array, name: str, train: bool) -> Array:
-        """Norm without activation."""
-        return (self.linear_norm or self.norm)(name=name)(x, train=train)
-
     @property
     def conv_strides(self) -> int:
         """Stride that the convolution itself makes."""
@@ -173,22 +170,25 @@ class MobileBlock(nn.Module):
         """The rest of the stride."""
         return x if self.antialias is None or self.strides == 1 else self.antialias(x)
 
-    def attend(self, x: Array, in_channels: int, train: bool, *, last: bool = False) -> Array:
-        """Attention, if the block carries any at this place."""
-        if self.attention is None or last is not self.attention_last:
-            return x
-        return self.attention(name="se")(x, train=train, base_channels=self._attention_base(x, in_channels))
-
     def activate_attend(self, x: Array, name: str, in_channels: int, train: bool) -> Array:
-        """Norm, activation, the rest of the stride, attention; the norm takes the others in where it can."""
-        blurs = self.antialias is not None and self.strides > 1
-        if self.attention is None or self.attention_last or blurs:
-            return self.attend(self.blur(self.activate(x, name, train)), in_channels, train)
-        norm, attention = self.norm(name=name), self.attention(name="se")
-        base = self._attention_base(x, in_channels)
-        if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-            return norm(x, train=train, gate=partial(attention.gates, base_channels=base), act=self.act)
-        return attention(self.act(norm(x, train=train)), train=train, base_channels=base)
+        """Norm, activation, the rest of the stride, and attention if the block carries it here."""
+        if self.attention is None or self.attention_last:
+            return self.blur(self.activate(x, name, train))
+        attention, base = self.attention(name="se"), self._attention_base(x, in_channels)
+        if self.antialias is not None and self.strides > 1:
+            return attention(self.blur(self.activate(x, name, train)), train=train, base_channels=base)
+        return norm_attend(self.norm(name=name), attention, x, train=train, base_channels=base, act=self.act)
+
+    def close(self, x: Array, y: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
+        """The branch's last norm, its activation if there is one, attention if the block carries it here, the sum."""
+        norm = (self.norm if act else self.linear_norm or self.norm)(name=name)
+        if self.attention is not None and self.attention_last:
+            base = self._attention_base(y, x.shape[-1])
+            y = norm_attend(norm, self.attention(name="se"), y, train=train, base_channels=base, act=act)
+        else:
+            y = norm(y, train=train)
+            y = act(y) if act else y
+        return self.add(x, y, train)
 
     def _attention_base(self, x: Array, in_channels: int) -> int:
         return self.attention_base or (x.shape[-1] if self.from_expanded else in_channels)
@@ -239,8 +239,7 @@ class DepthwiseSeparable(MobileBlock):
         y = mixed_conv(self.conv, width, kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw", **kw)
         y = self.activate_attend(y, "bn1", x.shape[-1], train)
         y = mixed_conv(self.conv, self.features, 1, y, name="conv_pw")
-        y = self.activate(y, "bn2", train) if self.project_act else self.linear(y, "bn2", train)
-        return self.add(x, self.attend(y, x.shape[-1], train, last=True), train)
+        return self.close(x, y, "bn2", train, self.act if self.project_act else None)
 
 
 class InvertedResidual(MobileBlock):
@@ -282,8 +281,7 @@ class InvertedResidual(MobileBlock):
         groups = hidden // self.group_size
         y = conv(hidden, self.kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw")
         y = self.activate_attend(y, "bn2", in_channels, train)
-        y = self.linear(conv(self.features, self.project_kernel, y, name="conv_pwl"), "bn3", train)
-        return self.add(x, self.attend(y, in_channels, train, last=True), train)
+        return self.close(x, conv(self.features, self.project_kernel, y, name="conv_pwl"), "bn3", train)
 
 
 class FusedInvertedResidual(MobileBlock):
@@ -301,5 +299,4 @@ class FusedInvertedResidual(MobileBlock):
         hidden = round_to_multiple(x.shape[-1] * self.expand)
         y = mixed_conv(self.conv, hidden, self.kernel, x, strides=self.conv_strides, name="conv_exp")
         y = self.activate_attend(y, "bn1", x.shape[-1], train)
-        y = self.linear(mixed_conv(self.conv, self.features, 1, y, name="conv_pwl"), "bn2", train)
-        return self.add(x, self.attend(y, x.shape[-1], train, last=True), train)
+        return self.close(x, mixed_conv(self.conv, self.features, 1, y, name="conv_pwl"), "bn2", train)

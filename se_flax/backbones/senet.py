@@ -95,8 +95,8 @@ class CaffeBasicBlock(Block):
         y = self.norm(name="bn1")(y, train=train)
         y = self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
         y = self.conv(self.features, 3, name="conv2")(y)
-        y = self.act(self.last_norm(name="bn2")(y, train=train))
-        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
+        y = self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train, act=self.act)
+        y = self.drop(y, train)
         x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)
 
