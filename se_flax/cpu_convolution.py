@@ -5,7 +5,7 @@
 | 1x1 | matrix product | matrix product |
 | depthwise | sum of shifted products | likewise, some images at a time |
 | grouped | dense ones of 32 to 128 channels, zeros between groups | as for dense ones |
-| dense | XLA's | matrix product of patches, some images at a time |
+| dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
 
 `benchmarks/convolution.py` measures them beside XLA's.
 """
@@ -27,7 +27,7 @@ Product = Callable[[Array, Array], Array]
 # Channels of the dense convolutions that a grouped one is made of: fewer make XLA's loops slow, more add zeros.
 _BLOCK = 32
 # Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
-_PATCHES = 14 << 20
+_PATCHES = 10 << 20
 
 
 def native(x: Array, kernel: Array, strides: Pair, padding: Any, dilation: Pair, groups: int) -> Array:
@@ -118,20 +118,37 @@ dense.defjvp(_dense_jvp, symbolic_zeros=True)
 
 
 def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution as products of patches and kernel, for its transpose in the kernel."""
+    """The same convolution as products of patches and kernel, for its transpose in the kernel.
+
+    Where the stride allows it, patches are of one row, and the kernel's rows are the product's columns: the transpose
+    then lays out kw copies of x and kh of the gradient where whole patches are kh * kw copies of x.
+    """
     n, height, width, channels = x.shape
-    kh, kw = kernel.shape[:2]
+    kh, kw, _, features = kernel.shape
     h, w = output_sides((height, width), kernel.shape, strides, padding, dilation)
-    per_image = max(1, h * w * kh * kw * channels * x.dtype.itemsize)
+    by_row = strides[0] == 1 and kw * channels + kh * features < kh * kw * channels
+    across = [j * dilation[1] for j in range(kw)]
+    down = [i * dilation[0] for i in range(kh)]
+    if by_row:
+        tall = height + sum(padding[0])
+        matrix = kernel.transpose(1, 2, 0, 3).reshape(kw * channels, kh * features)
+        per_image = tall * w * sum(matrix.shape) * x.dtype.itemsize
+    else:
+        matrix = kernel.reshape(-1, features)
+        per_image = h * w * matrix.shape[0] * x.dtype.itemsize
     images = max(i for i in range(1, n + 1) if n % i == 0 and i * per_image <= max(_PATCHES, per_image))
-    matrix = kernel.reshape(-1, kernel.shape[3])
 
     # Without the checkpoint the patches of all images would be kept for the gradient.
     @jax.checkpoint
     def some(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        patches = [_window(x, i * dilation[0], j * dilation[1], h, w, strides) for i in range(kh) for j in range(kw)]
-        return _matrix_product(jnp.concatenate(patches, -1), matrix)
+        if not by_row:
+            patches = [_window(x, top, left, h, w, strides) for top in down for left in across]
+            return _matrix_product(jnp.concatenate(patches, -1), matrix)
+        rows = [_window(x, 0, left, tall, w, strides) for left in across]
+        products = jnp.split(_matrix_product(jnp.concatenate(rows, -1), matrix), kh, -1)
+        terms = [_window(y, top, 0, h, w, (1, 1)) for y, top in zip(products, down, strict=True)]
+        return sum(terms[1:], terms[0])
 
     return _in_parts(some, x, images)
 

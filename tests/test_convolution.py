@@ -76,12 +76,18 @@ def test_every_lowering_is_the_convolution_and_so_are_its_derivatives(
 
 
 def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
-    # Patches of one image are 36 * 9 * 4 * 4 bytes: two fit, and six images are three times two.
-    monkeypatch.setattr(cpu_convolution, "_PATCHES", 2 * 36 * 9 * 4 * 4)
+    # An image's 8 rows of 6 patches of 3 * 4 values beside 3 * 5 of the gradient: two fit, and six are three times two.
+    monkeypatch.setattr(cpu_convolution, "_PATCHES", 2 * 8 * 6 * (3 * 4 + 3 * 5) * 4)
     x, kernel = arrays((6, 6, 6, 4), (3, 3, 4, 5))
     text = str(jax.make_jaxpr(jax.grad(lambda k: convolve(x, k, (1, 1), "SAME", (1, 1), 1).sum()))(kernel))
     assert "length=3" in text
     check(x, kernel, (1, 1), "SAME", (1, 1), 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_gradient_of_rows_of_patches_with_everything_uneven(stride):
+    x, kernel = arrays((2, 9, 8, 6), (3, 2, 6, 5))
+    check(x, kernel, (stride, 2), ((2, 1), (0, 3)), (2, 3), 1)
 
 
 def test_the_patches_are_not_kept_for_the_gradient():
