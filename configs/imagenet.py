@@ -1,7 +1,7 @@
 """SE-ResNet-50 on ImageNet.
 
-Command:   python -m train --config=configs/imagenet.py --workdir=gs://<bucket>/se-resnet50
-           python -m train --config=configs/imagenet.py:modern --workdir=gs://<bucket>/se-resnet50-modern
+Command:   python -m train --config=configs/imagenet.py --workdir=runs/se-resnet50
+           python -m train --config=configs/imagenet.py:modern --workdir=runs/se-resnet50-modern
 Data:      tfds:imagenet2012, prepared as ArrayRecord (see docs/data.md); --config.data.data_dir=gs://<bucket>/tfds
 
 `paper`:   Hu et al. 2020, section 5.1: SGD with momentum 0.9, batch 1024, rate 0.6 divided by ten every 30 epochs, 100

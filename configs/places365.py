@@ -1,6 +1,6 @@
 """SE-ResNet-152 on Places365 (Hu et al. 2020, section 5.2 and table 6: 40.37 % top-1 error; ResNet-152 41.15 %).
 
-Command:   python -m train --config=configs/places365.py --workdir=gs://<bucket>/places365
+Command:   python -m train --config=configs/places365.py --workdir=runs/places365
 Data:      tfds:places365_small, prepared as ArrayRecord (see docs/data.md). The paper trained on the larger
            Places365-Challenge set of 8 million images.
 

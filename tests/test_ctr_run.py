@@ -101,7 +101,7 @@ def test_a_stopped_run_continues_bit_for_bit(clicks, tmp_path, monkeypatch, caps
         def __exit__(self, *error):
             return False
 
-        def __call__(self):
+        def __call__(self, step):
             self.asked += 1
             return self.asked == 7
 

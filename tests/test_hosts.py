@@ -1,9 +1,11 @@
 """Several hosts, played by two processes on one machine: the same figures as one host with as many devices."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -49,12 +51,14 @@ def finish(process):
     return out
 
 
-def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
+def start_two(workdir, *more):
+    """Two hosts of one device each."""
     address = f"localhost:{free_port()}"
-    hosts = [
+    return [
         start(
-            tmp_path / "two",
+            workdir,
             "--config.parallel.distributed=true",
+            *more,
             devices=1,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
@@ -62,6 +66,10 @@ def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
         )
         for index in range(2)
     ]
+
+
+def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
+    hosts = start_two(tmp_path / "two")
     for host in hosts:
         assert "of 360" in finish(host)
     finish(start(tmp_path / "one", devices=2))
@@ -75,6 +83,23 @@ def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
     two, one = (jax.tree.leaves(se_flax.load_pretrained(tmp_path / name).variables) for name in ("two", "one"))
     for a, b in zip(two, one, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_signal_to_one_host_stops_all_at_the_same_step_and_they_resume(tmp_path):
+    hosts = start_two(tmp_path, "--config.steps=1000000")
+    figures = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (figures.is_file() and figures.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and all(host.poll() is None for host in hosts)
+        time.sleep(0.1)
+    hosts[1].send_signal(signal.SIGINT)  # which it passes on as SIGTERM, to itself
+    texts = ["".join(host.communicate(timeout=300)) for host in hosts]
+    assert [host.returncode for host in hosts] == [130, 130], texts
+    (newest,) = (path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert all(f"stopped at step {newest} " in text for text in texts)
+    for host in start_two(tmp_path, f"--config.steps={int(newest) + 2}"):
+        finish(host)
+    assert (tmp_path / "checkpoints" / str(int(newest) + 2)).is_dir()
 
 
 def test_hosts_that_nobody_names_are_an_error(tmp_path):

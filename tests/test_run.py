@@ -323,6 +323,13 @@ def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
         run(config, tmp_path / "taken")
 
 
+def test_a_workdir_in_a_bucket_is_refused_and_makes_no_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"got --workdir=gs://bucket/run, which is no folder; mount the bucket"):
+        run(config, "gs://bucket/run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_images_trains_and_names_its_bad_ones(config, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("day", "night"):

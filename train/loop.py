@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from se_flax.errors import UserError
 from train import finetune
@@ -247,7 +248,7 @@ class _Trainer:
                 self._pending.append((self.step, metrics))
                 self._look_at_losses(keep=_LAG)
                 last = self.step == self.total
-                stopping = stop() and not last
+                stopping = stop(self.step) and not last
                 evaluating = last or self._due(self._eval_every)
                 if evaluating and not stopping:
                     self._evaluate()
@@ -399,8 +400,13 @@ def prepare_workdir(workdir: str | Path) -> Path:
     """Makes the work directory.
 
     Raises:
-      UserError: there is a file of that name, or it cannot be written.
+      UserError: it is in a bucket, there is a file of that name, or it cannot be written.
     """
+    if "://" in str(workdir):
+        raise UserError(
+            f"got --workdir={workdir}, which is no folder; mount the bucket and name the mounted folder, or train in a "
+            "local one and copy it there, as colab/train_on_tpu.py does"
+        )
     path = Path(workdir).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -415,8 +421,13 @@ def prepare_workdir(workdir: str | Path) -> Path:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts."""
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts.
+
+    A step runs on all hosts or on none. So where there are several, all of them are told and stop at the same step,
+    whichever host got the signal: JAX listens for SIGTERM itself then and agrees on the step.
+    """
+    several = jax.process_count() > 1
     seen: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -425,15 +436,17 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
         # Only the main thread may set handlers; a run started from another one is not stopped by signals.
         try:
             previous[name] = signal.signal(name, note)
         except ValueError:
             break
     try:
-        yield lambda: bool(seen)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(seen)
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)

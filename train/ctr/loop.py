@@ -23,6 +23,7 @@ from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
 from train.loop import prepare_workdir, stop_signals, use_compilation_cache
+from train.memory import keep_memory
 from train.report import read_metrics
 
 ENCODER = "encoder.json"
@@ -121,6 +122,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     workdir = prepare_workdir(workdir)
+    if jax.default_backend() == "cpu":
+        keep_memory()
     splits = open_splits(config.data)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
@@ -240,7 +243,7 @@ class _Trainer:
                     self.progress.batch += 1
                     if self.step % self.config.log_every_steps == 0:
                         self._write_losses()
-                    every, stopping = self.config.checkpoint.every_steps, stop()
+                    every, stopping = self.config.checkpoint.every_steps, stop(self.step)
                     if stopping or (every and self.step % every == 0):
                         self._save()
                     if stopping:
