@@ -1,7 +1,8 @@
-"""What must be settled before JAX is imported: eight devices on one CPU, a compilation cache of this test run alone.
+"""What must be settled before JAX is imported: eight devices on one CPU, and programs that compile quickly.
 
-The tests of whole runs compile the same step again and again, in several processes; the cache lives as long as the test
-run, so no result depends on an earlier one.
+The tests compile thousands of programs and run each a few times, so LLVM does not optimise them; what XLA fuses, and so
+the flops and bytes that it counts, stays. The tests of whole runs compile the same step again and again, in several
+processes; their cache lives as long as the test run, so no result depends on an earlier one.
 """
 
 import os
@@ -12,8 +13,9 @@ import tempfile
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+for flag, value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 0)):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 _OWN = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWN:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="se-flax-xla-")

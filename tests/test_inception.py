@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from costs import count, traced
 from formulas import batch_norm, conv, random_variables, relu, squeeze_excite
-from one_step import check_step
+from one_step import check_training_step, images_of
 from parity import compare
 
 import se_flax
@@ -208,12 +208,12 @@ SHORT = {
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_training_step(name, monkeypatch):
-    """Of a few modules; SE_FLAX_ALL=1 takes one or two of every resolution."""
+    """Of a few modules; SE_FLAX_ALL=1 takes all of them."""
     attributes, side = {"layout": SHORT[name], "smallest": 1}, 16
     if "SE_FLAX_ALL" in os.environ:
-        attributes, side = TRIMMED[name]
-    images = np.random.default_rng(1).standard_normal((4, side, side, 3)).astype(np.float32)
-    check_step(monkeypatch, se_flax.create_model(name, **attributes, num_classes=4, drop_rate=0.1), images)
+        attributes, side = {}, 128
+    model = se_flax.create_model(name, **attributes, num_classes=4, drop_rate=0.1)
+    check_training_step(monkeypatch, model, images_of(4, side, seed=1), seed=2)
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 from costs import count, traced
+from one_step import check_training_step, images_of
 from parity import compare, synthetic
-from training import check_training_step
 
 import se_flax
 from se_flax import ECA, SqueezeExcite, UserError
@@ -111,7 +111,7 @@ def test_a_training_step(name, layout, monkeypatch):
     attention = partial(mobilenetv1.SE, reduction=2.0)
     small = scale_width(layout, 0.125)
     model = se_flax.create_model(name, layout=small, attention=attention, num_classes=8, drop_rate=0.1)
-    check_training_step(monkeypatch, model, 32)
+    check_training_step(monkeypatch, model, images_of(4, 32))
 
 
 def test_any_attention_goes_to_the_end_of_the_blocks_of_chosen_stages():

@@ -11,8 +11,8 @@ from costs import count, traced
 from formulas import batch_norm, conv, double, random_variables, relu, squeeze_excite
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_step import check_training_step, images_of
 from parity import compare
-from training import check_training_step, images_of
 
 import se_flax
 from se_flax import UserError
@@ -119,7 +119,7 @@ def test_the_network_is_what_numpy_computes():
 def test_a_training_step(monkeypatch):
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("shufflenet_g3_100", **SMALL, attention=attention, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, 64)
+    check_training_step(monkeypatch, small, images_of(4, 64))
 
 
 @pytest.mark.parametrize(

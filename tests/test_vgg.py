@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from costs import count, traced
 from formulas import batch_norm, conv, random_variables, relu, squeeze_excite
-from one_step import check_step
+from one_step import check_training_step, images_of
 from parity import compare
 
 import se_flax
@@ -91,8 +91,10 @@ PYTORCH = [1.0, 2.5, 6.0, 8.0, 12.0, 40.0, 64.0]
 
 
 def test_a_training_step(monkeypatch):
-    model = se_flax.create_model("se_vgg16_bn", widths=(16, 16, 32, 32, 32), hidden=16, num_classes=4)
-    check_step(monkeypatch, model, np.random.default_rng(1).standard_normal((4, 32, 32, 3)).astype(np.float32))
+    attention = partial(se_flax.SqueezeExcite, reduction=4)
+    widths = (16, 16, 32, 32, 32)
+    model = se_flax.create_model("se_vgg16_bn", widths=widths, hidden=16, num_classes=4, attention=attention)
+    check_training_step(monkeypatch, model, images_of(4, 32, seed=1), seed=2)
 
 
 def test_variables_go_to_torch_and_back():

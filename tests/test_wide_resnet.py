@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from costs import count, traced
 from formulas import batch_norm, conv, double, random_variables, relu, squeeze_excite
-from training import check_training_step, images_of
+from one_step import check_training_step, images_of
 
 import se_flax
 from se_flax import BatchNorm, Conv, UserError
@@ -113,7 +113,7 @@ def test_dropout_sits_between_the_convolutions_and_nowhere_else():
 def test_a_training_step(monkeypatch):
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("wrn16_8", layers=10, widen=1, attention=attention, drop_rate=0.1, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, 8)
+    check_training_step(monkeypatch, small, images_of(4, 8))
 
 
 @pytest.mark.parametrize("layers", [4, 18])
