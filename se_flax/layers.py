@@ -21,6 +21,7 @@ Dtype = Any
 
 # He et al. 2015, equation 14 (fan out), as the ResNets of torchvision and timm start.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_classifier_init = nn.initializers.normal(0.01)
 
 
 class Conv(nn.Module):
@@ -235,6 +236,34 @@ def drop_path(x: Array, rate: float, key: Array) -> Array:
     """
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def classify(
+    x: Array,
+    classifier: Callable[..., Any],
+    num_classes: int,
+    *,
+    name: str,
+    kernel_init: nn.initializers.Initializer = _classifier_init,
+    drop_rate: float = 0.0,
+    train: bool = False,
+) -> Array:
+    """Dropout and the last layer of a network; to be called where the network makes its submodules.
+
+    Args:
+      x: features [N, C].
+      classifier: class or partial, called as `classifier(num_classes, kernel_init=..., name=...)`.
+      num_classes: its width; 0 leaves it out.
+      name: of the submodule.
+      kernel_init: of its weights.
+      drop_rate: of the dropout.
+      train: the dropout is active.
+
+    Returns:
+      Logits [N, num_classes], or the features.
+    """
+    x = nn.Dropout(drop_rate, deterministic=not train)(x)
+    return classifier(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
 
 
 def check_images(images: Array, channels: int) -> None:

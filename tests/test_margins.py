@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -173,6 +174,40 @@ def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(UserError) as caught:
         build_model(settings(**changes), 10)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", se_flax.list_models())
+def test_every_network_can_be_trained_with_a_dense_classifier_and_with_one_of_cosines(name):
+    model = dataclasses.replace(settings().model, name=name)
+    assert build_model(settings(model=model, loss=Loss(name="cross_entropy")), 10).classifier is nn.Dense
+    assert build_model(settings(model=model), 10).classifier.func is se_flax.CosineClassifier
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("se_vgg16_bn", ("head", "fc")),
+        ("se_bn_inception", ("fc",)),
+        ("se_inception_resnet_v2", ("classif",)),
+        ("shufflenet_g3_100", ("fc",)),
+        ("wrn16_8", ("linear",)),
+        ("shake_shake26_2x96d", ("linear",)),
+        ("efficientnet_b0", ("classifier",)),
+    ],
+)
+def test_the_classifier_of_cosines_is_the_last_layer(name, head):
+    model = se_flax.create_model(name, num_classes=7, classifier=se_flax.CosineClassifier)
+    leaves = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))["params"]
+    for key in head:
+        leaves = leaves[key]
+    assert {key: leaf.shape[1:] for key, leaf in leaves.items()} == {"kernel": (7,)}
+
+
+def test_a_rate_of_zero_leaves_the_networks_own_dropout():
+    for name, own in (("se_vgg16_bn", 0.5), ("legacy_senet154", 0.2), ("seresnet50", 0.0)):
+        model = dataclasses.replace(settings().model, name=name)
+        assert build_model(settings(model=model), 10).drop_rate == own
+        assert build_model(settings(model=dataclasses.replace(model, drop_rate=0.1)), 10).drop_rate == 0.1
 
 
 def test_margins_left_open_are_the_usual_ones():

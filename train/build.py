@@ -1,6 +1,5 @@
 """Turns the settings' words into modules: the one place where strings become classes."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -163,18 +162,12 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     if config.precision not in PRECISIONS:
         raise UserError(f"unknown precision {config.precision!r}; {closest(config.precision, PRECISIONS)}")
     attributes = network_attributes(config)
-    fields = {field.name for field in dataclasses.fields(se_flax.create_model(settings.name))}
-    if "classifier" in attributes and "classifier" not in fields:
-        raise UserError(
-            f"got loss.name={config.loss.name} with model.name={settings.name}, whose classifier cannot be one of "
-            "cosines; choose another network, such as seresnet50, or loss.name=cross_entropy"
-        )
+    rates = {"drop_rate": settings.drop_rate, "drop_path_rate": settings.drop_path_rate}
     return se_flax.create_model(
         settings.name,
         num_classes=num_classes,
         norm=_norm(settings.name, _axis(config)),
         dtype=PRECISIONS[config.precision],
-        drop_rate=settings.drop_rate,
-        drop_path_rate=settings.drop_path_rate,
+        **{name: rate for name, rate in rates.items() if rate},
         **attributes,
     )

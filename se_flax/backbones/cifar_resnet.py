@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import BasicBlock, ModuleDef, Placement, PreActBottleneck, pad_channels, project_linear
-from se_flax.layers import BatchNorm, Conv, check_images
+from se_flax.layers import BatchNorm, Conv, check_images, classify
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -106,9 +106,15 @@ class CifarResNet(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            x = self.classifier(self.num_classes, kernel_init=nn.initializers.he_normal(), name="linear")(x)
+        x = classify(
+            x,
+            self.classifier,
+            self.num_classes,
+            name="linear",
+            kernel_init=nn.initializers.he_normal(),
+            drop_rate=self.drop_rate,
+            train=train,
+        )
         return (x, features) if return_features else x
 
 

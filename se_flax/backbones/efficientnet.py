@@ -17,7 +17,7 @@ from se_flax.backbones import pruned_widths
 from se_flax.blocks_mobile import InvertedResidual, ModuleDef, fan_out_init
 from se_flax.errors import UserError
 from se_flax.functional import ACTIVATIONS, round_to_multiple
-from se_flax.layers import BatchNorm, Conv, blur_pool, check_images, he_normal_fan_out
+from se_flax.layers import BatchNorm, Conv, blur_pool, check_images, classify, he_normal_fan_out
 from se_flax.mobile_layout import (
     Layout,
     change,
@@ -132,10 +132,16 @@ class EfficientNet(nn.Module):
         check_images(images, self.in_channels)
         x, features = self.trunk(images.astype(self.dtype or images.dtype), train)
         x = self.pool(x, train)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-            x = self.classifier(self.num_classes, kernel_init=init, name="classifier")(x)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+        x = classify(
+            x,
+            self.classifier,
+            self.num_classes,
+            name="classifier",
+            kernel_init=init,
+            drop_rate=self.drop_rate,
+            train=train,
+        )
         return (x, features) if return_features else x
 
     def trunk(self, x: Array, train: bool) -> tuple[Array, list[Array]]:

@@ -17,7 +17,7 @@ from se_flax.backbones.senet import caffe_max_pooling
 from se_flax.blocks import ModuleDef
 from se_flax.blocks_inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -35,6 +35,7 @@ class Inception(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout before the classifier.
       drop_path_rate: stochastic depth of the last residual module; earlier ones linearly less.
       in_channels: of the images.
@@ -49,6 +50,7 @@ class Inception(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     in_channels: int = 3
@@ -105,9 +107,9 @@ class Inception(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name=self.classifier_name)(x)
+        x = classify(
+            x, self.classifier, self.num_classes, name=self.classifier_name, drop_rate=self.drop_rate, train=train
+        )
         return (x, features) if return_features else x
 
 

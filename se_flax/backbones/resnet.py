@@ -17,7 +17,7 @@ from se_flax.attention import ECA, SqueezeExcite
 from se_flax.backbones import pruned_widths
 from se_flax.blocks import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -250,10 +250,9 @@ class ResNet(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            init = nn.initializers.normal(0.01)
-            x = self.classifier(self.num_classes, kernel_init=init, name=self.classifier_name)(x)
+        x = classify(
+            x, self.classifier, self.num_classes, name=self.classifier_name, drop_rate=self.drop_rate, train=train
+        )
         return (x, features) if return_features else x
 
     def _check_stages(self) -> None:

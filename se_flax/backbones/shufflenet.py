@@ -19,7 +19,7 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import Block, ModuleDef, Placement
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -85,6 +85,7 @@ class ShuffleNet(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout before the classifier.
       drop_path_rate: stochastic depth of the last unit's branch; earlier ones linearly less.
       in_channels: of the images.
@@ -102,6 +103,7 @@ class ShuffleNet(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     in_channels: int = 3
@@ -154,9 +156,7 @@ class ShuffleNet(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
+        x = classify(x, self.classifier, self.num_classes, name="fc", drop_rate=self.drop_rate, train=train)
         return (x, features) if return_features else x
 
     def _check_groups(self) -> None:

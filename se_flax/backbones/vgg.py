@@ -13,7 +13,7 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.inception import check_side
 from se_flax.blocks import ModuleDef
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, max_pool
+from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -70,18 +70,22 @@ class HiddenLayers(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A dense layer one level down, where timm has it.
+    """The last layer one level down, where timm has it.
 
     Attributes:
-      num_classes: its width.
+      features: its width.
+      classifier: its class or partial.
+      kernel_init: of its weights.
     """
 
-    num_classes: int
+    features: int
+    classifier: ModuleDef
+    kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Args: x [N, C]. Returns: [N, num_classes]."""
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
+        return self.classifier(self.features, kernel_init=self.kernel_init, name="fc")(x)
 
 
 class VGG(nn.Module):
@@ -96,6 +100,7 @@ class VGG(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout after both hidden layers (Simonyan and Zisserman 2015, section 3.1).
       in_channels: of the images.
       dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
@@ -109,6 +114,7 @@ class VGG(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.5
     in_channels: int = 3
     dtype: Any = None
@@ -154,9 +160,8 @@ class VGG(nn.Module):
 
         x = HiddenLayers(self.hidden, conv, self.act, self.drop_rate, name="pre_logits")(x, train=train)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        if self.num_classes:
-            x = Classifier(self.num_classes, name="head")(x)
+        classifier = partial(Classifier, classifier=self.classifier)
+        x = classify(x, classifier, self.num_classes, name="head", drop_rate=self.drop_rate, train=train)
         return (x, features) if return_features else x
 
 

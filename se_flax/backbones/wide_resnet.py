@@ -15,7 +15,7 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import Block, ModuleDef, Placement, project_linear
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images
+from se_flax.layers import BatchNorm, Conv, check_images, classify
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -27,6 +27,7 @@ class PreActBasicBlock(Block):
     Where the shape changes, the shortcut starts from the pre-activated input, as in the authors' code.
 
     Attributes:
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout between the convolutions.
     """
 
@@ -78,6 +79,7 @@ class WideResNet(nn.Module):
     conv: ModuleDef = Conv
     norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = jax.nn.relu
+    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     in_channels: int = 3
@@ -129,8 +131,7 @@ class WideResNet(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.he_normal(), name="linear")(x)
+        x = classify(x, self.classifier, self.num_classes, name="linear", kernel_init=nn.initializers.he_normal())
         return (x, features) if return_features else x
 
 
