@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_flax.errors import UserError, closest
+from se_flax.folders import check_free, written_whole
 from se_flax.fused import fuse as fold_norms
 from se_flax.version import __version__
-from se_flax.weights.pretrained import Pretrained, swap_folder
+from se_flax.weights.pretrained import Pretrained
 
 Array = jax.Array
 Function = Callable[[Array], Array]
@@ -64,7 +63,7 @@ def export_pretrained(
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; {closest(str(format), FORMATS)}")
     folder = Path(folder).expanduser()
-    _check_target(folder, overwrite)
+    check_free(folder, overwrite, sign=DESCRIPTION, what="an exported network")
     model, variables, fused = loaded.model, loaded.variables, False
     if fuse:
         try:
@@ -92,28 +91,11 @@ def export_pretrained(
         "provenance": dict(loaded.provenance),
         "versions": {"se-flax": __version__, "jax": jax.__version__},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with written_whole(folder) as building:
         description |= FORMATS[format](building, model, jax.tree.map(jnp.asarray, dict(variables)), description)
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (building / DESCRIPTION).write_text(text)
-        building.chmod(0o755)
-        swap_folder(building, folder)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written: {error.strerror or error}; nothing was changed") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return json.loads(text)
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists already; choose another folder, or overwrite=True (--overwrite)")
-    if not (folder / DESCRIPTION).is_file():
-        raise UserError(f"{folder} exists and is not an exported network; choose another folder")
 
 
 def _write_stablehlo(folder: Path, model: Any, variables: Any, description: Mapping[str, Any]) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_what_is_there_is_not_overwritten_unasked(loaded, tmp_path):
     folder = tmp_path / "served"
     se_flax.export_pretrained(folder, loaded)
     before = (folder / "serving.json").stat().st_mtime_ns
-    with pytest.raises(UserError, match=r"served exists already; choose another folder, or overwrite=True \(--over"):
+    with pytest.raises(UserError, match="served exists already; choose another folder, or pass overwrite=True"):
         se_flax.export_pretrained(folder, loaded)
     assert (folder / "serving.json").stat().st_mtime_ns == before
     se_flax.export_pretrained(folder, loaded, overwrite=True)

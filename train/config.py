@@ -36,9 +36,7 @@ class Model:
 
     name: str = ""  # empty: the network of init_from, or seresnet18
     num_classes: int = 0  # 0: as many as the data has
-    drop_rate: float = (
-        0.0  # dropout before the classifier; 0 leaves the network's own (VGG 0.5, SENet-154 0.2)
-    )
+    drop_rate: float = 0.0  # dropout before the classifier; 0: the network's own (VGG 0.5, SENet-154 0.2)
     drop_path_rate: float = 0.0  # stochastic depth of the last block; earlier blocks proportionally less
     attention: Attention = field(default_factory=Attention)
 

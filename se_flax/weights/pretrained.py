@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 
 from se_flax.errors import UserError
+from se_flax.folders import check_free, written_whole
 from se_flax.preprocess import Preprocess
 from se_flax.version import __version__
 from se_flax.weights import arguments as argument_json
@@ -186,11 +185,7 @@ def save_pretrained(
             provenance or {},
         )
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise UserError(f"{folder} exists already; choose another folder, or pass overwrite=True to replace it")
-        if not (folder / OWN).is_file():
-            raise UserError(f"{folder} exists and is not a saved checkpoint; choose another folder")
+    check_free(folder, overwrite, sign=OWN, what="a saved checkpoint")
     host = jax.tree.map(np.asarray, dict(loaded.variables))
     _check_variables(loaded, host)
     description = {
@@ -202,18 +197,10 @@ def save_pretrained(
         "labels": list(loaded.labels) if loaded.labels is not None else None,
         "provenance": dict(loaded.provenance),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with written_whole(folder) as building:
         _save_orbax(building / "variables", host)
         description["digests"] = digests(building / "variables")
         (building / OWN).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        building.chmod(0o755)
-        swap_folder(building, folder)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written: {error.strerror or error}; nothing was changed") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -256,19 +243,3 @@ def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:
     options = alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
     with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
         checkpointer.save(path.absolute(), host)
-
-
-def swap_folder(building: Path, folder: Path) -> None:
-    """Puts a finished folder in its place; what was there goes only once the new one stands."""
-    if not folder.exists():
-        building.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.rename(old / "was")
-    try:
-        building.rename(folder)
-    except OSError:
-        (old / "was").rename(folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
