@@ -9,6 +9,9 @@ can be had for nothing, and differentiation on its own does not find it:
   together, per image; only sums of sums are left when the gate's own gradient has been found.
 
 On a CPU the loops are not fused so, and plain differentiation is faster.
+
+Gradients and derivatives of gradients (Hessian-vector products in either order) can be taken everywhere; the forward
+derivative of the functions themselves (`jax.jvp`, `jax.jacfwd`) on a CPU only, where they are the plain ones.
 """
 
 from collections.abc import Callable

@@ -38,6 +38,24 @@ def test_the_squeeze_has_the_gradients_of_its_formula(act):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("forward", [True, False])
+def test_hessian_vector_products_in_either_order(forward):
+    u, factor, offset, gates = operands()
+    spread = [jnp.broadcast_to(x, gates.shape) for x in (factor, offset)]
+    v = jnp.asarray(np.random.default_rng(2).normal(size=u.shape), jnp.float32)
+
+    def product(squeeze, gate):
+        def loss(u):
+            means = squeeze(jax.nn.silu, u, factor, offset)
+            return jnp.sum(gate(jax.nn.silu, jnp.float32, u, *spread, jax.nn.sigmoid(means)) ** 2)
+
+        if forward:
+            return jax.jvp(jax.grad(loss), (u,), (v,))[1]
+        return jax.grad(lambda u: jnp.vdot(jax.grad(loss)(u), v))(u)
+
+    np.testing.assert_allclose(product(_squeeze, _gate), product(_plain_squeeze, _plain_gate), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gating_has_the_gradients_of_its_formula(act, dtype):
