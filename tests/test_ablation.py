@@ -255,7 +255,7 @@ def test_a_cell_is_really_trained_after_an_interruption(tmp_path, capsys, monkey
 
     monkeypatch.setattr(train.ablation, "_run", run)
     assert main(words) == 130
-    assert "stopped; run the same command to continue" in capsys.readouterr().err
+    assert "interrupted; run the same command to resume" in capsys.readouterr().err
     assert main(words) == 0
     assert runs == ["none", "se", "se"]
     assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip()

@@ -3,7 +3,6 @@
 Each run is one of `python -m train` in a folder of its own; what is finished is not run again.
 """
 
-import errno
 import json
 import runpy
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from se_flax.errors import UserError, closest
 from train.ablation_table import Cell, Results, write_tables
-from train.cli import parse
+from train.cli import exit_code, parse
 from train.config import RESUMABLE, Config, flatten
 
 USAGE = """\
@@ -257,24 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    try:
-        study = read_study(words)
-        completed = run_study(study, _run, say)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print("error: the disk is full; free some space, then run the same command to continue", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        completed = False
-    if not completed:
-        print("stopped; run the same command to continue", file=sys.stderr)
-        return 130
-    print((study.workdir / "table.md").read_text())
-    return 0
+    def study() -> int:
+        asked = read_study(words)
+        if not run_study(asked, _run, say):
+            say("stopped; run the same command to continue")
+            return 130
+        print((asked.workdir / "table.md").read_text())
+        return 0
+
+    return exit_code(study)
 
 
 def _run(config: Config, folder: Path) -> Any:

@@ -7,7 +7,7 @@ import inspect
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -204,11 +204,31 @@ def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
     if any(word in ("-h", "--help", "-help") for word in words):
         print((TABLE_USAGE if kind is TableConfig else USAGE) + settings_help(kind))
         return 0
-    try:
+
+    def run() -> int:
         config, workdir = parse(words)
         # Imports JAX, which a wrong flag need not wait for.
         loop = importlib.import_module("train.ctr.loop" if isinstance(config, TableConfig) else "train.loop")
         outcome = loop.run(config, workdir)
+        if outcome.bad_images:
+            print(outcome.bad_images, file=sys.stderr)
+        print(outcome)
+        return 0 if outcome.completed else 130
+
+    return exit_code(run)
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Runs a program; what its user can mend becomes one sentence on stderr.
+
+    Args:
+      run: the program; it returns its exit code.
+
+    Returns:
+      That code; 2 after a mistake of the user's or on a full disk, 130 when interrupted.
+    """
+    try:
+        return run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -224,7 +244,3 @@ def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
-    if outcome.bad_images:
-        print(outcome.bad_images, file=sys.stderr)
-    print(outcome)
-    return 0 if outcome.completed else 130
