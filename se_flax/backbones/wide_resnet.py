@@ -27,7 +27,6 @@ class PreActBasicBlock(Block):
     Where the shape changes, the shortcut starts from the pre-activated input, as in the authors' code.
 
     Attributes:
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout between the convolutions.
     """
 
@@ -63,6 +62,7 @@ class WideResNet(nn.Module):
       conv: convolution class or partial.
       norm: batch-norm class or partial.
       act: activation.
+      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout between the convolutions of every block, where the paper has it (0.3 on CIFAR); there is none
         before the classifier.
       drop_path_rate: stochastic depth of the last block; earlier ones linearly less.
