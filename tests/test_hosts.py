@@ -18,6 +18,7 @@ from train.report import read_metrics
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
     "--config=configs/digits.py",
+    "--config.model.name=test_efficientnet",  # small, so that it compiles quickly
     "--config.data.image_size=8",
     "--config.steps=3",
     "--config.optim.warmup_epochs=0",

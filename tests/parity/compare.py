@@ -66,10 +66,11 @@ def check_layout(name):
 def compiled(function, *arguments):
     """Calls a function compiled without the optimisations that take long and win nothing for a single call.
 
-    In float64 they do win: XLA has its own, slow loops for such convolutions.
+    In float64 they do win, whatever the other tests do: XLA has its own, slow loops for such convolutions.
     """
     double = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(arguments))
-    options = {} if double else {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = {"xla_backend_optimization_level": 3} if double else quick
     return jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
 
 
