@@ -52,8 +52,23 @@ def finish(process):
     return out
 
 
-def start_two(workdir, *more):
-    """Two hosts of one device each."""
+@pytest.fixture
+def start_two():
+    """Starts two hosts of one device each; whatever happens, none of them outlives the test."""
+    started = []
+
+    def start_both(workdir, *more):
+        hosts = two_hosts(workdir, *more)
+        started.extend(hosts)
+        return hosts
+
+    yield start_both
+    for host in started:
+        host.kill()
+        host.communicate()
+
+
+def two_hosts(workdir, *more):
     address = f"localhost:{free_port()}"
     return [
         start(
@@ -69,7 +84,7 @@ def start_two(workdir, *more):
     ]
 
 
-def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
+def test_two_hosts_train_evaluate_and_save_like_one(tmp_path, start_two):
     hosts = start_two(tmp_path / "two")
     for host in hosts:
         assert "of 360" in finish(host)
@@ -86,7 +101,7 @@ def test_two_hosts_train_evaluate_and_save_like_one(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_a_signal_to_one_host_stops_all_at_the_same_step_and_they_resume(tmp_path):
+def test_a_signal_to_one_host_stops_all_at_the_same_step_and_they_resume(tmp_path, start_two):
     hosts = start_two(tmp_path, "--config.steps=1000000")
     figures = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 300

@@ -177,7 +177,7 @@ def test_wrong_settings_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", se_flax.list_models())
-def test_every_network_can_be_trained_with_a_dense_classifier_and_with_one_of_cosines(name):
+def test_the_program_builds_every_network_with_a_dense_classifier_and_with_one_of_cosines(name):
     model = dataclasses.replace(settings().model, name=name)
     assert build_model(settings(model=model, loss=Loss(name="cross_entropy")), 10).classifier is nn.Dense
     assert build_model(settings(model=model), 10).classifier.func is se_flax.CosineClassifier

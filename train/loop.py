@@ -3,18 +3,14 @@
 import dataclasses
 import json
 import math
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from se_flax.errors import UserError
 from train import finetune
@@ -25,6 +21,7 @@ from train.evaluate import Result, evaluate, padded_size
 from train.layers import Frozen, split, trace
 from train.memory import keep_memory
 from train.parallel import Replicas, make_replicas
+from train.process import join_hosts, prepare_workdir, stop_signals, use_compilation_cache
 from train.program import make_program
 from train.report import Report
 from train.save_model import MODEL, save_model
@@ -367,86 +364,3 @@ class _Trainer:
             run={**self.run_info, "best_top1": self.best_top1},
             metrics=metrics,
         )
-
-
-def join_hosts() -> None:
-    """Connects the hosts of a run; must come before JAX looks for devices.
-
-    A TPU pod, SLURM, Open MPI and Kubernetes say by themselves who is who. Elsewhere, three variables of the
-    environment do: JAX_COORDINATOR_ADDRESS (host:port of the first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-
-    Raises:
-      UserError: neither says it.
-    """
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    numbers = [int(os.environ[name]) if name in os.environ else None for name in names]
-    try:
-        jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
-    except ValueError as error:
-        raise UserError(
-            f"parallel.distributed=true, but the hosts of the run are not known ({str(error).rstrip('.')}); set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave the setting out on one host"
-        ) from error
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled steps between runs, so that the second start is quick."""
-    path = Path(folder).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def prepare_workdir(workdir: str | Path) -> Path:
-    """Makes the work directory.
-
-    Raises:
-      UserError: it is in a bucket, there is a file of that name, or it cannot be written.
-    """
-    if "://" in str(workdir):
-        raise UserError(
-            f"got --workdir={workdir}, which is no folder; mount the bucket and name the mounted folder, or train in a "
-            "local one and copy it there, as colab/train_on_tpu.py does"
-        )
-    path = Path(workdir).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --workdir={workdir} ({error.strerror}); name a directory that can be created"
-        ) from error
-    return path
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts.
-
-    A step runs on all hosts or on none. So where there are several, all of them are told and stop at the same step,
-    whichever host got the signal: JAX listens for SIGTERM itself then and agrees on the step.
-    """
-    several = jax.process_count() > 1
-    seen: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        del frame
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for name in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-        # Only the main thread may set handlers; a run started from another one is not stopped by signals.
-        try:
-            previous[name] = signal.signal(name, note)
-        except ValueError:
-            break
-    try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(seen)
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)

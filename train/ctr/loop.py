@@ -22,8 +22,8 @@ from train.ctr.metrics import auc, log_loss
 from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
-from train.loop import prepare_workdir, stop_signals, use_compilation_cache
 from train.memory import keep_memory
+from train.process import prepare_workdir, stop_signals, use_compilation_cache
 from train.report import read_metrics
 
 ENCODER = "encoder.json"
