@@ -21,7 +21,12 @@ from se_flax.blocks import Placement, project
 
 KINDS = [(f, b, level) for f in shake.FORWARD for b in shake.BACKWARD for level in shake.LEVELS]
 SMALL_26 = {"depth": 1, "width": 16, "stem": 8}
-SMALL_29 = {"depth": 1, "width": 8, "stem": 8, "groups": 2}
+SMALL_29 = {
+    "depth": 1,
+    "width": 8,
+    "stem": 8,
+    "block": partial(ShakeBottleneck, groups=2, backward="even"),
+}
 
 
 # ---- the noise
@@ -270,7 +275,7 @@ def test_a_training_step(name, attributes, monkeypatch):
 )
 def test_unknown_noise_is_refused(attributes, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        traced("shake_shake26_2x96d", 32, **attributes)
+        traced("shake_shake26_2x96d", 32, block=partial(ShakeBasicBlock, **attributes))
 
 
 def test_a_strided_bottleneck_projects_its_shortcut():

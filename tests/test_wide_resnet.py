@@ -1,6 +1,5 @@
 """Wide residual networks: a closed formula for their counts, a NumPy forward pass, where the dropout sits."""
 
-import re
 from functools import partial
 
 import jax
@@ -11,7 +10,7 @@ from formulas import batch_norm, conv, double, random_variables, relu, squeeze_e
 from one_step import check_training_step, images_of
 
 import se_flax
-from se_flax import BatchNorm, Conv, UserError
+from se_flax import BatchNorm, Conv
 from se_flax.backbones.wide_resnet import VARIANTS, PreActBasicBlock
 from se_flax.blocks import Placement, project_linear
 
@@ -63,7 +62,7 @@ def forward(variables, x):
 
 def test_the_network_is_what_numpy_computes():
     images = images_of(2, 9)
-    model = se_flax.create_model("se_wrn16_8", layers=10, widen=2)
+    model = se_flax.create_model("se_wrn16_8", depth=1, width=32)
     variables = random_variables(model, images)
     logits, maps = model.apply(variables, images, return_features=True)
     np.testing.assert_allclose(logits, forward(variables, images), rtol=1e-3, atol=1e-3)
@@ -97,7 +96,7 @@ def test_a_block_with_attention_at_every_place(place, strides):
 
 def test_dropout_sits_between_the_convolutions_and_nowhere_else():
     images = images_of(4, 8)
-    model = partial(se_flax.create_model, "wrn16_8", layers=10, widen=1)
+    model = partial(se_flax.create_model, "wrn16_8", depth=1, width=16)
     variables = random_variables(model(), images)
     # With everything dropped, every second convolution sees zeros, whatever its kernel; the first ones do matter.
     run = partial(model(drop_rate=1.0).apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
@@ -112,12 +111,5 @@ def test_dropout_sits_between_the_convolutions_and_nowhere_else():
 
 def test_a_training_step(monkeypatch):
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
-    small = se_flax.create_model("wrn16_8", layers=10, widen=1, attention=attention, drop_rate=0.1, drop_path_rate=0.1)
+    small = se_flax.create_model("wrn16_8", depth=1, width=16, attention=attention, drop_rate=0.1, drop_path_rate=0.1)
     check_training_step(monkeypatch, small, images_of(4, 8))
-
-
-@pytest.mark.parametrize("layers", [4, 18])
-def test_a_depth_that_is_none_is_refused(layers):
-    message = f"got layers={layers}; a wide residual network has 6n + 4, such as 16, 22 or 28"
-    with pytest.raises(UserError, match=re.escape(message)):
-        traced("wrn16_8", 32, layers=layers)

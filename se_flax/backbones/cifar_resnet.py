@@ -1,6 +1,7 @@
 """Residual networks for 32-pixel images (He et al. 2016, section 4.2; pre-activation: He et al. 2016b).
 
-SE-ResNet-110 and SE-ResNet-164 are the CIFAR networks of Hu et al. 2020, tables 4 and 5.
+SE-ResNet-110 and SE-ResNet-164 are the CIFAR networks of Hu et al. 2020, tables 4 and 5. Wide and Shake-Shake networks
+are the same frame around other blocks (`wide_resnet`, `shake`).
 """
 
 from collections.abc import Callable
@@ -21,13 +22,17 @@ Array = jax.Array
 
 
 class CifarResNet(nn.Module):
-    """3x3 stem at full resolution, three stages of 16, 32 and 64 features, mean, classifier.
+    """3x3 stem at full resolution, three stages whose width doubles while their map halves, mean, classifier.
 
     Attributes:
       depth: blocks per stage (n of the paper: 6n + 2 layers with basic blocks, 9n + 2 with bottlenecks).
-      block: `BasicBlock` or `PreActBottleneck`.
-      downsample: shortcut where the shape changes: `pad_channels` (option A, no parameters) or `project_linear`.
-      pre_activation: blocks start with norm and activation, so one more of each follows the last.
+      width: features of the first stage's blocks.
+      block: class or partial of a residual block, such as `BasicBlock` or `PreActBottleneck`.
+      downsample: shortcut where the shape changes: `pad_channels` (option A, no parameters), `project_linear` or
+        `project`.
+      stem: features of the stem.
+      stem_norm: a norm follows the stem; if not, it follows the last block, as blocks that start with a norm need it.
+      stem_act: likewise the activation.
       num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
       attention: attention class or partial in every block of `stages`; None for none.
       stages: which stages carry it: 2, 3, 4 (1 is the stem); None for all.
@@ -37,6 +42,7 @@ class CifarResNet(nn.Module):
       act: activation.
       classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       drop_rate: dropout before the classifier.
+      drop_in_blocks: it is between the convolutions of every block instead (`wide_resnet.PreActBasicBlock`).
       drop_path_rate: stochastic depth of the last block; earlier ones linearly less.
       zero_init_last: each block starts as the identity (not used by pre-activation blocks).
       in_channels: of the images.
@@ -44,9 +50,12 @@ class CifarResNet(nn.Module):
     """
 
     depth: int
+    width: int = 16
     block: ModuleDef = BasicBlock
     downsample: Callable[..., Array] = pad_channels
-    pre_activation: bool = False
+    stem: int = 16
+    stem_norm: bool = True
+    stem_act: bool = True
     num_classes: int = 10
     attention: ModuleDef | None = None
     stages: tuple[int, ...] | None = None
@@ -56,6 +65,7 @@ class CifarResNet(nn.Module):
     act: Callable[[Array], Array] = jax.nn.relu
     classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.0
+    drop_in_blocks: bool = False
     drop_path_rate: float = 0.0
     zero_init_last: bool = False
     in_channels: int = 3
@@ -67,7 +77,8 @@ class CifarResNet(nn.Module):
 
         Args:
           images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
+          train: batch statistics, dropout, stochastic depth and the blocks' own noise are active (all but the first
+            need an rng named `dropout`).
           return_features: return the map of every resolution as well.
 
         Returns:
@@ -75,21 +86,23 @@ class CifarResNet(nn.Module):
           (strides 1, 2, 4).
 
         Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage.
+          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; what the block
+            refuses.
         """
         check_images(images, self.in_channels)
         attending = attention_stages(self.stages, 3)
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
+        dropout = {"drop_rate": self.drop_rate} if self.drop_in_blocks else {}
 
-        x = conv(16, 3, name="conv1")(images.astype(self.dtype or images.dtype))
-        if not self.pre_activation:
-            x = self.act(norm(name="bn1")(x, train=train))
+        x = conv(self.stem, 3, name="conv1")(images.astype(self.dtype or images.dtype))
+        x = norm(name="bn1")(x, train=train) if self.stem_norm else x
+        x = self.act(x) if self.stem_act else x
         features = []
         for stage in range(3):
             for i in range(self.depth):
                 index = stage * self.depth + i
                 x = self.block(
-                    16 * 2**stage,
+                    self.width * 2**stage,
                     conv=conv,
                     norm=norm,
                     act=self.act,
@@ -99,10 +112,12 @@ class CifarResNet(nn.Module):
                     downsample=self.downsample,
                     drop_path_rate=self.drop_path_rate * index / max(3 * self.depth - 1, 1),
                     zero_init_last=self.zero_init_last,
+                    **dropout,
                     name=f"layer{stage + 1}_{i}",
                 )(x, train=train)
-            if self.pre_activation and stage == 2:
-                x = self.act(norm(name="bn")(x, train=train))
+            if stage == 2:
+                x = x if self.stem_norm else norm(name="bn")(x, train=train)
+                x = x if self.stem_act else self.act(x)
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
@@ -112,14 +127,15 @@ class CifarResNet(nn.Module):
             self.num_classes,
             name="linear",
             kernel_init=nn.initializers.he_normal(),
-            drop_rate=self.drop_rate,
+            drop_rate=0.0 if self.drop_in_blocks else self.drop_rate,
             train=train,
         )
         return (x, features) if return_features else x
 
 
 SE = SqueezeExcite
-PRE_ACTIVATION = partial(CifarResNet, depth=18, block=PreActBottleneck, downsample=project_linear, pre_activation=True)
+PRE_ACTIVATION = partial(CifarResNet, downsample=project_linear, stem_norm=False, stem_act=False)
+PRE_164 = partial(PRE_ACTIVATION, depth=18, block=PreActBottleneck)
 
 _HE = "He et al. 2016, section 4.2, identity shortcuts (option A)"
 _HE_B = "He et al. 2016b, section 3; 164 layers"
@@ -136,6 +152,6 @@ VARIANTS: dict[str, Variant] = {
     "seresnet44": Variant(partial(CifarResNet, depth=7, attention=SE), 664_123, 32, _HU),
     "seresnet56": Variant(partial(CifarResNet, depth=9, attention=SE), 860_137, 32, _HU),
     "seresnet110": Variant(partial(CifarResNet, depth=18, attention=SE), 1_742_200, 32, _HU),
-    "preresnet164": Variant(PRE_ACTIVATION, 1_703_258, 32, _HE_B),
-    "sepreresnet164": Variant(partial(PRE_ACTIVATION, attention=SE), 1_905_362, 32, _HU),
+    "preresnet164": Variant(PRE_164, 1_703_258, 32, _HE_B),
+    "sepreresnet164": Variant(partial(PRE_164, attention=SE), 1_905_362, 32, _HU),
 }

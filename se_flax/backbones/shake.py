@@ -11,17 +11,15 @@ branches, and as their count of parameters has it (equation 5, one gate per bloc
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
-from se_flax.backbones.resnet import attention_stages
+from se_flax.backbones.cifar_resnet import CifarResNet
 from se_flax.blocks import Block, ModuleDef, Placement, project
 from se_flax.errors import UserError, closest
-from se_flax.layers import BatchNorm, Conv, check_images, classify
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -84,15 +82,27 @@ def draw_weights(key: Array, forward: str, backward: str, level: str, batch: int
 class ShakeBlock(Block):
     """What both blocks share: the mixture of two branches.
 
+    Attention at `standard` is on the mixture, at `3x3` in each branch.
+
     Attributes:
-      forward: noise of the forward pass, see `draw_weights`.
-      backward: of the backward pass.
-      level: what shares one draw.
+      forward: weights of the branches while training: `shake` (random) or `even` (one half).
+      backward: weights of their gradients: `shake` (random, drawn anew), `even` or `keep` (the forward pass's).
+      level: `image` draws for every image of a block and step, `batch` once for all (per replica).
+
+    Raises:
+      UserError: an unknown kind of noise or level.
     """
 
     forward: str = "shake"
     backward: str = "shake"
     level: str = "image"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("forward", FORWARD), ("backward", BACKWARD), ("level", LEVELS)):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise UserError(f"unknown {name} {given!r} of a Shake-Shake network; {closest(str(given), allowed)}")
+        super().__post_init__()
 
     def residual(self, branch: type[Block], x: Array, train: bool) -> Array:
         """What is added to the shortcut: `branch1` and `branch2` of x, mixed, with attention and stochastic depth."""
@@ -197,140 +207,15 @@ class ShakeBottleneck(ShakeBlock):
         return self.attend(self.act(self.attend(x, Placement.IDENTITY, train) + y), Placement.POST, train)
 
 
-class ShakeShake(nn.Module):
-    """3x3 stem at full resolution, three stages of two-branched blocks, mean, classifier.
-
-    Attributes:
-      depth: blocks per stage.
-      width: features of the first stage's blocks; the next stages have twice and four times as many.
-      block: `ShakeBasicBlock` or `ShakeBottleneck`.
-      stem: features of the stem.
-      pre_activation: the blocks' branches start with an activation: none in the stem, and one after the last block.
-      groups: of a bottleneck's 3x3 convolutions.
-      base_width: channels per group at 64 features.
-      forward: weights of the branches while training: `shake` (random) or `even` (one half).
-      backward: weights of their gradients: `shake` (random, drawn anew), `even` or `keep` (the forward pass's).
-      level: `image` draws for every image of a block and step, `batch` once for all (per replica).
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
-      attention: attention class or partial in every block of `stages`; None for none.
-      stages: which stages carry it: 2, 3, 4 (1 is the stem); None for all.
-      placement: where in a block it sits, see `blocks.Placement`; `standard` is on the mixture of the branches, `3x3`
-        in each of them.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout before the classifier.
-      drop_path_rate: stochastic depth of the last block; earlier ones linearly less.
-      in_channels: of the images.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
-    """
-
-    depth: int
-    width: int
-    block: ModuleDef = ShakeBasicBlock
-    stem: int = 16
-    pre_activation: bool = True
-    groups: int = 1
-    base_width: int = 64
-    forward: str = "shake"
-    backward: str = "shake"
-    level: str = "image"
-    num_classes: int = 10
-    attention: ModuleDef | None = None
-    stages: tuple[int, ...] | None = None
-    placement: str | Placement = Placement.STANDARD
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    in_channels: int = 3
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, random weights of the branches, dropout and stochastic depth are active (all but the
-            first need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of the three stages' maps [N, h, w, c]
-          (strides 1, 2, 4).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement, stage, kind of noise or
-            level.
-        """
-        check_images(images, self.in_channels)
-        self._check_noise()
-        attending = attention_stages(self.stages, 3)
-        conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
-
-        x = conv(self.stem, 3, name="conv1")(images.astype(self.dtype or images.dtype))
-        x = norm(name="bn1")(x, train=train)
-        if not self.pre_activation:
-            x = self.act(x)
-        features = []
-        for stage in range(3):
-            for i in range(self.depth):
-                index = stage * self.depth + i
-                x = self.block(
-                    self.width * 2**stage,
-                    conv=conv,
-                    norm=norm,
-                    act=self.act,
-                    strides=2 if i == 0 and stage > 0 else 1,
-                    attention=self.attention if stage + 2 in attending else None,
-                    placement=Placement.parse(self.placement),
-                    downsample=project,
-                    groups=self.groups,
-                    base_width=self.base_width,
-                    drop_path_rate=self.drop_path_rate * index / max(3 * self.depth - 1, 1),
-                    forward=self.forward,
-                    backward=self.backward,
-                    level=self.level,
-                    name=f"layer{stage + 1}_{i}",
-                )(x, train=train)
-            if self.pre_activation and stage == 2:
-                x = self.act(x)
-            features.append(x)
-
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(
-            x,
-            self.classifier,
-            self.num_classes,
-            name="linear",
-            kernel_init=nn.initializers.he_normal(),
-            drop_rate=self.drop_rate,
-            train=train,
-        )
-        return (x, features) if return_features else x
-
-    def _check_noise(self) -> None:
-        for name, allowed in (("forward", FORWARD), ("backward", BACKWARD), ("level", LEVELS)):
-            given = getattr(self, name)
-            if given not in allowed:
-                raise UserError(f"unknown {name} {given!r} of a Shake-Shake network; {closest(str(given), allowed)}")
-
-
 SE = SqueezeExcite
-SHAKE_26 = partial(ShakeShake, depth=4, width=96)
+SHAKE_26 = partial(CifarResNet, depth=4, width=96, block=ShakeBasicBlock, downsample=project, stem_act=False)
 EVEN_29 = partial(
-    ShakeShake,
+    CifarResNet,
     depth=3,
     width=64,
-    block=ShakeBottleneck,
+    block=partial(ShakeBottleneck, groups=4, backward="even"),
+    downsample=project,
     stem=64,
-    pre_activation=False,
-    groups=4,
-    backward="even",
     num_classes=100,
 )
 

@@ -1,21 +1,18 @@
 """Wide residual networks for 32-pixel images (Zagoruyko & Komodakis 2016), with and without squeeze-and-excitation.
 
-WRN-16-8 is a CIFAR network of Hu et al. 2020, tables 4 and 5.
+WRN-16-8 is a CIFAR network of Hu et al. 2020, tables 4 and 5. WRN-(6n + 4)-k has n blocks in each of three stages of
+16k, 32k and 64k features; its dropout (0.3 on CIFAR) is between the convolutions of every block, with none before the
+classifier.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
-from se_flax.backbones.resnet import attention_stages
-from se_flax.blocks import Block, ModuleDef, Placement, project_linear
-from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, classify
+from se_flax.backbones.cifar_resnet import PRE_ACTIVATION
+from se_flax.blocks import Block, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -49,101 +46,18 @@ class PreActBasicBlock(Block):
         return self.attend(x + y, Placement.POST, train)
 
 
-class WideResNet(nn.Module):
-    """3x3 stem of 16 features, three stages of 16k, 32k and 64k, norm, activation, mean, classifier (table 1).
-
-    Attributes:
-      layers: depth as the paper counts it, 6n + 4 for n blocks per stage.
-      widen: k.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
-      attention: attention class or partial in every block of `stages`; None for none.
-      stages: which stages carry it: 2, 3, 4 (1 is the stem); None for all.
-      placement: where in a block it sits, see `blocks.Placement`.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout between the convolutions of every block, where the paper has it (0.3 on CIFAR); there is none
-        before the classifier.
-      drop_path_rate: stochastic depth of the last block; earlier ones linearly less.
-      in_channels: of the images.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
-    """
-
-    layers: int
-    widen: int
-    num_classes: int = 10
-    attention: ModuleDef | None = None
-    stages: tuple[int, ...] | None = None
-    placement: str | Placement = Placement.STANDARD
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    in_channels: int = 3
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of the three stages' maps [N, h, w, c]
-          (strides 1, 2, 4).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; a depth that is
-            not 6n + 4.
-        """
-        check_images(images, self.in_channels)
-        depth, rest = divmod(self.layers - 4, 6)
-        if rest or depth < 1:
-            raise UserError(f"got layers={self.layers}; a wide residual network has 6n + 4, such as 16, 22 or 28")
-        attending = attention_stages(self.stages, 3)
-        conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
-
-        x = conv(16, 3, name="conv1")(images.astype(self.dtype or images.dtype))
-        features = []
-        for stage in range(3):
-            for i in range(depth):
-                x = PreActBasicBlock(
-                    16 * self.widen * 2**stage,
-                    conv=conv,
-                    norm=norm,
-                    act=self.act,
-                    strides=2 if i == 0 and stage > 0 else 1,
-                    attention=self.attention if stage + 2 in attending else None,
-                    placement=Placement.parse(self.placement),
-                    downsample=project_linear,
-                    drop_rate=self.drop_rate,
-                    drop_path_rate=self.drop_path_rate * (stage * depth + i) / (3 * depth - 1),
-                    name=f"layer{stage + 1}_{i}",
-                )(x, train=train)
-            if stage == 2:
-                x = self.act(norm(name="bn")(x, train=train))
-            features.append(x)
-
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(x, self.classifier, self.num_classes, name="linear", kernel_init=nn.initializers.he_normal())
-        return (x, features) if return_features else x
-
-
 SE = SqueezeExcite
+WIDE = partial(PRE_ACTIVATION, block=PreActBasicBlock, drop_in_blocks=True)
+WRN_16_8 = partial(WIDE, depth=2, width=8 * 16)
+WRN_28_10 = partial(WIDE, depth=4, width=10 * 16)
 
 _WIDE = "Zagoruyko & Komodakis 2016, table 1"
 _HU = "Hu et al. 2020, section 5.1"
 _HU_TOO = "Zagoruyko & Komodakis 2016, table 1, with attention as in Hu et al. 2020"
 
 VARIANTS: dict[str, Variant] = {
-    "wrn16_8": Variant(partial(WideResNet, layers=16, widen=8), 10_961_370, 32, _WIDE),
-    "wrn28_10": Variant(partial(WideResNet, layers=28, widen=10), 36_479_194, 32, _WIDE),
-    "se_wrn16_8": Variant(partial(WideResNet, layers=16, widen=8, attention=SE), 11_049_290, 32, _HU),
-    "se_wrn28_10": Variant(partial(WideResNet, layers=28, widen=10, attention=SE), 36_752_754, 32, _HU_TOO),
+    "wrn16_8": Variant(WRN_16_8, 10_961_370, 32, _WIDE),
+    "wrn28_10": Variant(WRN_28_10, 36_479_194, 32, _WIDE),
+    "se_wrn16_8": Variant(partial(WRN_16_8, attention=SE), 11_049_290, 32, _HU),
+    "se_wrn28_10": Variant(partial(WRN_28_10, attention=SE), 36_752_754, 32, _HU_TOO),
 }
