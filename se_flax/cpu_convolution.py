@@ -28,6 +28,8 @@ Product = Callable[[Array, Array], Array]
 _BLOCK = 32
 # Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
 _PATCHES = 10 << 20
+# Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
+_THIN, _THIN_TAPS = 3, 27
 
 
 def native(x: Array, kernel: Array, strides: Pair, padding: Any, dilation: Pair, groups: int) -> Array:
@@ -100,14 +102,34 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
 
     The derivative is written as a forward one, which JAX transposes for the gradient: both modes work.
     """
+    if is_thin(kernel.shape):
+        return thin(x, kernel, strides, padding, dilation)
     return native(x, kernel, strides, padding, dilation, 1)
+
+
+def is_thin(kernel: tuple[int, ...]) -> bool:
+    """Whether a kernel of this shape has so few channels and taps that XLA's convolution has little to multiply."""
+    return kernel[2] <= _THIN and math.prod(kernel[:3]) <= _THIN_TAPS
+
+
+def thin(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """A convolution of few channels as a sum of numbers times vectors of all features.
+
+    Arguments as for `convolve_on_cpu`.
+    """
+
+    def product(window: Array, i: int, j: int) -> Array:
+        terms = [window[..., c : c + 1] * kernel[i, j, c] for c in range(kernel.shape[2])]
+        return sum(terms[1:], terms[0])
+
+    return _over_windows(x, kernel.shape, strides, padding, dilation, product)
 
 
 def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
     settings = strides, padding, dilation
     return _bilinear_jvp(
         lambda x, kernel: dense(x, kernel, *settings),
-        lambda dx, kernel: dense(dx, kernel, *settings),
+        lambda dx, kernel: native(dx, kernel, *settings, 1) if is_thin(kernel.shape) else dense(dx, kernel, *settings),
         lambda x, dkernel: _patch_products(x, dkernel, *settings),
         primals,
         tangents,
@@ -219,11 +241,7 @@ def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: P
     Returns:
       [N, h, w, C].
     """
-    h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return _over_taps(
-        kernel, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
-    )
+    return _over_windows(x, kernel.shape, strides, padding, dilation, lambda window, i, j: window * kernel[i, j, 0])
 
 
 def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
@@ -231,11 +249,12 @@ def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
 
     def in_kernel(x: Array, dkernel: Array) -> Array:
         # An image per core at a time: sums over the whole batch would read all of it once for every tap.
-        some = jax.checkpoint(lambda part: depthwise(part, dkernel, *settings))
+        some = jax.checkpoint(lambda part: _shifted(part, dkernel, *settings))
         return _in_parts(some, x, math.gcd(x.shape[0], os.cpu_count() or 1))
 
     return _bilinear_jvp(
-        lambda x, kernel: depthwise(x, kernel, *settings),
+        # Training stores what x is made of anyway, so there is nothing to hide from XLA.
+        lambda x, kernel: _shifted(x, kernel, *settings),
         lambda dx, kernel: _scattered(dx, kernel, *settings),
         in_kernel,
         primals,
@@ -244,6 +263,15 @@ def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
 
 
 depthwise.defjvp(_depthwise_jvp, symbolic_zeros=True)
+
+
+def _shifted(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """The same convolution, of windows of rows and columns."""
+    h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return _over_taps(
+        kernel, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
+    )
 
 
 def _scattered(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
@@ -264,6 +292,37 @@ def _scattered(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: 
     wider = [(max(0, -f), max(0, t + 1 - side - r)) for f, t, side, r in zip(first, last, shape, reach, strict=True)]
     frame = jnp.pad(frame, ((0, 0), *wider, (0, 0)))
     return _window(frame, first[0] + wider[0][0], first[1] + wider[1][0], *sides, strides)
+
+
+def _over_windows(
+    x: Array,
+    kernel: tuple[int, ...],
+    strides: Pair,
+    padding: Pads,
+    dilation: Pair,
+    product: Callable[[Array, int, int], Array],
+) -> Array:
+    """Sum over the taps of a kernel of this shape: `product` of the pixels [N, L, C] that a tap meets, and the tap.
+
+    Pixels are numbered row by row, and those that a tap meets are the range from the first one on. As windows of rows
+    and columns, XLA would see that the middle one is x itself, and compute what x is made of twice, or store it.
+    """
+    n, height, width, channels = x.shape
+    h, w = output_sides((height, width), kernel, strides, padding, dilation)
+    down, across = ((side - 1) * stride + 1 for side, stride in zip((h, w), strides, strict=True))
+    (top, bottom), (left, right) = padding
+    wide = left + width + right
+    # The last range ends beyond the map.
+    pixels = jnp.pad(x, ((0, 0), (top, bottom + 1), (left, right), (0, 0))).reshape(n, -1, channels)
+
+    def term(i: int, j: int) -> Array:
+        first = i * dilation[0] * wide + j * dilation[1]
+        return product(pixels[:, first : first + down * wide], i, j)
+
+    terms = [term(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+    y = sum(terms[1:], terms[0])
+    y = y.reshape(n, down, wide, y.shape[-1])
+    return jax.lax.slice(y, (0,) * 4, (n, down, across, y.shape[-1]), (1, *strides, 1))
 
 
 def _over_taps(kernel: Array, term: Callable[[int, int], Array]) -> Array:
