@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.machine import command_line, describe
 from se_flax.convolution import convolve
 from se_flax.cpu_convolution import native
-from train.memory import keep_memory
+from se_flax.memory import keep_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convolution.jsonl"
 # Side of the map, channels in and out, kernel, stride, groups: layers of the networks in `benchmarks.cpu`.

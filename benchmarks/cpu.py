@@ -12,8 +12,8 @@ and through `torch.compile`; the fastest of them is what we are held against.
 - `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`).
 - `train:N`: one update of N images by SGD with momentum.
 
-Our side keeps freed memory as `python -m train` does (`train.memory.keep_memory`). Every row is appended as one line to
-`benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
+Our side keeps freed memory as `python -m train` does (`se_flax.memory.keep_memory`). Every row is appended as one line
+to `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
 """
 
 import argparse

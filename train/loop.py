@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from se_flax.errors import UserError
+from se_flax.memory import keep_memory
 from train import finetune
 from train.checkpoint import Checkpoints
 from train.config import Config, check_same_run, flatten
 from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
 from train.evaluate import Result, evaluate, padded_size
 from train.layers import Frozen, split, trace
-from train.memory import keep_memory
 from train.parallel import Replicas, make_replicas
 from train.process import join_hosts, prepare_workdir, stop_signals, use_compilation_cache
 from train.program import make_program
@@ -88,6 +88,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
     """
     started = time.monotonic()
+    keep_memory()
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     if config.parallel.distributed:
@@ -97,8 +98,6 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     splits = open_data(config.data)
     num_classes = check_classes(config, splits.class_names, config.data.source)
     replicas = make_replicas(config.parallel.backend, config.parallel.devices)
-    if jax.default_backend() == "cpu":
-        keep_memory()
     check_batch(config, replicas)
 
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best)

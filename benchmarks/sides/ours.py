@@ -11,7 +11,7 @@ import optax
 
 import se_flax
 from benchmarks.sides.pace import serve
-from train.memory import keep_memory
+from se_flax.memory import keep_memory
 
 
 def train_step(model: Any, batch: int, side: int) -> Any:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from se_flax.cli.labelled import EXTENSIONS, Example, labelled_images
 from se_flax.errors import UserError
+from se_flax.memory import keep_memory
 from se_flax.weights.pretrained import Pretrained, load_pretrained
 
 
@@ -152,6 +153,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     """
     if options.batch_size < 1:
         raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
+    keep_memory()
     loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
     changes = {
         "image_size": options.image_size,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from se_flax.errors import UserError
+from se_flax.memory import keep_memory
 from train.checkpoint import Checkpoints
 from train.config import check_same_run, flatten
 from train.ctr.config import Config, check
@@ -22,7 +23,6 @@ from train.ctr.metrics import auc, log_loss
 from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
-from train.memory import keep_memory
 from train.process import prepare_workdir, stop_signals, use_compilation_cache
 from train.report import read_metrics
 
@@ -118,12 +118,11 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
     """
     started = time.monotonic()
+    keep_memory()
     check(config)
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     workdir = prepare_workdir(workdir)
-    if jax.default_backend() == "cpu":
-        keep_memory()
     splits = open_splits(config.data)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
