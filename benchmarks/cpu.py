@@ -4,16 +4,18 @@
     python -m benchmarks.cpu --torch-python A/bin/python --models seresnet50 --tasks train:16
     python -m benchmarks.cpu --keras-python B/bin/python --models peers       # Flax's example network, Keras on JAX
 
-Float32, all cores. Every side is a process of its own in its own environment; they take turns, one repetition each, so
-that whatever else the machine does hits all of them. A figure is the median over the repetitions, a ratio the median of
-the other side's time over ours, turn by turn: above 1 we are faster. timm runs eagerly, eagerly in channels-last memory
-and through `torch.compile`; the fastest of them is what we are held against.
+Float32, all cores. Every side is a process of its own in its own environment; they take turns of half a second, so that
+whatever else the machine does hits all of them. A turn's figure is its mean time per call, a side's the median over its
+turns, a ratio the median of the other side's figure over ours, turn by turn: above 1 we are faster.
+timm runs eagerly, eagerly in channels-last memory and through `torch.compile`; the fastest of them is what we are held
+against.
 
 - `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`).
 - `train:N`: one update of N images by SGD with momentum.
 
-Our side keeps freed memory as `python -m train` does (`se_flax.memory.keep_memory`). Every row is appended as one line
-to `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
+All sides keep freed memory: ours as `python -m train` does (`se_flax.memory.keep_memory`), the others by the same
+settings of glibc in their environment, which makes them a quarter faster than they come. Every row is appended as one
+line to `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,10 @@ TASKS = ("infer:1", "infer:16", "train:16")
 TIMM_MODES = ("eager", "channels_last", "compile")
 # Our network, the peer's module and what it is asked for.
 PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
+# Seconds between turns: OpenMP's threads go on spinning for a while after PyTorch's.
+PAUSE = 0.05
+# Freed memory stays in the process (mallopt(3)): what `se_flax.memory.keep_memory` does for our side.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
 
 
 class Side:
@@ -45,7 +52,8 @@ class Side:
     """
 
     def __init__(self, command: list[str]):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+        jax = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
+        environment = {**os.environ, **KEEP_MEMORY, **jax, "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
@@ -56,7 +64,7 @@ class Side:
         self.works = bool(line)
 
     def turn(self) -> None:
-        """One timed repetition."""
+        """One turn, see `benchmarks.sides.pace`."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -98,9 +106,10 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
             sides[name] = side
         else:
             print(f"{model} {task}:{batch}: {name} broke, see above", file=sys.stderr)
-    count = options.repetitions or {"1": 60, "16": 15}.get(batch, 15) // (3 if task == "train" else 1)
+    count = options.repetitions or (5 if task == "train" else 15)
     for _ in range(max(count, 3)):
         for side in sides.values():
+            time.sleep(PAUSE)
             side.turn()
     for side in sides.values():
         side.close()
@@ -130,7 +139,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
     parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="of timm")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels (224)")
-    parser.add_argument("--repetitions", type=int, help="turns of every side (60 of one image, 15 of 16, 5 updates)")
+    parser.add_argument("--repetitions", type=int, help="turns of every side (15, of training 5)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     options.peers = options.models == ["peers"]

@@ -6,6 +6,8 @@
 | depthwise | sum of shifted products | likewise, some images at a time |
 | grouped | dense ones of 32 to 128 channels, zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
+| dense, of a small map | matrix product of patches; XLA's | as for dense ones |
+| dense, of up to three channels | sum of shifted products; XLA's | as for dense ones |
 
 `benchmarks/convolution.py` measures them beside XLA's.
 """
@@ -28,6 +30,9 @@ Product = Callable[[Array, Array], Array]
 _BLOCK = 32
 # Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
 _PATCHES = 10 << 20
+# Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
+# traffic, and XLA's convolution reads it more slowly than its product does.
+_FEW_PIXELS = 8
 # Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
 _THIN, _THIN_TAPS = 3, 27
 
@@ -98,12 +103,18 @@ def _bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """XLA's convolution, with a kernel's gradient that is a matrix product; arguments as for `convolve_on_cpu`.
+    """XLA's convolution or a faster form, with a kernel's gradient that is a matrix product.
+
+    Arguments as for `convolve_on_cpu`.
 
     The derivative is written as a forward one, which JAX transposes for the gradient: both modes work.
     """
     if is_thin(kernel.shape):
         return thin(x, kernel, strides, padding, dilation)
+    sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
+    if math.prod(sides) * _FEW_PIXELS <= kernel.shape[2]:
+        patches = _patches(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape, sides, strides, dilation)
+        return _matrix_product(patches, kernel.reshape(-1, kernel.shape[3]))
     return native(x, kernel, strides, padding, dilation, 1)
 
 
@@ -129,7 +140,7 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
     settings = strides, padding, dilation
     return _bilinear_jvp(
         lambda x, kernel: dense(x, kernel, *settings),
-        lambda dx, kernel: native(dx, kernel, *settings, 1) if is_thin(kernel.shape) else dense(dx, kernel, *settings),
+        lambda dx, kernel: native(dx, kernel, *settings, 1),
         lambda x, dkernel: _patch_products(x, dkernel, *settings),
         primals,
         tangents,
@@ -165,14 +176,19 @@ def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
     def some(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         if not by_row:
-            patches = [_window(x, top, left, h, w, strides) for top in down for left in across]
-            return _matrix_product(jnp.concatenate(patches, -1), matrix)
+            return _matrix_product(_patches(x, kernel.shape, (h, w), strides, dilation), matrix)
         rows = [_window(x, 0, left, tall, w, strides) for left in across]
         products = jnp.split(_matrix_product(jnp.concatenate(rows, -1), matrix), kh, -1)
         terms = [_window(y, top, 0, h, w, (1, 1)) for y, top in zip(products, down, strict=True)]
         return sum(terms[1:], terms[0])
 
     return _in_parts(some, x, images)
+
+
+def _patches(x: Array, kernel: tuple[int, ...], sides: Pair, strides: Pair, dilation: Pair) -> Array:
+    """What a kernel of this shape meets at every place of padded maps: [N, h, w, kh * kw * C]."""
+    down, across = ([i * d for i in range(k)] for k, d in zip(kernel[:2], dilation, strict=True))
+    return jnp.concatenate([_window(x, top, left, *sides, strides) for top in down for left in across], -1)
 
 
 def output_sides(sides: tuple[int, ...], kernel: tuple[int, ...], strides: Pair, padding: Pads, dilation: Pair) -> Pair:

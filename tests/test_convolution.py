@@ -33,7 +33,7 @@ def arrays(*shapes):
 
 
 def check(x, kernel, *arguments):
-    """Value, gradients and forward derivative."""
+    """Value on its own (which may take another form), value, gradients and forward derivative."""
     tangents = tuple(arrays(x.shape, kernel.shape))
 
     @partial(jax.jit, static_argnums=0)
@@ -42,7 +42,7 @@ def check(x, kernel, *arguments):
             return convolution(x, k, *arguments)
 
         value, pullback = jax.vjp(function, x, kernel)
-        return value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
+        return function(x, kernel), value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
 
     for ours, theirs in zip(
         jax.tree.leaves(all_of(convolve, x, kernel)), jax.tree.leaves(all_of(reference, x, kernel)), strict=True
@@ -51,9 +51,9 @@ def check(x, kernel, *arguments):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-# Groups, their input and their output channels: dense, depthwise, depthwise with a multiplier, and groups of which 1, 2
-# and 16 go together into a dense convolution of 32 channels.
-CHANNELS = st.sampled_from([(1, 3, 5), (1, 8, 4), (6, 1, 1), (4, 1, 2), (2, 40, 3), (4, 16, 8), (32, 2, 2)])
+# Groups, their input and their output channels: dense with few, some, and many for the map; depthwise, also with a
+# multiplier; groups of which 1, 2 and 16 go together into a dense convolution of 32 channels.
+CHANNELS = st.sampled_from([(1, 3, 5), (1, 8, 4), (1, 80, 4), (6, 1, 1), (4, 1, 2), (2, 40, 3), (4, 16, 8), (32, 2, 2)])
 SIDES = st.integers(5, 9)
 PAIRS = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
@@ -73,6 +73,20 @@ def test_every_lowering_is_the_convolution_and_so_are_its_derivatives(
     groups, width, out = channels
     x, kernel = arrays((2, *sides, groups * width), (*size, width, groups * out))
     check(x, kernel, strides, padding, dilation, groups)
+
+
+@pytest.mark.parametrize(
+    ("side", "width", "strides", "form"),
+    [(8, 3, 1, "mul"), (8, 16, 1, "conv_general_dilated"), (4, 32, 2, "dot_general")],
+)
+def test_a_dense_one_takes_the_form_that_is_fast(side, width, strides, form):
+    x, kernel = arrays((2, side, side, width), (3, 3, width, 8))
+    found = str(
+        jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, (strides,) * 2, ((1, 1), (1, 1)), (1, 1), 1))(x, kernel)
+    )
+    forms = {"mul", "conv_general_dilated", "dot_general"}
+    assert {name for name in forms if f" {name}" in found or f"{name}[" in found} == {form}
+    check(x, kernel, (strides,) * 2, "SAME", (1, 1), 1)
 
 
 def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the sides of a comparison share: one process each, timing one repetition whenever the other end says so."""
+"""What the sides of a comparison share: one process each, taking a turn whenever the other end says so."""
 
 import json
 import sys
@@ -6,18 +6,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Seconds of a turn at least. Caches, clocks and threads are as in steady use then, whoever had the turn before.
+TURN = 0.5
+
 
 def serve(work: Callable[[], Any], **about: Any) -> None:
-    """Warms up, says what it is, and times `work` once for every line on standard input.
+    """Warms up, says what it is, and takes one turn for every line on standard input.
+
+    A turn is one call that is not timed, then calls until half a second is over; it prints their mean time in seconds.
 
     Args:
-      work: one repetition; returns when its result is there.
+      work: one call; returns when its result is there.
       **about: versions and settings, for the record.
     """
     for _ in range(3):
         work()
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
-        begun = time.perf_counter()
         work()
-        print(time.perf_counter() - begun, flush=True)
+        begun, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - begun < TURN:
+            work()
+            calls += 1
+        print((time.perf_counter() - begun) / calls, flush=True)
