@@ -21,15 +21,14 @@ line to `benchmarks/results/cpu.jsonl` with the command, the date, the machine a
 import argparse
 import datetime
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import command_line, describe
+from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
@@ -42,37 +41,6 @@ PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
 PAUSE = 0.05
 # Freed memory stays in the process (mallopt(3)): what `se_flax.memory.keep_memory` does for our side.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
-
-
-class Side:
-    """One side's process.
-
-    Args:
-      command: that starts it.
-    """
-
-    def __init__(self, command: list[str]):
-        jax = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
-        environment = {**os.environ, **KEEP_MEMORY, **jax, "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-        )
-        self.seconds: list[float] = []
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        self.versions: dict[str, str] = json.loads(line) if line else {}
-        self.works = bool(line)
-
-    def turn(self) -> None:
-        """One turn, see `benchmarks.sides.pace`."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        self.seconds.append(float(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
 
 
 def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -98,22 +66,25 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     Returns:
       `milliseconds` by side, `ratio` to the fastest other side, its name, the versions.
     """
-    sides: dict[str, Side] = {}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
+    environment = {**KEEP_MEMORY, **settings, "PYTHONPATH": str(ROOT)}
+    sides: dict[str, Worker] = {}
     for name, command in commands(model, task, batch, options).items():
         print(f"{model} {task}:{batch}: starting {name}", file=sys.stderr, flush=True)
-        side = Side(command)
-        if side.works:
+        side = Worker(command, environment)
+        if side.wait():
             sides[name] = side
         else:
             print(f"{model} {task}:{batch}: {name} broke, see above", file=sys.stderr)
     count = options.repetitions or (5 if task == "train" else 15)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(max(count, 3)):
-        for side in sides.values():
+        for name, side in sides.items():
             time.sleep(PAUSE)
-            side.turn()
+            seconds[name].append(side.ask("turn"))
     for side in sides.values():
         side.close()
-    medians = {name: statistics.median(side.seconds) for name, side in sides.items()}
+    medians = {name: statistics.median(turns) for name, turns in seconds.items()}
     others = [name for name in sides if not name.startswith("ours")]
     row: dict[str, Any] = {
         "model": model,
@@ -125,9 +96,9 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     }
     if others:
         fastest = min(others, key=lambda name: medians[name])
-        pairs = zip(sides[fastest].seconds, sides["ours"].seconds, strict=True)
+        pairs = zip(seconds[fastest], seconds["ours"], strict=True)
         row |= {"fastest_other": fastest, "ratio": round(statistics.median(b / a for b, a in pairs), 3)}
-    return row | {"versions": {k: v for side in sides.values() for k, v in side.versions.items()}}
+    return row | {"versions": {k: v for side in sides.values() for k, v in side.about.items()}}
 
 
 def main() -> int:

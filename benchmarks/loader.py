@@ -28,12 +28,12 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import command_line, describe
+from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
@@ -60,46 +60,13 @@ def images_below(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
 
 
-class Side:
-    """A side's process, seen from the one that measures."""
-
-    def __init__(self, name: str, python: str, files: list[str], options: argparse.Namespace):
-        task = {"side": name, "batch": options.batch, "batches": options.batches, "size": options.size}
-        self._process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "loader_sides.py"), json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if options.verbose else subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **ENVIRONMENT},
-        )
-        self._send(files)
-        self.rows: list[str] = []
-        self.versions: dict[str, str] = {}
-
-    def _send(self, message: Any) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-
-    def wait(self) -> bool:
-        """Until it is ready; False when it broke."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if line:
-            ready = json.loads(line)
-            self.rows, self.versions = ready["rows"], ready["versions"]
-        return bool(line)
-
-    def measure(self, row: str) -> Round:
-        """One round of one row."""
-        assert self._process.stdout
-        self._send(row)
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
+def start(name: str, python: str, files: list[str], options: argparse.Namespace) -> Worker:
+    """A side's process; `about` will hold its `rows` and `versions`."""
+    task = {"side": name, "batch": options.batch, "batches": options.batches, "size": options.size}
+    script = str(ROOT / "benchmarks" / "loader_sides.py")
+    worker = Worker([python, script, json.dumps(task)], ENVIRONMENT, quiet=not options.verbose)
+    worker.send(files)
+    return worker
 
 
 def figures_of(rounds: list[Round], images: int) -> dict[str, float]:
@@ -115,19 +82,20 @@ def ratio_of(mine: list[Round], theirs: list[Round]) -> float:
     return round(statistics.median(b["cpu"] / a["cpu"] for a, b in zip(mine, theirs, strict=True)), 3)
 
 
-def compare(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, Any]:
+def compare(sides: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
     """Lets the sides take turns.
 
     Returns:
       `figures[side][row]` and `ratios[row][side]`.
     """
-    rows = list(dict.fromkeys(row for side in sides.values() for row in side.rows if row in (options.rows or [row])))
+    known = dict.fromkeys(row for side in sides.values() for row in side.about["rows"])
+    rows = [row for row in known if row in (options.rows or known)]
     rounds: dict[tuple[str, str], list[Round]] = {}
     for _ in range(options.rounds):
         for row in rows:
             for name, side in sides.items():
-                if row in side.rows:
-                    rounds.setdefault((name, row), []).append(side.measure(row))
+                if row in side.about["rows"]:
+                    rounds.setdefault((name, row), []).append(side.ask(row))
     figures: dict[str, Any] = {name: {} for name in sides}
     for (name, row), measured in rounds.items():
         figures[name][row] = figures_of(measured, options.batch * options.batches)
@@ -180,7 +148,7 @@ def main() -> int:
         if not python:
             print(f"{name}: skipped, no interpreter given", file=sys.stderr)
             continue
-        side = Side(name, python, files, options)
+        side = start(name, python, files, options)
         if side.wait():
             sides[name] = side
         else:
@@ -193,7 +161,7 @@ def main() -> int:
         "command": command_line("benchmarks.loader"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe(),
-        "versions": {name: side.versions for name, side in sides.items()},
+        "versions": {name: side.about["versions"] for name, side in sides.items()},
         "data": {"files": len(files), "bytes_per_file": sum(os.path.getsize(file) for file in files) // len(files)},
         "size": options.size,
         "rounds": options.rounds,

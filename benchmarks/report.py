@@ -64,8 +64,8 @@ Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`); media
 side's time over ours, turn by turn: above 1 we are faster. timm stands for the fastest of its eager, channels-last and
 compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets the network as it is.
 
-| network | task | ours | timm | ratio | machine, versions |
-|---|---|---:|---:|---:|---|
+| network | task | ours | timm | ratio |
+|---|---|---:|---:|---:|
 """
 CPU_NOTE = """
 What a convolution becomes on a CPU is in `se_flax/cpu_convolution.py`; TPU and GPU keep XLA's own.
@@ -195,17 +195,18 @@ def plot(lines: list[Row], path: Path) -> None:
 def cpu_table(lines: list[Row]) -> str:
     """Networks on a CPU."""
     text = ""
+    sources: dict[str, None] = {}
     for line in latest([line for line in lines if "ratio" in line], "model", "task", "batch", "image_size"):
         ms, other = line["milliseconds"], line["fastest_other"]
         bare = f" ({ms['ours plain']:g})" if "ours plain" in ms else ""
-        versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items() if name != "se_flax")
-        machine = f"{line['date']}, {line['machine']['cores']} cores of {line['machine']['processor']}"
         text += (
             f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g}{bare} | {ms[other]:g} ({other}) | "
-            f"{line['ratio']:.2f} | {machine}; {versions} |\n"
+            f"{line['ratio']:.2f} |\n"
         )
-    commands = "".join(f"- `{command}`\n" for command in dict.fromkeys(line["command"] for line in lines))
-    return CPU + text + CPU_NOTE + "\n" + commands if text else ""
+        versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items() if name != "se_flax")
+        machine = f"{line['machine']['cores']} cores of {line['machine']['processor']}"
+        sources[f"- `{line['command']}`: {line['date']}, {machine}; {versions}\n"] = None
+    return CPU + text + CPU_NOTE + "\n" + "".join(sources) if text else ""
 
 
 def convolution_table(lines: list[Row]) -> str:

@@ -130,7 +130,7 @@ def thin(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) 
     """
 
     def product(window: Array, i: int, j: int) -> Array:
-        terms = [window[..., c : c + 1] * kernel[i, j, c] for c in range(kernel.shape[2])]
+        terms = [jax.lax.slice_in_dim(window, c, c + 1, axis=2) * kernel[i, j, c] for c in range(kernel.shape[2])]
         return sum(terms[1:], terms[0])
 
     return _over_windows(x, kernel.shape, strides, padding, dilation, product)
@@ -328,12 +328,12 @@ def _over_windows(
     down, across = ((side - 1) * stride + 1 for side, stride in zip((h, w), strides, strict=True))
     (top, bottom), (left, right) = padding
     wide = left + width + right
-    # The last range ends beyond the map.
+    # The last range ends beyond the map. Slices, as indexing would become a gather where the batch's size is symbolic.
     pixels = jnp.pad(x, ((0, 0), (top, bottom + 1), (left, right), (0, 0))).reshape(n, -1, channels)
 
     def term(i: int, j: int) -> Array:
         first = i * dilation[0] * wide + j * dilation[1]
-        return product(pixels[:, first : first + down * wide], i, j)
+        return product(jax.lax.slice_in_dim(pixels, first, first + down * wide, axis=1), i, j)
 
     terms = [term(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
     y = sum(terms[1:], terms[0])

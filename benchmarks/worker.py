@@ -1,0 +1,51 @@
+"""A side of a comparison in a process of its own, which answers every line of JSON with one."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Worker:
+    """One such process, seen from the one that measures.
+
+    Args:
+      command: that starts it.
+      environment: variables added to this process's own.
+      quiet: its standard error is dropped.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False):
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if quiet else None,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.about: dict[str, Any] = {}
+
+    def wait(self) -> bool:
+        """Until it has said in its first line, `about`, that it is ready; False when it broke."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        self.about = json.loads(line) if line else {}
+        return bool(line)
+
+    def send(self, message: Any) -> None:
+        """A line that it does not answer."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def ask(self, message: Any) -> Any:
+        """The answer to a line."""
+        assert self._process.stdout
+        self.send(message)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
