@@ -286,7 +286,7 @@ def _shifted(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pa
     h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     return _over_taps(
-        kernel, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
+        kernel.shape, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
     )
 
 
@@ -300,7 +300,7 @@ def _scattered(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: 
         edges = [(r - b, b, 0) for r, b in zip(reach, back, strict=True)]
         return jax.lax.pad(x * kernel[i, j, 0], jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
-    frame = _over_taps(kernel, shifted)
+    frame = _over_taps(kernel.shape, shifted)
     sides = output_sides(shape, kernel.shape, strides, padding, dilation)
     first = [r - low for r, (low, _) in zip(reach, padding, strict=True)]
     last = [f + (side - 1) * s for f, side, s in zip(first, sides, strides, strict=True)]
@@ -335,14 +335,13 @@ def _over_windows(
         first = i * dilation[0] * wide + j * dilation[1]
         return product(jax.lax.slice_in_dim(pixels, first, first + down * wide, axis=1), i, j)
 
-    terms = [term(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
-    y = sum(terms[1:], terms[0])
+    y = _over_taps(kernel, term)
     y = y.reshape(n, down, wide, y.shape[-1])
     return jax.lax.slice(y, (0,) * 4, (n, down, across, y.shape[-1]), (1, *strides, 1))
 
 
-def _over_taps(kernel: Array, term: Callable[[int, int], Array]) -> Array:
-    terms = [term(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+def _over_taps(kernel: tuple[int, ...], term: Callable[[int, int], Array]) -> Array:
+    terms = [term(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
     return sum(terms[1:], terms[0])
 
 
