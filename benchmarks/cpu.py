@@ -13,9 +13,9 @@ against.
 - `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`).
 - `train:N`: one update of N images by SGD with momentum.
 
-All sides keep freed memory: ours as `python -m train` does (`se_flax.memory.keep_memory`), the others by the same
-settings of glibc in their environment, which makes them a quarter faster than they come. Every row is appended as one
-line to `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
+All sides keep freed memory, by settings of glibc in their environment: it is what `se_flax.memory.keep_memory` does in
+`python -m train`, and PyTorch gains from it as JAX does. Every row is appended as one line to
+`benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
 """
 
 import argparse

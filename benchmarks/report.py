@@ -70,9 +70,8 @@ compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets 
 CPU_NOTE = """
 What a convolution becomes on a CPU is in `se_flax/cpu_convolution.py`; TPU and GPU keep XLA's own.
 `se_flax.memory.keep_memory()`, called before JAX is used, keeps freed memory in the process, as `python -m train` and
-`se-flax predict` do. Without it glibc gives the pages back after every call: a training step of EfficientNet-B0 with 16
-images took 1158 to 1164 ms instead of 868 to 884 (2026-11-21, the table's machine, in turns). PyTorch gains as much by
-the same settings (1045 to 1216 ms instead of 790 to 796), so in this table all sides have them.
+`se-flax predict` do; by default glibc gives the pages back after every call. PyTorch gains from the same settings as
+JAX does, so in this table all sides have them.
 """
 CONVOLUTION = """
 ### Convolutions
