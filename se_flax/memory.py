@@ -13,8 +13,8 @@ def keep_memory() -> bool:
     """Keeps freed memory in the process instead of giving it back to the system after every call.
 
     A training step on a CPU takes gigabytes for its temporaries and frees them. By default glibc maps and unmaps blocks
-    of that size each time, and touching their pages anew costs a large part of the arithmetic's time (see "On a CPU" in
-    docs/performance.md). The process's size stays at its peak, where training has it most of the time anyway.
+    of that size each time, and touching their pages anew costs a large part of the arithmetic's time. The process's
+    size stays at its peak, where training has it most of the time; beside an accelerator that is the host's share.
 
     To be called before JAX is used: only the thread that glibc's main heap belongs to keeps its blocks, so computations
     run in the thread that asks for them (`jax_cpu_enable_async_dispatch` is off), and JAX reads that once, when it

@@ -39,6 +39,37 @@ def test_another_call_touches_no_new_pages():
     assert faults["keep"] < 100 < faults["free"]
 
 
+# Leaves with the number of devices set where the program keeps its memory, which cannot be set once JAX has looked.
+FIRST = """
+import sys
+import jax
+import {module} as module
+def keep_memory():
+    jax.config.update("jax_num_cpu_devices", 3)
+    sys.exit(jax.device_count())
+module.keep_memory = keep_memory
+{start}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        ("train.loop", "from train.cli import main; main(['--config=configs/digits.py', '--workdir=never-made'])"),
+        (
+            "train.ctr.loop",
+            "from train.cli import main; main(['--config=configs/ctr_frappe.py', '--workdir=never-made'])",
+        ),
+        ("se_flax.cli.images", "from se_flax.cli import main; main(['predict', 'no-such-folder', sys.executable])"),
+    ],
+)
+def test_programs_keep_memory_before_jax_looks_for_devices(module, start):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    words = [sys.executable, "-c", FIRST.format(module=module, start=start)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**environment, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 3, done.stderr
+
+
 def test_other_systems_are_left_alone(monkeypatch):
     class Libc:
         pass
