@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from se_flax.attention import norm_attend
 from se_flax.errors import UserError, closest
-from se_flax.layers import Conv, avg_pool, drop_path
+from se_flax.layers import BatchNorm, Conv, avg_pool, drop_path
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -157,6 +157,22 @@ def mean_through(conv: Any, x: Array) -> Callable[[], Array] | None:
     return lambda: conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), dtype=jnp.float32)
 
 
+def convolve_for(norm: Any, conv: Any, x: Array, train: bool) -> Any:
+    """The convolution of x, for this norm alone.
+
+    Args:
+      norm: called with the result next.
+      conv: the convolution.
+      x: its input [N, H, W, C].
+      train: the norm uses the batch's statistics.
+
+    Returns:
+      [N, h, w, features], or what the norm takes in its place: see `layers.Conv`.
+    """
+    deferred = train and isinstance(norm, BatchNorm) and isinstance(conv, Conv)
+    return conv(x, deferred=True) if deferred else conv(x)
+
+
 class ConvNorm(nn.Module):
     """Convolution, norm and activation as one submodule, `conv` and `bn`, where checkpoints nest them so.
 
@@ -235,12 +251,10 @@ class Bottleneck(Block):
         y = self.conv(first, 1, strides=self.conv_strides if self.stride_first else 1, name="conv1")(y)
         y = self.act(self.norm(name="bn1")(y, train=train))
         y = self.middle(y, second, train)
-        last = self.conv(out, 1, name="conv3")
-        narrow, y = y, last(y)
+        last, norm = self.conv(out, 1, name="conv3"), self.last_norm(name="bn3")
+        narrow, y = y, convolve_for(norm, last, y, train)
         # The attention of a pruned network kept the size that it had before the channels went.
-        y = self.norm_attend(
-            self.last_norm(name="bn3"), y, Placement.STANDARD, train, unpruned, mean_through(last, narrow)
-        )
+        y = self.norm_attend(norm, y, Placement.STANDARD, train, unpruned, mean_through(last, narrow))
         y = self.drop(y, train)
         x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
         return self.attend(self.act(x + y), Placement.POST, train)
@@ -314,8 +328,11 @@ def project(
     if average:
         x = avg_pool(x, strides, strides) if strides > 1 else x
         strides, first = 1, 1
-    x = conv(features, kernel_size if strides > 1 else 1, strides=strides, name=f"downsample_{first}")(x)
-    return x if norm is None else norm(name=f"downsample_{first + 1}")(x, train=train)
+    layer = conv(features, kernel_size if strides > 1 else 1, strides=strides, name=f"downsample_{first}")
+    if norm is None:
+        return layer(x)
+    after = norm(name=f"downsample_{first + 1}")
+    return after(convolve_for(after, layer, x, train), train=train)
 
 
 def average_by_2(x: Array) -> Array:

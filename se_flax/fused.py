@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
+from se_flax.pointwise import Product
 
 Array = jax.Array
 Path = tuple[str, ...]
@@ -30,7 +31,7 @@ class FoldedNorm(BatchNorm):
 
     def __call__(
         self,
-        x: Array,
+        x: Array | Product,
         *,
         train: bool = False,
         gate: Callable[[Array], Array] | None = None,
@@ -44,6 +45,7 @@ class FoldedNorm(BatchNorm):
         """
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
+        x = x.written() if isinstance(x, Product) else x
         if self.is_initializing() or self.has_variable("params", "scale"):
             return super().__call__(x, gate=gate, act=act)
         if gate is not None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
+from se_flax.pointwise import Product, affine, image_means, moments, product
 
 Array = jax.Array
 Dtype = Any
@@ -53,8 +54,18 @@ class Conv(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array, *, dtype: Dtype = None) -> Array:
-        """Args: x [N, H, W, C]; dtype of this call's arithmetic alone. Returns: [N, h, w, features]."""
+    def __call__(self, x: Array, *, dtype: Dtype = None, deferred: bool = False) -> Any:
+        """Convolves.
+
+        Args:
+          x: [N, H, W, C].
+          dtype: of this call's arithmetic alone.
+          deferred: a training `BatchNorm` alone will read the output. It can do without a 1x1 convolution's where that
+            has more channels than the input, and takes a `pointwise.Product` in its place.
+
+        Returns:
+          [N, h, w, features], or the product.
+        """
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
@@ -62,15 +73,22 @@ class Conv(nn.Module):
         if padding == "symmetric":
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
         dtype = dtype or self.dtype or x.dtype
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        if deferred and self._widens(x):
+            return product(x, kernel[0, 0])
         y = convolve(
-            x.astype(dtype),
-            kernel.astype(dtype),
+            x,
+            kernel,
             (self.strides, self.strides),
             padding,
             (self.dilation, self.dilation),
             self.groups,
         )
         return y if bias is None else y + bias.astype(dtype)
+
+    def _widens(self, x: Array) -> bool:
+        pointwise = self.kernel_size in (1, (1, 1)) and self.groups == self.strides == 1 and not self.use_bias
+        return pointwise and self.features >= 2 * x.shape[-1] and x.shape[1] * x.shape[2] > 1
 
 
 class BatchNorm(nn.Module):
@@ -99,7 +117,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: Array | Product,
         *,
         train: bool = False,
         gate: Callable[[Array], Array] | None = None,
@@ -115,7 +133,7 @@ class BatchNorm(nn.Module):
         between norm and squeeze as well, see `se_flax.activated`.
 
         Args:
-          x: [..., C]; [N, H, W, C] with a gate.
+          x: [..., C]; [N, H, W, C] with a gate. Or a `Conv`'s deferred output.
           train: use and record the batch's statistics.
           gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
           act: elementwise, of the normalised map, which is squeezed and gated after it; only with a gate.
@@ -126,16 +144,16 @@ class BatchNorm(nn.Module):
         Returns:
           The shape of x.
         """
-        shape = (x.shape[-1],)
+        y = x.output if isinstance(x, Product) else x
+        shape = (y.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         del squeezed
-        wide = x.astype(jnp.float32)
-        pooled = jnp.mean(wide, (1, 2), keepdims=True) if gate is not None and act is None else None
+        pooled = image_means(x) if gate is not None and act is None else None
         if train:
-            mean, var, count = self._batch_statistics(wide, pooled)
+            mean, var, count = self._batch_statistics(x, pooled)
             if not self.is_initializing():
                 unbiased = var * (count / max(count - 1, 1))
                 keep = self.momentum
@@ -146,30 +164,27 @@ class BatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
         if gate is not None and act is not None:
-            gates = gate(squeeze_activated(x, factor, offset, act))
-            return gate_activated(x, factor, offset, gates, act, self.dtype or x.dtype)
+            y = x.written() if isinstance(x, Product) else x
+            gates = gate(squeeze_activated(y, factor, offset, act))
+            return gate_activated(y, factor, offset, gates, act, self.dtype or y.dtype)
         if gate is not None and pooled is not None:
             gates = gate(pooled * factor + offset)
             factor, offset = gates * factor, gates * offset
-        y = wide * factor + offset
-        return y.astype(self.dtype or x.dtype)
+        return affine(x, factor, offset, self.dtype or y.dtype)
 
-    def _batch_statistics(self, x: Array, pooled: Array | None) -> tuple[Array, Array, int]:
-        axes = tuple(range(x.ndim - 1))
+    def _batch_statistics(self, x: Array | Product, pooled: Array | None) -> tuple[Array, Array, int]:
+        y = x.output if isinstance(x, Product) else x
         across = self.axis_name if not self.is_initializing() else None
-        count = x.size // x.shape[-1]
+        count = y.size // y.shape[-1]
         if across is not None:
             count *= jax.lax.axis_size(across)
-        if x.size == x.shape[0] * x.shape[-1]:
+        if y.size == y.shape[0] * y.shape[-1]:
             # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
             # second pass over a vector per image costs nothing.
-            mean = _replica_mean(jnp.mean(x, axes), across)
-            return mean, _replica_mean(jnp.mean(jnp.square(x - mean), axes), across), count
-        if pooled is None:
-            mean, square = _replica_mean((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)), across)
-        else:
-            squares = jnp.mean(jnp.square(x), (1, 2), keepdims=True)
-            mean, square = _replica_mean((jnp.mean(pooled, axes), jnp.mean(squares, axes)), across)
+            axes, wide = tuple(range(y.ndim - 1)), y.astype(jnp.float32)
+            mean = _replica_mean(jnp.mean(wide, axes), across)
+            return mean, _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
+        mean, square = _replica_mean(moments(x, pooled), across)
         # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
         # root of that is NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
