@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from se_flax.attention import norm_attend
 from se_flax.errors import UserError, closest
 from se_flax.layers import BatchNorm, Conv, avg_pool, drop_path
+from se_flax.memory import computed_once
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -224,7 +225,7 @@ class BasicBlock(Block):
         y = self.conv(self.features, 3, name="conv2")(y)
         y = self.drop(self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train), train)
         x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
-        return self.attend(self.act(x + y), Placement.POST, train)
+        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
 
 
 class Bottleneck(Block):
@@ -252,12 +253,13 @@ class Bottleneck(Block):
         y = self.act(self.norm(name="bn1")(y, train=train))
         y = self.middle(y, second, train)
         last, norm = self.conv(out, 1, name="conv3"), self.last_norm(name="bn3")
-        narrow, y = y, convolve_for(norm, last, y, train)
+        narrow = y if train else computed_once(y)
+        y = convolve_for(norm, last, narrow, train)
         # The attention of a pruned network kept the size that it had before the channels went.
         y = self.norm_attend(norm, y, Placement.STANDARD, train, unpruned, mean_through(last, narrow))
         y = self.drop(y, train)
         x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
-        return self.attend(self.act(x + y), Placement.POST, train)
+        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
 
     def middle(self, y: Array, width: int, train: bool) -> Array:
         """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""

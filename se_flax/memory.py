@@ -3,6 +3,9 @@
 import ctypes
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+Array = jax.Array
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -31,3 +34,31 @@ def keep_memory() -> bool:
         return False
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return True
+
+
+def computed_once(x: Array) -> Array:
+    """Lets all readers of an array share one computation of it on a CPU; the identity elsewhere.
+
+    XLA's fusion on a CPU computes what is cheap again for each reader. A residual network's sum is cheap, and has two:
+    the next block's convolution and its sum. So every sum of a stage starts again from the first block's, which takes
+    more and more maps to read, and keeps all of them.
+
+    Args:
+      x: any array.
+
+    Returns:
+      The same, written to memory in a compiled program.
+    """
+
+    def call(x: Array) -> Array:
+        # A function of its own, that is not to be merged into the program, is what its operand is computed for.
+        with set_xla_metadata(inlineable="false"):
+            return _same(x)
+
+    return jax.lax.platform_dependent(x, cpu=call, default=lambda x: x)
+
+
+@jax.jit
+def _same(x: Array) -> Array:
+    # The bare identity would be taken out before XLA sees it.
+    return jax.lax.optimization_barrier(x)

@@ -5,6 +5,9 @@ import platform
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from se_flax import memory
@@ -76,3 +79,36 @@ def test_other_systems_are_left_alone(monkeypatch):
 
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Libc())
     assert not memory.keep_memory()
+
+
+def residual_chain(depth, share):
+    def run(x, kernels):
+        for kernel in kernels:
+            branch = (x.reshape(-1, 8) @ kernel).reshape(x.shape)
+            x = share(jnp.maximum(x + branch, 0.0))
+        return x
+
+    return run, (jnp.ones((2, 16, 16, 8)), [jnp.eye(8)] * depth)
+
+
+def test_a_sum_that_two_layers_read_is_computed_once():
+    def sums(share):
+        run, operands = residual_chain(6, share)
+        return jax.jit(run).lower(*operands).compile().as_text().count(" maximum(")
+
+    assert sums(memory.computed_once) == 6 < sums(lambda x: x)
+
+
+def test_computing_once_changes_no_number():
+    shared, operands = residual_chain(3, memory.computed_once)
+    plain, _ = residual_chain(3, lambda x: x)
+
+    def value(f):
+        return lambda *x: jnp.sum(jnp.sin(f(*x)))
+
+    for transform in (lambda f: f, jax.jit, lambda f: jax.grad(value(f), (0, 1)), jax.vmap):
+        x, kernels = operands
+        given = (x, jnp.stack(kernels)) if transform is not jax.vmap else (x, jnp.stack([jnp.stack(kernels)] * 2))
+        jax.tree.map(np.testing.assert_array_equal, transform(shared)(*given), transform(plain)(*given))
+    forward = jax.jvp(lambda x: shared(x, operands[1]), (operands[0],), (operands[0],))
+    np.testing.assert_array_equal(forward[0], forward[1])  # homogeneous: ReLU and products

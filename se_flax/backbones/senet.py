@@ -15,6 +15,7 @@ import jax
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
 from se_flax.blocks import Block, Bottleneck, ModuleDef, Placement
+from se_flax.memory import computed_once
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -98,7 +99,7 @@ class CaffeBasicBlock(Block):
         y = self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train, act=self.act)
         y = self.drop(y, train)
         x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
-        return self.attend(self.act(x + y), Placement.POST, train)
+        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
 
 
 CAFFE: dict[str, Any] = {

@@ -17,6 +17,7 @@ from se_flax import functional as F
 from se_flax.attention import weigh_branches
 from se_flax.backbones.resnet import AVERAGED, D18, D34, D50, DEEP, ResNet
 from se_flax.blocks import Block, ConvNorm, ModuleDef, Placement
+from se_flax.memory import computed_once
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -115,7 +116,7 @@ class SelectiveBlock(Block):
         """Attention, stochastic depth, shortcut and sum."""
         y = self.drop(self.attend(y, Placement.STANDARD, train), train)
         x = self.attend(self.shortcut(x, y.shape[-1], train), Placement.IDENTITY, train)
-        return self.attend(self.act(x + y), Placement.POST, train)
+        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
 
 
 class SelectiveBasicBlock(SelectiveBlock):
