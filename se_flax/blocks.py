@@ -170,7 +170,7 @@ def convolve_for(norm: Any, conv: Any, x: Array, train: bool) -> Any:
     Returns:
       [N, h, w, features], or what the norm takes in its place: see `layers.Conv`.
     """
-    deferred = train and isinstance(norm, BatchNorm) and isinstance(conv, Conv)
+    deferred = train and isinstance(norm, BatchNorm) and norm.from_input and isinstance(conv, Conv)
     return conv(x, deferred=True) if deferred else conv(x)
 
 

@@ -11,11 +11,11 @@ convolution makes four channels of one, so every pass over y costs four over x, 
   the small map with a small matrix.
 
 So y is neither written nor kept. Only with a gate per image (a [N, 1, 1, C]) y is needed once more, for the gate's
-gradient, and is made again in the pass that sums it up. That costs I / C more multiply-adds of the convolution for G,
-as many for the way back, and with a gate one more of the convolution.
+gradient, and is made again in the pass that sums it up. To the convolution's three products this adds I / C of one for
+G, as much for the way back, and with a gate one more.
 
-That is how it is done on a TPU, where products are cheap beside passes over memory. On a CPU the passes saved cost less
-than the products, and on a GPU it was not measured; there y is a map like any other.
+That is how a norm with `from_input` does it on a TPU, where products are cheap beside passes over memory. On a CPU the
+passes saved cost less than the products, and on a GPU it was not measured; there y is a map like any other.
 """
 
 from collections.abc import Callable

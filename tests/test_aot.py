@@ -1,5 +1,6 @@
 """Compiling ahead of time: the same program as a run's, and figures that arithmetic confirms."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -192,6 +193,15 @@ def test_a_network_without_a_recipe(capsys):
     config = aot.settings_for_model("seresnet50", 0)
     assert (config.optim.name, config.optim.momentum, config.data.image_size) == ("sgd", 0.9, 224)
     assert config.model.num_classes == 1000
+
+
+def test_lean_reaches_the_norms_and_the_record(capsys):
+    config = dataclasses.replace(aot.settings_for_model("seresnet50", 32), lean=True)
+    assert build_model(config, 10).norm.keywords["from_input"] is True
+    found = figures("--model=seresnet20", "--image-size=8", "--batch-per-device=2", "--eval", "--lean", capsys=capsys)
+    assert found["lean"] is True
+    assert aot.main([*DIGITS, "--lean"]) == 2
+    assert "--lean goes with --model; with a recipe give --config.lean=True" in capsys.readouterr().err
 
 
 def test_the_table_names_every_figure(capsys, tmp_path):

@@ -16,6 +16,8 @@ from se_flax.blocks import Bottleneck, project
 from se_flax.layers import BatchNorm, Conv
 from se_flax.pointwise import Product
 
+LEAN = partial(BatchNorm, from_input=True)
+
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
@@ -88,7 +90,7 @@ def network(attention, average=False):
         @nn.compact
         def __call__(self, x):
             shortcut = partial(project, average=average)
-            parts = {"conv": Conv, "norm": BatchNorm, "zero_init_last": False, "downsample": shortcut}
+            parts = {"conv": Conv, "norm": LEAN, "zero_init_last": False, "downsample": shortcut}
             for i in range(3):
                 x = Bottleneck(8, attention=attention, **parts, name=f"block{i}")(x, train=True)
             return x
@@ -149,7 +151,7 @@ def test_replicas_share_their_statistics_in_both_forms(as_on_tpu, float64):
 def test_the_wide_map_is_not_kept(as_on_tpu, attention):
     """Of maps as wide as the block's input and output, these two alone are kept for the way back."""
     x = jnp.zeros((2, 6, 6, 32))
-    block = Bottleneck(8, conv=Conv, norm=BatchNorm, attention=attention)
+    block = Bottleneck(8, conv=Conv, norm=LEAN, attention=attention)
     variables = block.init(jax.random.key(0), x)
 
     def run(params):

@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="a network instead of a recipe: SGD with momentum, bfloat16")
     add("--image-size", type=_positive, metavar="N", help="with --model: side of the images; default: the network's")
     add("--batch-per-device", type=_positive, metavar="N", help="images; default: the recipe's batch, 128 with --model")
+    add("--lean", action="store_true", help="with --model: what --config.lean=True is in a recipe")
     add("--eval", action="store_true", help="the evaluation step instead of the training step")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--without-attention", action="store_true", help="the same network without its attention")
@@ -192,9 +193,11 @@ def _settings(options: argparse.Namespace, words: Sequence[str]) -> Config:
     if options.model:
         if words:
             raise UserError(f"got {words[0]} with --model; overrides are for a recipe: give --config=<recipe>.py")
-        return settings_for_model(options.model, options.image_size or 0)
+        return dataclasses.replace(settings_for_model(options.model, options.image_size or 0), lean=options.lean)
     if options.image_size:
         raise UserError("--image-size goes with --model; with a recipe give --config.data.image_size")
+    if options.lean:
+        raise UserError("--lean goes with --model; with a recipe give --config.lean=True")
     config, _ = cli.parse([*words, "--workdir=none"])
     if not config.model.name:
         raise UserError(
@@ -291,6 +294,7 @@ def circumstances(config: Config, topology: Topology, per_device: int, *, evalua
         "batch_per_device": per_device,
         "image_size": config.data.image_size,
         "precision": config.precision,
+        "lean": config.lean,
         "memory_bytes": topology.memory_bytes,
     }
 

@@ -138,11 +138,11 @@ def loss_margin(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array] |
     return partial(function, margin=margin, scale=loss.scale)
 
 
-def _norm(name: str, axis: str | None) -> Any:
-    """The network's own norm; a batch norm is told over which replicas its statistics go."""
+def _norm(name: str, axis: str | None, from_input: bool) -> Any:
+    """The network's own norm; a batch norm is told over which replicas its statistics go, and what it may leave out."""
     norm = se_flax.create_model(name).norm
     kind: Any = norm.func if isinstance(norm, partial) else norm
-    return partial(norm, axis_name=axis) if issubclass(kind, se_flax.BatchNorm) else norm
+    return partial(norm, axis_name=axis, from_input=from_input) if issubclass(kind, se_flax.BatchNorm) else norm
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -166,7 +166,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return se_flax.create_model(
         settings.name,
         num_classes=num_classes,
-        norm=_norm(settings.name, _axis(config)),
+        norm=_norm(settings.name, _axis(config), config.lean),
         dtype=PRECISIONS[config.precision],
         **{name: rate for name, rate in rates.items() if rate},
         **attributes,

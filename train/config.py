@@ -161,6 +161,7 @@ class Config:
     eval_every_epochs: float = 1.0
     log_every_steps: int = 10
     precision: str = "float32"  # float32 | bfloat16: of the network's arithmetic; parameters stay float32
+    lean: bool = False  # TPU: leave a bottleneck's widest map unwritten; less memory, more arithmetic
     seed: int = 0
     profile: bool = False  # write a profiler trace of a few steps to <workdir>/profile
     compilation_cache: str = "~/.cache/se-flax/xla"  # empty: off
