@@ -23,7 +23,7 @@ def test_every_network_with_a_fixture_is_in_the_parity_table_and_within_its_boun
 
 
 def test_no_ratio_stands_without_its_command():
-    lines = [*report.rows("aot"), *report.rows("cpu"), *report.rows("loader")]
+    lines = [*report.rows("aot"), *report.rows("cpu"), *report.rows("loader"), *report.rows("limits")]
     for line in lines:
         assert line["command"].startswith("python -m ") and re.fullmatch(r"\d{4}-\d\d-\d\d", line["date"])
 
