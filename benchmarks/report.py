@@ -42,9 +42,8 @@ above 1 is the attention's own parameters, their momentum and their all-reduce, 
 Lean (`--config.lean=True`, `train.aot --lean`) leaves out a bottleneck's widest map: its last convolution is neither
 written before its norm nor kept, since all that norm and convolution need of it follows from its input, a quarter as
 wide (`se_flax/pointwise.py`). Only the gate's gradient needs the output again, and makes it in a pass that reads that
-input and the gradient: 13.2 MiB per image over all blocks of SE-ResNet-50. So the ratio is higher, since ResNet-50
-gains more, but SE-ResNet-50 accesses less than ResNet-50 does otherwise, and takes less memory: a larger batch fits. It
-costs arithmetic (4 % for ResNet-50, 11 % for SE-ResNet-50), and no TPU has timed it yet; so it is to be asked for.
+input and the gradient; so the ratio is higher than otherwise, while both networks access less and take less memory. It
+costs arithmetic, and no TPU has timed it yet; so it is to be asked for.
 
 Where an activation stands between (EfficientNet, MobileNetV3), the squeeze cannot be had from the norm's means, and the
 activation needs the whole batch's statistics first: one read of the map more is the least. `se_flax/activated.py` adds
