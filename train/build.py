@@ -142,7 +142,9 @@ def _norm(name: str, axis: str | None, from_input: bool) -> Any:
     """The network's own norm; a batch norm is told over which replicas its statistics go, and what it may leave out."""
     norm = se_flax.create_model(name).norm
     kind: Any = norm.func if isinstance(norm, partial) else norm
-    return partial(norm, axis_name=axis, from_input=from_input) if issubclass(kind, se_flax.BatchNorm) else norm
+    if not issubclass(kind, se_flax.BatchNorm):
+        return norm
+    return partial(norm, axis_name=axis, **({"from_input": True} if from_input else {}))
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
