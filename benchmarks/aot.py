@@ -10,12 +10,13 @@ the command, the date and the versions; all figures but the compile time are the
 each other, each in a process of its own; a line is written as soon as it is there.
 """
 
-import datetime
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.machine import record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "aot.jsonl"
@@ -33,7 +34,7 @@ TABLES = {
 }
 
 
-def record(words: list[str]) -> bool:
+def record_command(words: list[str]) -> bool:
     """Compiles one step and appends its line.
 
     Args:
@@ -47,10 +48,7 @@ def record(words: list[str]) -> bool:
     done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return False
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    line = {"command": shlex.join(command), "date": date, **json.loads(done.stdout)}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    record(RESULTS, shlex.join(command), json.loads(done.stdout))
     return True
 
 
@@ -65,17 +63,14 @@ def record_plain() -> bool:
     topology = find_topology("v5e:2x2")
     config = aot.with_batch(aot.settings_for_model("resnet50", 224), 128, len(topology.devices))
     costs, _ = aot.compile_run(config, topology, model=PlainResNet50())
-    line = {
-        "command": "python -m benchmarks.aot plain",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    row = {
         "model": "plain_resnet50",
         "attention": False,
         **aot.circumstances(config, topology, 128),
         **dataclasses.asdict(costs),
         "versions": aot.versions(),
     }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    record(RESULTS, "python -m benchmarks.aot plain", row)
     return True
 
 
@@ -88,7 +83,7 @@ def main() -> int:
     if not words or (not known and not all(word.startswith("--") for word in words)) or "--help" in words:
         print(__doc__)
         return 2
-    worked = [record(line) for line in (TABLES[words[0]] if known else [words])]
+    worked = [record_command(line) for line in (TABLES[words[0]] if known else [words])]
     return 0 if all(worked) else 1
 
 

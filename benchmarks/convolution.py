@@ -9,8 +9,6 @@ A ratio is the median of XLA's time over ours, turn by turn. Every shape is one 
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import command_line, describe
+from benchmarks.machine import command_line, describe, record
 from se_flax.convolution import convolve
 from se_flax.cpu_convolution import native
 from se_flax.memory import keep_memory
@@ -100,11 +98,8 @@ def main() -> int:
         )
         print(f"{'x'.join(map(str, shape)):24} {figures}", flush=True)
         if not options.dry_run:
-            command = command_line("benchmarks.convolution")
-            date = datetime.datetime.now(datetime.UTC).date().isoformat()
-            line = {"command": command, "date": date, **row, "jax": jax.__version__, "machine": describe()}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            about = {"jax": jax.__version__, "machine": describe()}
+            record(RESULTS, command_line("benchmarks.convolution"), row | about)
     return 0
 
 

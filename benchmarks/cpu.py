@@ -19,15 +19,13 @@ All sides keep freed memory, by settings of glibc in their environment: it is wh
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import command_line, describe
+from benchmarks.machine import command_line, describe, record
 from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,11 +122,7 @@ def main() -> int:
             ratio = f"   ratio {row['ratio']} to {row['fastest_other']}" if "ratio" in row else ""
             print(f"{model:22} {each:9} {figures}{ratio}", flush=True)
             if not options.dry_run:
-                date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                command = command_line("benchmarks.cpu")
-                line = {"command": command, "date": date, **row, "machine": describe()}
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                record(RESULTS, command_line("benchmarks.cpu"), row | {"machine": describe()})
     return 0
 
 

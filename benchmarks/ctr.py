@@ -15,7 +15,6 @@ no say in it. Each table and network is appended as one line to `benchmarks/resu
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import io
 import json
 import shlex
@@ -29,7 +28,7 @@ import flax
 import jax
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, record
 from configs import ctr_criteo, ctr_frappe
 from train.ctr.config import Config
 from train.ctr.loop import Outcome, run
@@ -218,16 +217,10 @@ def main() -> int:
         for network in options.networks:
             row = measure(table, network, options.seeds, options.data)
             print(f"{table:7} {network:8} AUC {spread(row['auc'])}  log loss {spread(row['log_loss'])}", flush=True)
-            line = {
-                "command": "python -m benchmarks.ctr " + shlex.join(words),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                **row,
-                "versions": {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__},
-                "machine": describe(),
-            }
+            versions = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
             if not options.dry_run:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                command = "python -m benchmarks.ctr " + shlex.join(words)
+                record(RESULTS, command, {**row, "versions": versions, "machine": describe()})
     if not options.dry_run:
         DOCUMENT.write_text(document())
     return 0

@@ -11,7 +11,6 @@ times everything once. Every row is one line of `benchmarks/results/limits.jsonl
 
 import argparse
 import collections
-import datetime
 import json
 import math
 import statistics
@@ -28,7 +27,7 @@ import numpy as np
 
 import se_flax
 from benchmarks.convolution import tasks
-from benchmarks.machine import command_line, describe
+from benchmarks.machine import command_line, describe, record
 from benchmarks.sides.ours import inference, train_step
 from se_flax.convolution import convolve
 from se_flax.layers import Conv
@@ -151,11 +150,8 @@ def main() -> int:
             row = measure(name, task, int(batch), options.rounds)
             print(json.dumps(row), flush=True)
             if not options.dry_run:
-                command = command_line("benchmarks.limits")
-                date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                line = {"command": command, "date": date, **row, "jax": jax.__version__, "machine": describe()}
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                about = {"jax": jax.__version__, "machine": describe()}
+                record(RESULTS, command_line("benchmarks.limits"), row | about)
     return 0
 
 

@@ -7,7 +7,7 @@ FOLDER is searched for .jpg and .jpeg files at any depth. Every side reads the s
 batch: random resized crop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear), flip, normalised float32. Rows:
 
 - `plain`: without RandAugment.
-- `randaugment`: with it (2 operations, magnitude 9), everything on this CPU. Our own is made for an accelerator.
+- `randaugment`: with it (2 operations, magnitude 9), everything on this CPU.
 - `host`: what our training takes from the host in both cases: uint8; the accelerator does the rest.
 - `equal work`: tf.data once more. As it is usually written (`plain`), its crops are smaller on average than
   torchvision's and its bilinear scaling is not antialiased; with both as timm and we have them, it costs this.
@@ -24,7 +24,6 @@ above 1 where we are faster. The result is appended as one line to `benchmarks/r
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -32,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import command_line, describe
+from benchmarks.machine import command_line, describe, record
 from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +131,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=3, help="batches in a round of one side (3)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (9)")
     parser.add_argument("--rows", nargs="+", help="only these rows")
-    parser.add_argument("--json", action="store_true", help="print the recorded line instead of a table")
+    parser.add_argument("--json", action="store_true", help="print the recorded figures instead of a table")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     parser.add_argument("--verbose", action="store_true", help="show what the sides print")
     options = parser.parse_args()
@@ -157,9 +156,7 @@ def main() -> int:
     result = compare(sides, options)
     for side in sides.values():
         side.close()
-    line = {
-        "command": command_line("benchmarks.loader"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    row = {
         "machine": describe(),
         "versions": {name: side.about["versions"] for name, side in sides.items()},
         "data": {"files": len(files), "bytes_per_file": sum(os.path.getsize(file) for file in files) // len(files)},
@@ -169,9 +166,8 @@ def main() -> int:
         **result,
     }
     if not options.dry_run and not broken:
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    print(json.dumps(line) if options.json else table(result))
+        record(RESULTS, command_line("benchmarks.loader"), row)
+    print(json.dumps(row) if options.json else table(result))
     return 1 if broken else 0
 
 

@@ -1,9 +1,12 @@
-"""What a measurement was made on."""
+"""A benchmark's record: its figures, and what they were measured on."""
 
+import datetime
+import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +38,16 @@ def command_line(module: str) -> str:
         return word if not Path(word).is_absolute() else str(Path(*parts[-3 if parts[-2:-1] == ("bin",) else -1 :]))
 
     return shlex.join(["python", "-m", module, *map(short, sys.argv[1:])])
+
+
+def record(path: Path, command: str, row: Mapping[str, Any]) -> None:
+    """Appends a result to a file as one line of JSON: the command, today's date (UTC) and the figures.
+
+    Args:
+      path: of the file.
+      command: that gave them.
+      row: the figures.
+    """
+    line = {"command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), **row}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -10,7 +10,6 @@ it (cold), the next reads it (warm). Figures are medians over the rounds. Every 
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import se_flax
-from benchmarks.machine import command_line, describe
+from benchmarks.machine import command_line, describe, record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "startup.jsonl"
@@ -101,10 +100,7 @@ def main() -> int:
             print(f"{model:18} {which}  " + "  ".join(f"{phase} {value} s" for phase, value in seconds.items()))
         print(f"{model:18} warm is {row['ratios']['all']} times faster, its compilation {row['ratios']['compile']}")
         if not options.dry_run:
-            command = command_line("benchmarks.startup")
-            date = datetime.datetime.now(datetime.UTC).date().isoformat()
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"command": command, "date": date, **row, "machine": describe()}) + "\n")
+            record(RESULTS, command_line("benchmarks.startup"), row | {"machine": describe()})
     return 0
 
 

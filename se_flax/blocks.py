@@ -136,6 +136,21 @@ class Block(nn.Module):
             return x
         return self.downsample(x, features, self.strides, conv=self.conv, norm=self.norm, train=train)
 
+    def add(self, x: Array, branch: Array, train: bool) -> Array:
+        """The end of a block with an activation after the sum.
+
+        Args:
+          x: the block's input [N, H, W, C].
+          branch: the residual branch's output [N, H / strides, W / strides, features].
+          train: the norm of a projection uses the batch's statistics; stochastic depth is active.
+
+        Returns:
+          The block's output, of the branch's shape.
+        """
+        branch = self.drop(branch, train)
+        x = self.attend(self.shortcut(x, branch.shape[-1], train), Placement.IDENTITY, train)
+        return self.attend(computed_once(self.act(x + branch)), Placement.POST, train)
+
     def last_norm(self, **kwargs: Any) -> Any:
         """The norm that ends the residual branch."""
         if self.zero_init_last:
@@ -223,9 +238,7 @@ class BasicBlock(Block):
         y = self.norm_attend(self.norm(name="bn1"), y, Placement.AFTER_3X3, train)
         y = self.low_pass(self.act(y))
         y = self.conv(self.features, 3, name="conv2")(y)
-        y = self.drop(self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train), train)
-        x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
-        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
+        return self.add(x, self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train), train)
 
 
 class Bottleneck(Block):
@@ -257,9 +270,7 @@ class Bottleneck(Block):
         y = convolve_for(norm, last, narrow, train)
         # The attention of a pruned network kept the size that it had before the channels went.
         y = self.norm_attend(norm, y, Placement.STANDARD, train, unpruned, mean_through(last, narrow))
-        y = self.drop(y, train)
-        x = self.attend(self.shortcut(x, out, train), Placement.IDENTITY, train)
-        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
+        return self.add(x, y, train)
 
     def middle(self, y: Array, width: int, train: bool) -> Array:
         """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""

@@ -5,6 +5,7 @@ TensorFlow's SAME, running variance from the unbiased estimate (PyTorch), and st
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,8 +148,7 @@ class BatchNorm(nn.Module):
         Returns:
           The shape of x.
         """
-        y = x.output if isinstance(x, Product) else x
-        shape = (y.shape[-1],)
+        shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
@@ -169,22 +169,21 @@ class BatchNorm(nn.Module):
         if gate is not None and act is not None:
             y = x.written() if isinstance(x, Product) else x
             gates = gate(squeeze_activated(y, factor, offset, act))
-            return gate_activated(y, factor, offset, gates, act, self.dtype or y.dtype)
+            return gate_activated(y, factor, offset, gates, act, self.dtype or x.dtype)
         if gate is not None and pooled is not None:
             gates = gate(pooled * factor + offset)
             factor, offset = gates * factor, gates * offset
-        return affine(x, factor, offset, self.dtype or y.dtype)
+        return affine(x, factor, offset, self.dtype or x.dtype)
 
     def _batch_statistics(self, x: Array | Product, pooled: Array | None) -> tuple[Array, Array, int]:
-        y = x.output if isinstance(x, Product) else x
         across = self.axis_name if not self.is_initializing() else None
-        count = y.size // y.shape[-1]
+        count = math.prod(x.shape[:-1])
         if across is not None:
             count *= jax.lax.axis_size(across)
-        if y.size == y.shape[0] * y.shape[-1]:
+        if not isinstance(x, Product) and x.size == x.shape[0] * x.shape[-1]:
             # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
             # second pass over a vector per image costs nothing.
-            axes, wide = tuple(range(y.ndim - 1)), y.astype(jnp.float32)
+            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
             mean = _replica_mean(jnp.mean(wide, axes), across)
             return mean, _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
         mean, square = _replica_mean(moments(x, pooled), across)

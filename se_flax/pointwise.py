@@ -46,6 +46,16 @@ class Product(NamedTuple):
     x: Array
     kernel: Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return self.output.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the output."""
+        return self.output.dtype
+
     def written(self) -> Array:
         """The output [N, H, W, C] in memory, for whoever needs all of it."""
         return _convolved(self.x, self.kernel)
@@ -109,11 +119,7 @@ def affine(y: Array | Product, factor: Array, offset: Array, dtype: Any) -> Arra
     def plain(y: Array, factor: Array, offset: Array) -> Array:
         return (_wide(y) * factor + offset).astype(dtype)
 
-    def through(x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
-        form = affine_per_channel if factor.ndim == 1 else affine_per_image
-        return form(dtype, x, kernel, factor, offset)
-
-    return _by_platform(y, through, plain, factor, offset)
+    return _by_platform(y, partial(_affine_through, dtype), plain, factor, offset)
 
 
 def _by_platform(y: Array | Product, through: Callable[..., Any], plain: Callable[..., Any], *rest: Array) -> Any:
@@ -150,7 +156,7 @@ def _means_through(x: Array, kernel: Array) -> Array:
 
 def _squares_through(x: Array, kernel: Array) -> Array:
     wide = _wide(kernel)
-    return jnp.sum(wide * jnp.matmul(channel_products(x), wide, precision=_EXACT), 0)
+    return jnp.sum(wide * jnp.matmul(_channel_products(x), wide, precision=_EXACT), 0)
 
 
 def _moments_through(x: Array, kernel: Array) -> tuple[Array, Array]:
@@ -169,13 +175,13 @@ def _pixel_products(a: Array, b: Array, precision: Any = None) -> Array:
 
 
 @jax.custom_vjp
-def channel_products(x: Array) -> Array:
+def _channel_products(x: Array) -> Array:
     """Means over the pixels of the products of all pairs of channels: float32 [I, I] of x [N, H, W, I]."""
     return _pixel_products(x, x, _EXACT) / (x.size // x.shape[-1])
 
 
 def _channel_products_forward(x: Array) -> tuple[Array, Array]:
-    return channel_products(x), x
+    return _channel_products(x), x
 
 
 def _channel_products_backward(x: Array, gradient: Array) -> tuple[Array]:
@@ -183,22 +189,25 @@ def _channel_products_backward(x: Array, gradient: Array) -> tuple[Array]:
     return (_times(x, (gradient + gradient.T) / (x.size // x.shape[-1])),)
 
 
-channel_products.defvjp(_channel_products_forward, _channel_products_backward)
+_channel_products.defvjp(_channel_products_forward, _channel_products_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def affine_per_channel(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
-    """As `affine` of x kernel, with factor and offset [C]; differentiation does not need the product."""
+def _affine_through(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
     return (_wide(_times(x, kernel)) * factor + offset).astype(dtype)
 
 
-def _per_channel_forward(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
-    return affine_per_channel(dtype, x, kernel, factor, offset), (x, kernel, factor)
+def _affine_forward(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
+    return _affine_through(dtype, x, kernel, factor, offset), (x, kernel, factor)
 
 
-def _per_channel_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array, Array, Array, Array]:
+def _affine_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array, ...]:
     del dtype
     x, kernel, factor = saved
+    return (_per_channel_backward if factor.ndim == 1 else _per_image_backward)(x, kernel, factor, gradient)
+
+
+def _per_channel_backward(x: Array, kernel: Array, factor: Array, gradient: Array) -> tuple[Array, ...]:
     gradient = gradient.astype(x.dtype)
     wide, products = _wide(kernel), _pixel_products(x, gradient)
     of_x = _times(gradient, (wide * factor).T)
@@ -206,22 +215,7 @@ def _per_channel_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Arra
     return of_x, of_kernel, jnp.sum(wide * products, 0), jnp.sum(_wide(gradient), (0, 1, 2))
 
 
-affine_per_channel.defvjp(_per_channel_forward, _per_channel_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def affine_per_image(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
-    """As `affine` of x kernel, with factor and offset [N, 1, 1, C]; the product is made twice, not kept."""
-    return (_wide(_times(x, kernel)) * factor + offset).astype(dtype)
-
-
-def _per_image_forward(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
-    return affine_per_image(dtype, x, kernel, factor, offset), (x, kernel, factor)
-
-
-def _per_image_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array, Array, Array, Array]:
-    del dtype
-    x, kernel, factor = saved
+def _per_image_backward(x: Array, kernel: Array, factor: Array, gradient: Array) -> tuple[Array, ...]:
     wide = _wide(gradient)
     # Without the barrier the compiler sees that this is the forward's product and keeps that until here.
     again = _times(x, jax.lax.optimization_barrier(kernel))
@@ -231,4 +225,4 @@ def _per_image_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array,
     return _times(scaled, kernel.T), of_kernel, of_factor, jnp.sum(wide, (1, 2), keepdims=True)
 
 
-affine_per_image.defvjp(_per_image_forward, _per_image_backward)
+_affine_through.defvjp(_affine_forward, _affine_backward)

@@ -69,7 +69,6 @@ def test_the_affine_map_has_the_gradients_of_its_formula(float64, per_image):
     x, kernel = drawn((3, 4, 5, 6), 0), drawn((6, 24), 1)
     factor, offset = (drawn((3, 1, 1, 24) if per_image else (24,), seed) for seed in (2, 3))
     weights = drawn((3, 4, 5, 24), 4)
-    form = pointwise.affine_per_image if per_image else pointwise.affine_per_channel
 
     def value(f):
         return lambda *operands: jnp.sum(weights * jnp.sin(f(*operands)))
@@ -77,9 +76,9 @@ def test_the_affine_map_has_the_gradients_of_its_formula(float64, per_image):
     def plain(x, kernel, factor, offset):
         return x @ kernel * factor + offset
 
-    operands = x, kernel, factor, offset
+    operands, through = (x, kernel, factor, offset), partial(pointwise._affine_through, jnp.float64)
     for derivative in (jax.value_and_grad, lambda f, *a: jax.grad(lambda *x: jnp.sum(jax.grad(f)(*x) ** 2), *a)):
-        got, wanted = (derivative(value(f), (0, 1, 2, 3))(*operands) for f in (partial(form, jnp.float64), plain))
+        got, wanted = (derivative(value(f), (0, 1, 2, 3))(*operands) for f in (through, plain))
         assert_close(got, wanted, 1e-10)
 
 

@@ -138,13 +138,14 @@ def loss_margin(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array] |
     return partial(function, margin=margin, scale=loss.scale)
 
 
-def _norm(name: str, axis: str | None, from_input: bool) -> Any:
+def _norm(name: str, axis: str | None, lean: bool) -> Any:
     """The network's own norm; a batch norm is told over which replicas its statistics go, and what it may leave out."""
     norm = se_flax.create_model(name).norm
     kind: Any = norm.func if isinstance(norm, partial) else norm
     if not issubclass(kind, se_flax.BatchNorm):
         return norm
-    return partial(norm, axis_name=axis, **({"from_input": True} if from_input else {}))
+    told = partial(norm, axis_name=axis)
+    return partial(told, from_input=True) if lean else told
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

@@ -15,7 +15,6 @@ import jax
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
 from se_flax.blocks import Block, Bottleneck, ModuleDef, Placement
-from se_flax.memory import computed_once
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -97,9 +96,7 @@ class CaffeBasicBlock(Block):
         y = self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
         y = self.conv(self.features, 3, name="conv2")(y)
         y = self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train, act=self.act)
-        y = self.drop(y, train)
-        x = self.attend(self.shortcut(x, self.features, train), Placement.IDENTITY, train)
-        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
+        return self.add(x, y, train)
 
 
 CAFFE: dict[str, Any] = {

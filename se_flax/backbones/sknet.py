@@ -17,7 +17,6 @@ from se_flax import functional as F
 from se_flax.attention import weigh_branches
 from se_flax.backbones.resnet import AVERAGED, D18, D34, D50, DEEP, ResNet
 from se_flax.blocks import Block, ConvNorm, ModuleDef, Placement
-from se_flax.memory import computed_once
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -113,10 +112,8 @@ class SelectiveBlock(Block):
         return ConvNorm(width, self.conv, norm, kernel_size, act=None if last else self.act, name=name)
 
     def merge(self, x: Array, y: Array, train: bool) -> Array:
-        """Attention, stochastic depth, shortcut and sum."""
-        y = self.drop(self.attend(y, Placement.STANDARD, train), train)
-        x = self.attend(self.shortcut(x, y.shape[-1], train), Placement.IDENTITY, train)
-        return self.attend(computed_once(self.act(x + y)), Placement.POST, train)
+        """Attention, then the block's end."""
+        return self.add(x, self.attend(y, Placement.STANDARD, train), train)
 
 
 class SelectiveBasicBlock(SelectiveBlock):
