@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance
 from se_flax.errors import UserError
 from train import augment as aug
 from train.config import IMAGENET_MEAN, Augment
+from train.randaugment import randaugment
 
 SIZE = 16
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -47,6 +48,20 @@ def test_everything_off_returns_the_images():
     images = pictures(2)
     np.testing.assert_array_equal(jitted()(images, keys_of(2)), images)
     assert not jax.make_jaxpr(lambda x, k: aug.augment(x, k, Augment()))(images, keys_of(2)).jaxpr.eqns
+
+
+def test_on_a_cpu_an_image_pays_for_the_operations_it_drew_alone():
+    images, keys = pictures(8), keys_of(8)
+    both = {"randaugment_layers": 2, "flip": True}
+
+    def batched(images, keys):
+        drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, aug._RANDAUGMENT)
+        flipped = aug.augment(images, keys, Augment(flip=True))
+        return jax.vmap(functools.partial(randaugment, layers=2, magnitude=9.0))(flipped, drawn)
+
+    forms = [f.lower(images, keys).compile() for f in (jitted(**both), jax.jit(batched))]
+    np.testing.assert_allclose(*(form(images, keys) for form in forms), atol=2e-6)
+    assert [" conditional(" in form.as_text() for form in forms] == [True, False]
 
 
 def step(images, labels, keys):

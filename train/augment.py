@@ -8,6 +8,7 @@ What is off is not traced and costs nothing.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,15 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
             image = cutout(image, key_of(_CUTOUT), settings.cutout, fill)
         return image
 
-    return jax.vmap(one)(images.astype(jnp.float32), keys).astype(images.dtype)
+    each = jax.vmap(one)
+    if settings.randaugment_layers:
+        # A CPU has nothing to gain from a batch, and one image at a time does only the operations that it drew.
+        each = functools.partial(jax.lax.platform_dependent, cpu=_one_by_one(one), default=each)
+    return each(images.astype(jnp.float32), keys).astype(images.dtype)
+
+
+def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda *arrays: jax.lax.map(lambda items: function(*items), arrays)
 
 
 def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, ...] = BLACK) -> jax.Array:

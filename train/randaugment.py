@@ -2,16 +2,19 @@
 
 The fourteen operations of the paper act on one float32 RGB image in [0, 1] and are vmapped over a batch. Under `vmap`
 every image pays for every operation, so they share their work: the geometric ones are one affine warp, four of the
-colour ones are one blend with a degenerate image. The ranges are those of the paper's published TensorFlow code
-(Apache-2.0), quirks included: a higher magnitude makes posterize and solarize *weaker*, and the magnitude 5 leaves
-color, contrast, brightness and sharpness as they are. Three deliberate differences: the warp is bilinear, not nearest;
-values stay float32 between operations instead of being rounded to 8 bits; posterize keeps at least one bit (the
-published code keeps none below magnitude 2.5 and returns a black image).
+colour ones are one blend with a degenerate image. One image after another (`jax.lax.map`) pays for what it drew alone.
+The ranges are those of the paper's published TensorFlow code (Apache-2.0), quirks included: a higher magnitude makes
+posterize and solarize *weaker*, and the magnitude 5 leaves color, contrast, brightness and sharpness as they are. Three
+deliberate differences: the warp is bilinear, not nearest; values stay float32 between operations instead of being
+rounded to 8 bits; posterize keeps at least one bit (the published code keeps none below magnitude 2.5 and returns a
+black image).
 
 Gathers and scatters of single pixels are slow on a TPU (compiled for v5e, XLA's estimate for one warp of 128 images of
 224x224 is 320 ms by gathers and under 2 ms as matrix products), so the warp and equalize's histogram and table have a
 second form made of matrix products, chosen by the platform for which the step is compiled.
 """
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +84,23 @@ def apply_op(
       float32 [H, W, 3] in [0, 1].
     """
     share = magnitude / MAX_MAGNITUDE
-    grey = luma(image)
-    factor = 0.1 + 1.8 * share
-    degenerate = _select(
-        op,
-        {
-            "color": lambda: jnp.broadcast_to(grey, image.shape),
-            "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
-            "brightness": lambda: jnp.zeros_like(image),
-            "sharpness": lambda: _smooth(image),
-        },
-        default=image,
-    )
-    return _select(
+
+    def blended() -> jax.Array:
+        degenerate = _switch(
+            op,
+            {
+                "color": lambda: jnp.broadcast_to(luma(image), image.shape),
+                "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
+                "brightness": lambda: jnp.zeros_like(image),
+                "sharpness": lambda: _smooth(image),
+            },
+        )
+        return blend(degenerate, image, 0.1 + 1.8 * share)
+
+    def warped() -> jax.Array:
+        return warp(image, _affine(op, share * jnp.float32(sign), image.shape[0], image.shape[1]), fill)
+
+    return _switch(
         op,
         {
             "identity": lambda: image,
@@ -101,25 +108,18 @@ def apply_op(
             "equalize": lambda: equalize(image),
             "solarize": lambda: solarize(image, int(share * 256)),
             "posterize": lambda: posterize(image, max(1, int(share * 4))),
-            **dict.fromkeys(
-                ("rotate", "shear-x", "shear-y", "translate-x", "translate-y"),
-                lambda: warp(image, _affine(op, share * jnp.float32(sign), image.shape[0], image.shape[1]), fill),
-            ),
+            **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), blended),
+            **dict.fromkeys(("rotate", "shear-x", "shear-y", "translate-x", "translate-y"), warped),
         },
-        default=blend(degenerate, image, factor),
     )
 
 
-def _select(op, branches, default):
-    """`branches[OPS[op]]()`, or the default; a branch that several names share is computed and selected once."""
-    names: dict = {}
-    for name, branch in branches.items():
-        names.setdefault(branch, []).append(name)
-    out = default
-    for branch, shared in names.items():
-        chosen = jnp.isin(jnp.asarray(op), jnp.array([OPS.index(name) for name in shared]))
-        out = jnp.where(chosen, branch(), out)
-    return out
+def _switch(op: int | jax.Array, branches: Mapping[str, Callable[[], jax.Array]]) -> jax.Array:
+    """`branches[OPS[op]]()`; a branch that several names share is one. For names left out, any of the branches."""
+    distinct = list(dict.fromkeys(branches.values()))
+    numbers = [distinct.index(branches[name]) if name in branches else 0 for name in OPS]
+    # `take`, as JAX 0.10 cannot index so under vmap inside shard_map.
+    return jax.lax.switch(jnp.take(jnp.array(numbers), op), distinct)
 
 
 def blend(degenerate: jax.Array, image: jax.Array, factor: float | jax.Array) -> jax.Array:
