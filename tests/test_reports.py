@@ -30,4 +30,13 @@ def test_no_ratio_stands_without_its_command():
 
 def test_seresnet50_costs_at_most_a_hundredth_over_resnet50_on_record():
     lines = [line for line in report.rows("aot") if "ratios" in line and line["model"] == "seresnet50"]
-    assert lines[-1]["ratios"]["bytes_accessed"] <= 1.01
+    assert [line for line in lines if not line.get("lean")][-1]["ratios"]["bytes_accessed"] <= 1.01
+
+
+def test_lean_resnet50_costs_a_tenth_less_than_the_plain_one_on_record():
+    (plain,) = (line for line in report.rows("aot") if line["model"] == "plain_resnet50")
+    lean = [line for line in report.rows("aot") if line["model"] == "seresnet50" and line.get("lean")][-1]
+    for costs, memory in ((lean["without_attention"], 0.8), (lean, 0.81)):
+        assert costs["peak_memory_bytes"] <= memory * plain["peak_memory_bytes"]
+    assert lean["without_attention"]["bytes_accessed"] <= 0.9 * plain["bytes_accessed"]
+    assert lean["bytes_accessed"] < 0.93 * plain["bytes_accessed"]
