@@ -4,7 +4,7 @@
 |---|---|---|
 | 1x1 | matrix product | matrix product |
 | depthwise | sum of shifted products | likewise, some images at a time |
-| grouped | dense ones of 32 to 128 channels, zeros between groups | as for dense ones |
+| grouped | up to sixteen dense ones, zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
 | dense, of a small map | matrix product of patches; XLA's | as for dense ones |
 | dense, of up to three channels | sum of shifted products; XLA's | as for dense ones |
@@ -26,8 +26,9 @@ Pair = tuple[int, int]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Product = Callable[[Array, Array], Array]
 
-# Channels of the dense convolutions that a grouped one is made of: fewer make XLA's loops slow, more add zeros.
-_BLOCK = 32
+# Of the dense convolutions that a grouped one is made of: at least so many channels, as fewer make XLA's loops slow, and
+# more add zeros; and at most so many convolutions, as every one has to be compiled.
+_BLOCK, _PIECES = 16, 16
 # Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
 _PATCHES = 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
@@ -210,14 +211,13 @@ def _window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Arr
 
 
 def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """Groups side by side in dense convolutions of 32 to 128 channels, or of one wider group.
+    """Groups side by side in dense convolutions.
 
     Arguments as for `convolve_on_cpu`.
     """
     kh, kw, width, features = kernel.shape
     out = features // groups
-    # Small ones are somewhat faster, but every one of them has to be compiled: eight of them unless they grow too wide.
-    block = max(_BLOCK, width, min(groups * width // 8, 4 * _BLOCK))
+    block = max(_BLOCK, width, groups * width // _PIECES)
     fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= block]
     together = max(fitting)
     blocks = groups // together
