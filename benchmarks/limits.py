@@ -93,7 +93,11 @@ def calls(shape: Shape, task: str) -> tuple[list[Callable[[], Any]], float]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, the mean of a tenth of a second of calls, and of two at least."""
+    """Of one call, the mean of a tenth of a second of calls, and of two at least; one before them is not timed.
+
+    Without that one, a network would pay for the caches and pages that the convolutions before it took.
+    """
+    jax.block_until_ready(call())
     begun, count = time.perf_counter(), 0
     while count < 2 or time.perf_counter() - begun < 0.1:
         jax.block_until_ready(call())
