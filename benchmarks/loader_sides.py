@@ -28,8 +28,11 @@ def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
     import jax
     import jax.numpy as jnp
 
+    from se_flax.memory import keep_memory
     from train.augment import augment, example_keys
     from train.config import Augment
+
+    keep_memory()  # as the training program does
 
     def finish(settings: Augment) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """What the training step does with the images before the network sees them."""
