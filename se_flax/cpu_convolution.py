@@ -3,7 +3,7 @@
 | convolution | forward and input's gradient | kernel's gradient |
 |---|---|---|
 | 1x1 | matrix product | matrix product |
-| depthwise | sum of shifted products | likewise, some images at a time |
+| depthwise | sum of shifted products | products summed over images, then over pixels |
 | grouped | up to sixteen dense ones, zeros between groups | as for dense ones |
 | dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
 | dense, of a small map | matrix product of patches; XLA's | as for dense ones |
@@ -13,7 +13,6 @@
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,14 +20,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from se_flax.memory import written
+
 Array = jax.Array
 Pair = tuple[int, int]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Product = Callable[[Array, Array], Array]
 
-# Of the dense convolutions that a grouped one is made of: at least so many channels, as fewer make XLA's loops slow, and
-# more add zeros; and at most so many convolutions, as every one has to be compiled.
+# Of the dense convolutions that a grouped one is made of: the fewest channels, as fewer make XLA's loops slow and more
+# add zeros; and the most convolutions, as every one has to be compiled.
 _BLOCK, _PIECES = 16, 16
+# Images whose products with the gradient are added in one pass, at least: a pass of more reads more and writes less.
+_TERMS = 16
 # Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
 _PATCHES = 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
@@ -263,16 +266,11 @@ def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: P
 def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
     settings = strides, padding, dilation
 
-    def in_kernel(x: Array, dkernel: Array) -> Array:
-        # An image per core at a time: sums over the whole batch would read all of it once for every tap.
-        some = jax.checkpoint(lambda part: _shifted(part, dkernel, *settings))
-        return _in_parts(some, x, math.gcd(x.shape[0], os.cpu_count() or 1))
-
     return _bilinear_jvp(
         # Training stores what x is made of anyway, so there is nothing to hide from XLA.
         lambda x, kernel: _shifted(x, kernel, *settings),
         lambda dx, kernel: _scattered(dx, kernel, *settings),
-        in_kernel,
+        lambda x, dkernel: _image_products(x, dkernel, *settings),
         primals,
         tangents,
     )
@@ -288,6 +286,32 @@ def _shifted(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pa
     return _over_taps(
         kernel.shape, lambda i, j: _window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
     )
+
+
+def _image_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """The same convolution, for its transpose in the kernel: products of images are added before pixels are.
+
+    A sum over pixels alone would make XLA write every window of every image, which is nine to twenty-five times x.
+    """
+    n, channels = x.shape[0], x.shape[3]
+    h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
+
+    # Without the checkpoint the windows would be kept for the gradient.
+    @partial(jax.checkpoint, static_argnums=2)
+    def some(x: Array, kernel: Array, together: int) -> Array:
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+        def term(i: int, j: int) -> Array:
+            tap = written(jnp.broadcast_to(kernel[i, j, 0], (together, h, w, channels)))
+            window = _window(x, i * dilation[0], j * dilation[1], h, w, strides)
+            return jnp.concatenate([part * tap for part in jnp.split(window, x.shape[0] // together)])
+
+        return _over_taps(kernel.shape, term)
+
+    together = max(n // _TERMS, 1)
+    rest = n % together
+    parts = [some(x[: n - rest], kernel, together)]
+    return jnp.concatenate([*parts, some(x[n - rest :], kernel, rest)] if rest else parts)
 
 
 def _scattered(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:

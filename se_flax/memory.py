@@ -49,13 +49,14 @@ def computed_once(x: Array) -> Array:
     Returns:
       The same, written to memory in a compiled program.
     """
+    return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x)
 
-    def call(x: Array) -> Array:
-        # A function of its own, that is not to be merged into the program, is what its operand is computed for.
-        with set_xla_metadata(inlineable="false"):
-            return _same(x)
 
-    return jax.lax.platform_dependent(x, cpu=call, default=lambda x: x)
+def written(x: Array) -> Array:
+    """`computed_once` for code that is for a CPU anyway; so is the gradient of what it is given."""
+    # A function of its own, that is not to be merged into the program, is what its operand is computed for.
+    with set_xla_metadata(inlineable="false"):
+        return _same(x)
 
 
 @jax.jit
