@@ -104,9 +104,16 @@ def test_a_kernel_gradient_of_rows_of_patches_with_everything_uneven(stride):
     check(x, kernel, (stride, 2), ((2, 1), (0, 3)), (2, 3), 1)
 
 
-def test_the_patches_are_not_kept_for_the_gradient():
-    x, kernel = arrays((4, 8, 8, 16), (3, 3, 16, 16))
-    _, pullback = jax.vjp(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), 1), x, kernel)
+@pytest.mark.parametrize("images", [1, 16, 37])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_kernels_gradient_takes_in_every_image(images, stride):
+    check(*arrays((images, 6, 5, 3), (3, 3, 1, 3)), (stride, stride), ((1, 1), (1, 1)), (1, 1), 3)
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_the_patches_are_not_kept_for_the_gradient(groups):
+    x, kernel = arrays((4, 8, 8, 16), (3, 3, 16 // groups, 16))
+    _, pullback = jax.vjp(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), groups), x, kernel)
     kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
     assert kept < 9 * x.size
 
