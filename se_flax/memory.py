@@ -47,13 +47,22 @@ def computed_once(x: Array) -> Array:
       x: any array.
 
     Returns:
-      The same, written to memory in a compiled program.
+      The same.
     """
     return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x)
 
 
 def written(x: Array) -> Array:
-    """`computed_once` for code that is for a CPU anyway; so is the gradient of what it is given."""
+    """`computed_once` in code that only a CPU runs: whatever x is made of ends in memory, not in its readers' loops.
+
+    So does the gradient on its way back: what is added up to it is written before anything reads it.
+
+    Args:
+      x: any array.
+
+    Returns:
+      The same.
+    """
     # A function of its own, that is not to be merged into the program, is what its operand is computed for.
     with set_xla_metadata(inlineable="false"):
         return _same(x)
