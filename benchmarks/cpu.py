@@ -37,8 +37,6 @@ TIMM_MODES = ("eager", "channels_last", "compile")
 PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
 # Seconds between turns: OpenMP's threads go on spinning for a while after PyTorch's.
 PAUSE = 0.05
-# Freed memory stays in the process (mallopt(3)): what `se_flax.memory.keep_memory` does for our side.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
 
 
 def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -65,7 +63,7 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
       `milliseconds` by side, `ratio` to the fastest other side, its name, the versions.
     """
     settings = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
-    environment = {**KEEP_MEMORY, **settings, "PYTHONPATH": str(ROOT)}
+    environment = {**settings, "PYTHONPATH": str(ROOT)}
     sides: dict[str, Worker] = {}
     for name, command in commands(model, task, batch, options).items():
         print(f"{model} {task}:{batch}: starting {name}", file=sys.stderr, flush=True)

@@ -106,7 +106,7 @@ LOADER = """
 ## From JPEG to batch
 
 Images per second of one core (`python -m benchmarks.loader`): decode, random resized crop to 224 pixels, flip,
-normalised float32. `host` is what training with an accelerator takes from the host, uint8; the accelerator does the
+normalised float32; all sides keep freed memory. `host` is what training with an accelerator takes from the host, uint8; the accelerator does the
 rest, RandAugment included. Ratios are medians of rounds.
 
 | side | row | images per second and core |

@@ -6,13 +6,16 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Freed memory stays in the process (mallopt(3)), on every side: what `se_flax.memory.keep_memory` does for ours.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
+
 
 class Worker:
     """One such process, seen from the one that measures.
 
     Args:
       command: that starts it.
-      environment: variables added to this process's own.
+      environment: variables added to this process's own and to `KEEP_MEMORY`.
       quiet: its standard error is dropped.
     """
 
@@ -23,7 +26,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **KEEP_MEMORY, **environment},
         )
         self.about: dict[str, Any] = {}
 
