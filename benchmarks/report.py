@@ -106,8 +106,8 @@ LOADER = """
 ## From JPEG to batch
 
 Images per second of one core (`python -m benchmarks.loader`): decode, random resized crop to 224 pixels, flip,
-normalised float32; all sides keep freed memory. `host` is what training with an accelerator takes from the host, uint8; the accelerator does the
-rest, RandAugment included. Ratios are medians of rounds.
+normalised float32; all sides keep freed memory. `host` is what training with an accelerator takes from the host,
+uint8; the accelerator does the rest, RandAugment included. Ratios are medians of rounds.
 
 | side | row | images per second and core |
 |---|---|---:|
@@ -246,9 +246,9 @@ def limits_table(lines: list[Row]) -> str:
         rest = line["whole_ms"] - sum(part["ms"] for part in parts.values())
         cells = [("**all**", line["whole_ms"], "")]
         cells += [(name, part["ms"], f"{1000 * part['gflop'] / part['ms']:.0f}") for name, part in parts.items()]
-        rate = line["product_gflops"]
-        bound = rest + 1000 * sum(part["gflop"] for part in parts.values()) / rate
-        cells += [("rest", rest, ""), ("(a product)", None, f"{rate:.0f}"), ("(all at that rate)", bound, "")]
+        product = line["product_gflops"]
+        bound = rest + 1000 * sum(part["gflop"] for part in parts.values()) / product
+        cells += [("rest", rest, ""), ("(a product)", None, f"{product:.0f}"), ("(all at that rate)", bound, "")]
         for name, ms, rate in cells:
             task = f"{line['task']}, {line['batch']}"
             text += f"| {line['model']} | {task} | {name} | {'' if ms is None else f'{ms:.0f}'} | {rate} |\n"

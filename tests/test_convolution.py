@@ -110,6 +110,17 @@ def test_a_depthwise_kernels_gradient_takes_in_every_image(images, stride):
     check(*arrays((images, 6, 5, 3), (3, 3, 1, 3)), (stride, stride), ((1, 1), (1, 1)), (1, 1), 3)
 
 
+@pytest.mark.parametrize("taps", [3, 5])
+def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
+    x, kernel = arrays((16, 14, 14, 8), (taps, taps, 1, 8))
+
+    def gradient(x, kernel, cotangent):
+        return jax.vjp(lambda k: convolve(x, k, (1, 1), "SAME", (1, 1), 8), kernel)[1](cotangent)
+
+    memory = jax.jit(gradient).lower(x, kernel, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < taps * taps * x.nbytes / 2
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_the_patches_are_not_kept_for_the_gradient(groups):
     x, kernel = arrays((4, 8, 8, 16), (3, 3, 16 // groups, 16))

@@ -85,17 +85,16 @@ def apply_op(
     """
     share = magnitude / MAX_MAGNITUDE
 
+    # What a colour operation blends the image with.
+    degenerates = {
+        "color": lambda: jnp.broadcast_to(luma(image), image.shape),
+        "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
+        "brightness": lambda: jnp.zeros_like(image),
+        "sharpness": lambda: _smooth(image),
+    }
+
     def blended() -> jax.Array:
-        degenerate = _switch(
-            op,
-            {
-                "color": lambda: jnp.broadcast_to(luma(image), image.shape),
-                "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
-                "brightness": lambda: jnp.zeros_like(image),
-                "sharpness": lambda: _smooth(image),
-            },
-        )
-        return blend(degenerate, image, 0.1 + 1.8 * share)
+        return blend(_switch(op, degenerates), image, 0.1 + 1.8 * share)
 
     def warped() -> jax.Array:
         return warp(image, _affine(op, share * jnp.float32(sign), image.shape[0], image.shape[1]), fill)
@@ -108,7 +107,7 @@ def apply_op(
             "equalize": lambda: equalize(image),
             "solarize": lambda: solarize(image, int(share * 256)),
             "posterize": lambda: posterize(image, max(1, int(share * 4))),
-            **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), blended),
+            **dict.fromkeys(degenerates, blended),
             **dict.fromkeys(("rotate", "shear-x", "shear-y", "translate-x", "translate-y"), warped),
         },
     )
