@@ -5,6 +5,7 @@
 | 1x1 | matrix product | matrix product |
 | depthwise | sum of shifted products | products summed over images, then over pixels |
 | grouped | up to sixteen dense ones, zeros between groups | as for dense ones |
+| dense, 3x3, of many channels | sixteen matrix products of transformed tiles (Winograd's) | likewise |
 | dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
 | dense, of a small map | matrix product of patches; XLA's | as for dense ones |
 | dense, of up to three channels | sum of shifted products; XLA's | as for dense ones |
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from se_flax import winograd
 from se_flax.memory import written
 
 Array = jax.Array
@@ -37,6 +39,8 @@ _PATCHES = 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
 # traffic, and XLA's convolution reads it more slowly than its product does.
 _FEW_PIXELS = 8
+# Channels, and tiles of 2 x 2 pixels, from which on a 3x3 kernel's transforms cost less than the products they save.
+_TRANSFORMED, _TILES = 64, 128
 # Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
 _THIN, _THIN_TAPS = 3, 27
 
@@ -70,6 +74,8 @@ def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
     """
     if groups == 1 and kernel.shape[:2] == (1, 1):
         return pointwise(x, kernel, strides, padding)
+    if groups == 1 and strides == dilation == (1, 1) and is_for_winograd(x, kernel):
+        return winograd.convolve(x, kernel, padding)
     if groups == 1:
         return dense(x, kernel, strides, padding, dilation)
     if kernel.shape[2] == 1 and kernel.shape[3] == groups:
@@ -120,6 +126,17 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
         patches = _patches(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape, sides, strides, dilation)
         return _matrix_product(patches, kernel.reshape(-1, kernel.shape[3]))
     return native(x, kernel, strides, padding, dilation, 1)
+
+
+def is_for_winograd(x: Array, kernel: Array) -> bool:
+    """Whether a kernel is 3x3 and its products so many that sixteen for 36 are worth the transforms.
+
+    Not for less than float32, as the transforms' sums would be rounded. Grouped convolutions' parts do not gain.
+    """
+    if kernel.shape[:2] != (3, 3) or x.dtype.itemsize < 4:
+        return False
+    images = x.shape[0] if isinstance(x.shape[0], int) else 1  # symbolic: one at least
+    return min(kernel.shape[2:]) >= _TRANSFORMED and images * math.prod(x.shape[1:3]) >= 4 * _TILES
 
 
 def is_thin(kernel: tuple[int, ...]) -> bool:
@@ -227,8 +244,13 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
     apart = kernel.reshape(kh, kw, width, blocks, together, out).transpose(4, 0, 1, 2, 3, 5)
     spread = _on_diagonal(apart).transpose(2, 3, 0, 4, 5, 1, 6)
     spread = spread.reshape(kh, kw, together * width, blocks, together * out)
-    inputs = jnp.split(x, blocks, axis=-1)
-    parts = [convolve_on_cpu(part, spread[..., i, :], strides, padding, dilation, 1) for i, part in enumerate(inputs)]
+
+    def part(x: Array, kernel: Array) -> Array:
+        if (kh, kw) == (1, 1):
+            return pointwise(x, kernel, strides, padding)
+        return dense(x, kernel, strides, padding, dilation)
+
+    parts = [part(some, spread[..., i, :]) for i, some in enumerate(jnp.split(x, blocks, axis=-1))]
     return jnp.concatenate(parts, -1)
 
 

@@ -1,0 +1,100 @@
+"""Winograd's minimal filtering against the convolution that it is, and how exact it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from se_flax import cpu_convolution, winograd
+from se_flax.cpu_convolution import convolve_on_cpu, native
+
+SIDES = st.integers(1, 8)
+PADS = st.tuples(st.integers(1, 2), st.integers(1, 3))
+
+
+def arrays(*shapes, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def direct(x, kernel, padding):
+    return native(x, kernel, (1, 1), padding, (1, 1), 1)
+
+
+@settings(deadline=None, max_examples=10)
+@given(images=st.integers(1, 3), sides=st.tuples(SIDES, SIDES), padding=st.tuples(PADS, PADS))
+def test_it_is_the_convolution_and_so_are_its_derivatives(images, sides, padding):
+    x, kernel = arrays((images, *sides, 3), (3, 3, 3, 5))
+    tangents = tuple(arrays(x.shape, kernel.shape))
+
+    def all_of(convolution):
+        def function(x, k):
+            return convolution(x, k, padding)
+
+        value, pullback = jax.vjp(function, x, kernel)
+        return value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
+
+    pairs = zip(jax.tree.leaves(all_of(winograd.convolve)), jax.tree.leaves(all_of(direct)), strict=True)
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "channels"), [(28, 64), (7, 256)])
+def test_its_error_in_float32_is_below_twice_the_direct_sums(side, channels):
+    padding = ((1, 1), (1, 1))
+    x, kernel = arrays((1, side, side, channels), (3, 3, channels, channels))
+    x, kernel = jnp.maximum(x, 0), kernel / np.sqrt(9 * channels)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), *padding, (0, 0))), (3, 3), (1, 2))
+    exact = np.einsum("nhwcij,ijcf->nhwf", windows.astype(np.float64), np.asarray(kernel, np.float64), optimize=True)
+    ours, theirs = (np.sqrt(np.mean((f(x, kernel, padding) - exact) ** 2)) for f in (winograd.convolve, direct))
+    assert ours < 2 * theirs < 1e-6
+
+
+def products(*arguments):
+    return str(jax.make_jaxpr(lambda x, kernel: convolve_on_cpu(x, kernel, *arguments))(*GIVEN)).count("dot_general")
+
+
+GIVEN = arrays((2, 16, 16, 64), (3, 3, 64, 64))
+SAME = ((1, 1), (1, 1))
+
+
+def test_many_channels_take_it_and_a_transforms_four_products_are_one():
+    assert products((1, 1), SAME, (1, 1), 1) == 1 + 4  # the kernel's transform, and one for every row of factors
+
+
+@pytest.mark.parametrize("arguments", [((2, 2), SAME, (1, 1), 1), ((1, 1), SAME, (2, 2), 1)])
+def test_strides_and_dilation_keep_their_forms(arguments):
+    assert products(*arguments) == 0
+
+
+@pytest.mark.parametrize("change", [{"_TRANSFORMED": 65}, {"_TILES": 129}])
+def test_few_channels_and_few_pixels_keep_their_form(monkeypatch, change):
+    for name, value in change.items():
+        monkeypatch.setattr(cpu_convolution, name, value)
+    assert products((1, 1), SAME, (1, 1), 1) == 0
+
+
+def test_parts_of_grouped_convolutions_and_half_precision_keep_their_form():
+    x, kernel = arrays((2, 16, 16, 128), (3, 3, 64, 128))
+    grouped = jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, (1, 1), SAME, (1, 1), 2))(x, kernel)
+    assert str(grouped).count("conv_general_dilated") == 2
+    half = [a.astype(jnp.bfloat16) for a in GIVEN]
+    assert "conv_general_dilated" in str(
+        jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, (1, 1), SAME, (1, 1), 1))(*half)
+    )
+
+
+def test_a_batch_of_unknown_size_takes_it_where_one_image_would():
+    (batch,) = jax.export.symbolic_shape("b")
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 24, 24, 64), (3, 3, 64, 64)))
+
+    def convolution(x, kernel):
+        return convolve_on_cpu(x, kernel, (1, 1), SAME, (1, 1), 1)
+
+    exported = jax.export.export(jax.jit(convolution), platforms=["cpu"])(x, kernel)
+    assert "stablehlo.convolution" not in exported.mlir_module()
+    x, kernel = arrays((3, 24, 24, 64), (3, 3, 64, 64))
+    np.testing.assert_allclose(exported.call(x, kernel), direct(x, kernel, SAME), rtol=1e-3, atol=1e-3)
