@@ -1,14 +1,14 @@
 """Convolutions for a CPU, where XLA's own are slow: by shape, the form that was measured to be the fastest.
 
-| convolution | forward and input's gradient | kernel's gradient |
-|---|---|---|
-| 1x1 | matrix product | matrix product |
-| depthwise | sum of shifted products | products summed over images, then over pixels |
-| grouped | up to sixteen dense ones, zeros between groups | as for dense ones |
-| dense, 3x3, of many channels | sixteen matrix products of transformed tiles (Winograd's) | likewise |
-| dense | XLA's | matrix product of patches and rows of the gradient, some images at a time |
-| dense, of a small map | matrix product of patches; XLA's | as for dense ones |
-| dense, of up to three channels | sum of shifted products; XLA's | as for dense ones |
+| convolution | forward | input's gradient | kernel's gradient |
+|---|---|---|---|
+| 1x1 | matrix product | likewise | likewise |
+| depthwise | sum of shifted products | likewise | products summed over images, then over pixels |
+| grouped | up to sixteen dense ones, zeros between groups | likewise | likewise |
+| dense, 3x3, of many channels | matrix products of transformed tiles (Winograd's) | likewise | likewise |
+| dense | XLA's | XLA's; with a stride, product of patches | product of patches and rows of the gradient |
+| dense, of a small map | matrix product of patches | as above | as above |
+| dense, of up to three channels | sum of shifted products | as above | as above |
 
 `benchmarks/convolution.py` measures them beside XLA's.
 """
@@ -123,8 +123,7 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
         return thin(x, kernel, strides, padding, dilation)
     sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     if math.prod(sides) * _FEW_PIXELS <= kernel.shape[2]:
-        patches = _patches(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape, sides, strides, dilation)
-        return _matrix_product(patches, kernel.reshape(-1, kernel.shape[3]))
+        return _of_patches(x, kernel, strides, padding, dilation)
     return native(x, kernel, strides, padding, dilation, 1)
 
 
@@ -159,9 +158,14 @@ def thin(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) 
 
 def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
     settings = strides, padding, dilation
+
+    def in_x(dx: Array, kernel: Array) -> Array:
+        # With a stride, XLA's gradient is a convolution of a map with gaps, and multiplies the gaps.
+        return native(dx, kernel, *settings, 1) if strides == (1, 1) else _of_patches(dx, kernel, *settings)
+
     return _bilinear_jvp(
         lambda x, kernel: dense(x, kernel, *settings),
-        lambda dx, kernel: native(dx, kernel, *settings, 1),
+        in_x,
         lambda x, dkernel: _patch_products(x, dkernel, *settings),
         primals,
         tangents,
@@ -169,6 +173,13 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
 
 
 dense.defjvp(_dense_jvp, symbolic_zeros=True)
+
+
+def _of_patches(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+    """The same convolution as one product of patches and kernel."""
+    sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
+    patches = _patches(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape, sides, strides, dilation)
+    return _matrix_product(patches, kernel.reshape(-1, kernel.shape[3]))
 
 
 def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
@@ -246,9 +257,11 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
     spread = spread.reshape(kh, kw, together * width, blocks, together * out)
 
     def part(x: Array, kernel: Array) -> Array:
+        # Written, and so are their gradients: every reader would take what the whole map is made of apart again.
+        x = written(x)
         if (kh, kw) == (1, 1):
-            return pointwise(x, kernel, strides, padding)
-        return dense(x, kernel, strides, padding, dilation)
+            return written(pointwise(x, kernel, strides, padding))
+        return written(dense(x, kernel, strides, padding, dilation))
 
     parts = [part(some, spread[..., i, :]) for i, some in enumerate(jnp.split(x, blocks, axis=-1))]
     return jnp.concatenate(parts, -1)

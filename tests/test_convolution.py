@@ -110,6 +110,28 @@ def test_a_depthwise_kernels_gradient_takes_in_every_image(images, stride):
     check(*arrays((images, 6, 5, 3), (3, 3, 1, 3)), (stride, stride), ((1, 1), (1, 1)), (1, 1), 3)
 
 
+def test_a_strided_convolutions_gradient_multiplies_no_gaps():
+    x, kernel = arrays((2, 9, 8, 16), (3, 3, 16, 24))
+
+    def gaps(convolution):
+        settings = (2, 1), ((1, 1), (1, 1)), (1, 1), 1
+        text = str(jax.make_jaxpr(jax.grad(lambda x: convolution(x, kernel, *settings).sum()))(x))
+        return "lhs_dilation=(2, 1)" in text
+
+    assert gaps(reference) and not gaps(convolve_on_cpu)
+    check(x, kernel, (2, 1), "SAME", (1, 1), 1)
+
+
+def test_parts_of_a_grouped_convolution_are_made_once_for_all_their_readers():
+    x, kernel = arrays((2, 9, 9, 64), (3, 3, 16, 64))
+
+    def loss(x, kernel):
+        return jnp.sin(convolve(jnp.maximum(x, 0), kernel, (1, 1), "SAME", (1, 1), 4)).sum()
+
+    text = jax.jit(jax.grad(loss, 1)).lower(x, kernel).compile().as_text()
+    assert text.count(" maximum(") == 4  # one for every part, whose readers are its value and its kernel's gradient
+
+
 @pytest.mark.parametrize("taps", [3, 5])
 def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
     x, kernel = arrays((16, 14, 14, 8), (taps, taps, 1, 8))
