@@ -89,6 +89,7 @@ Every convolution of a network compiled and timed by itself, training's with bot
 (`python -m benchmarks.limits`); the rest is norms, activations, attention, sums and the optimizer. A product of two
 matrices of 2048 x 2048 tells what the processor can do, and the last line of each network what its time would be if
 every convolution ran at that rate, which depthwise and grouped ones, with few products for the bytes they move, cannot.
+Counted are the products of a convolution's definition; 3x3 ones of many channels take sixteen for 36 of them.
 
 | network | task | part | ms | GFLOP/s |
 |---|---|---|---:|---:|
