@@ -199,16 +199,15 @@ def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
         matrix = kernel.transpose(1, 2, 0, 3).reshape(kw * channels, kh * features)
         per_image = tall * w * sum(matrix.shape) * x.dtype.itemsize
     else:
-        matrix = kernel.reshape(-1, features)
-        per_image = h * w * matrix.shape[0] * x.dtype.itemsize
+        per_image = h * w * math.prod(kernel.shape[:3]) * x.dtype.itemsize
     images = max(i for i in range(1, n + 1) if n % i == 0 and i * per_image <= max(_PATCHES, per_image))
 
     # Without the checkpoint the patches of all images would be kept for the gradient.
     @jax.checkpoint
     def some(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         if not by_row:
-            return _matrix_product(_patches(x, kernel.shape, (h, w), strides, dilation), matrix)
+            return _of_patches(x, kernel, strides, padding, dilation)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         rows = [_window(x, 0, left, tall, w, strides) for left in across]
         products = jnp.split(_matrix_product(jnp.concatenate(rows, -1), matrix), kh, -1)
         terms = [_window(y, top, 0, h, w, (1, 1)) for y, top in zip(products, down, strict=True)]
