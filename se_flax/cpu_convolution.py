@@ -74,7 +74,7 @@ def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
     """
     if groups == 1 and kernel.shape[:2] == (1, 1):
         return pointwise(x, kernel, strides, padding)
-    if groups == 1 and strides == dilation == (1, 1) and is_for_winograd(x, kernel):
+    if groups == 1 and _is_for_winograd(x, kernel, strides, dilation):
         return winograd.convolve(x, kernel, padding)
     if groups == 1:
         return dense(x, kernel, strides, padding, dilation)
@@ -127,12 +127,12 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
     return native(x, kernel, strides, padding, dilation, 1)
 
 
-def is_for_winograd(x: Array, kernel: Array) -> bool:
-    """Whether a kernel is 3x3 and its products so many that sixteen for 36 are worth the transforms.
+def _is_for_winograd(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> bool:
+    """Whether a kernel is 3x3, each pixel's, and its products so many that sixteen for 36 are worth the transforms.
 
     Not for less than float32, as the transforms' sums would be rounded. Grouped convolutions' parts do not gain.
     """
-    if kernel.shape[:2] != (3, 3) or x.dtype.itemsize < 4:
+    if kernel.shape[:2] != (3, 3) or not strides == dilation == (1, 1) or x.dtype.itemsize < 4:
         return False
     images = x.shape[0] if isinstance(x.shape[0], int) else 1  # symbolic: one at least
     return min(kernel.shape[2:]) >= _TRANSFORMED and images * math.prod(x.shape[1:3]) >= 4 * _TILES
@@ -258,9 +258,9 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
     def part(x: Array, kernel: Array) -> Array:
         # Written, and so are their gradients: every reader would take what the whole map is made of apart again.
         x = written(x)
-        if (kh, kw) == (1, 1):
-            return written(pointwise(x, kernel, strides, padding))
-        return written(dense(x, kernel, strides, padding, dilation))
+        one = (kh, kw) == (1, 1)
+        y = pointwise(x, kernel, strides, padding) if one else dense(x, kernel, strides, padding, dilation)
+        return written(y)
 
     parts = [part(some, spread[..., i, :]) for i, some in enumerate(jnp.split(x, blocks, axis=-1))]
     return jnp.concatenate(parts, -1)

@@ -23,12 +23,12 @@ def convolve(x: Array, kernel: Array, padding: Pads) -> Array:
     Its transposes, which are what gradients need, take as few products.
 
     Args:
-      x: [N, H, W, C].
-      kernel: [3, 3, C, features].
+      x: [N, H, W, C], float32 or float64.
+      kernel: [3, 3, C, features], of x's dtype.
       padding: ((top, bottom), (left, right)).
 
     Returns:
-      [N, H + top + bottom - 2, W + left + right - 2, features].
+      [N, H + top + bottom - 2, W + left + right - 2, features] of x's dtype.
     """
     n, height, width, channels = x.shape
     features = kernel.shape[3]
