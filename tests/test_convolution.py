@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_reference import arrays, check, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,43 +14,6 @@ from se_flax import Conv, cpu_convolution
 from se_flax.convolution import convolve
 from se_flax.cpu_convolution import convolve_on_cpu, native
 from se_flax.layers import max_pool
-
-
-def reference(x, kernel, strides, padding, dilation, groups):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def arrays(*shapes):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
-
-
-def check(x, kernel, *arguments):
-    """Value on its own (which may take another form), value, gradients and forward derivative."""
-    tangents = tuple(arrays(x.shape, kernel.shape))
-
-    @partial(jax.jit, static_argnums=0)
-    def all_of(convolution, x, kernel):
-        def function(x, k):
-            return convolution(x, k, *arguments)
-
-        value, pullback = jax.vjp(function, x, kernel)
-        return function(x, kernel), value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
-
-    for ours, theirs in zip(
-        jax.tree.leaves(all_of(convolve, x, kernel)), jax.tree.leaves(all_of(reference, x, kernel)), strict=True
-    ):
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-
 
 # Groups, their input and their output channels: dense with few, some, and many for the map; depthwise, also with a
 # multiplier; groups of which 1, 2 and 16 go together into a dense convolution of 32 channels.

@@ -4,61 +4,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_reference import arrays, check, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from se_flax import cpu_convolution, winograd
-from se_flax.cpu_convolution import convolve_on_cpu, native
+from se_flax.cpu_convolution import convolve_on_cpu
 
 SIDES = st.integers(1, 8)
 PADS = st.tuples(st.integers(1, 2), st.integers(1, 3))
 
 
-def arrays(*shapes, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def direct(x, kernel, padding):
-    return native(x, kernel, (1, 1), padding, (1, 1), 1)
+SAME = ((1, 1), (1, 1))
+GIVEN = arrays((2, 16, 16, 64), (3, 3, 64, 64))
 
 
 @settings(deadline=None, max_examples=10)
 @given(images=st.integers(1, 3), sides=st.tuples(SIDES, SIDES), padding=st.tuples(PADS, PADS))
 def test_it_is_the_convolution_and_so_are_its_derivatives(images, sides, padding):
     x, kernel = arrays((images, *sides, 3), (3, 3, 3, 5))
-    tangents = tuple(arrays(x.shape, kernel.shape))
 
-    def all_of(convolution):
-        def function(x, k):
-            return convolution(x, k, padding)
+    def filtering(x, kernel, strides, padding, dilation, groups):
+        return winograd.convolve(x, kernel, padding)
 
-        value, pullback = jax.vjp(function, x, kernel)
-        return value, pullback(jnp.cos(value)), jax.jvp(function, (x, kernel), tangents)[1]
-
-    pairs = zip(jax.tree.leaves(all_of(winograd.convolve)), jax.tree.leaves(all_of(direct)), strict=True)
-    for ours, theirs in pairs:
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    check(x, kernel, (1, 1), padding, (1, 1), 1, convolution=filtering)
 
 
 @pytest.mark.parametrize(("side", "channels"), [(28, 64), (7, 256)])
 def test_its_error_in_float32_is_below_twice_the_direct_sums(side, channels):
-    padding = ((1, 1), (1, 1))
     x, kernel = arrays((1, side, side, channels), (3, 3, channels, channels))
     x, kernel = jnp.maximum(x, 0), kernel / np.sqrt(9 * channels)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), *padding, (0, 0))), (3, 3), (1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), *SAME, (0, 0))), (3, 3), (1, 2))
     exact = np.einsum("nhwcij,ijcf->nhwf", windows.astype(np.float64), np.asarray(kernel, np.float64), optimize=True)
-    ours, theirs = (np.sqrt(np.mean((f(x, kernel, padding) - exact) ** 2)) for f in (winograd.convolve, direct))
+    values = winograd.convolve(x, kernel, SAME), reference(x, kernel, (1, 1), SAME, (1, 1), 1)
+    ours, theirs = (np.sqrt(np.mean((value - exact) ** 2)) for value in values)
     assert ours < 2 * theirs < 1e-6
 
 
 def products(*arguments):
     return str(jax.make_jaxpr(lambda x, kernel: convolve_on_cpu(x, kernel, *arguments))(*GIVEN)).count("dot_general")
-
-
-GIVEN = arrays((2, 16, 16, 64), (3, 3, 64, 64))
-SAME = ((1, 1), (1, 1))
 
 
 def test_many_channels_take_it_and_a_transforms_four_products_are_one():
@@ -97,4 +81,6 @@ def test_a_batch_of_unknown_size_takes_it_where_one_image_would():
     exported = jax.export.export(jax.jit(convolution), platforms=["cpu"])(x, kernel)
     assert "stablehlo.convolution" not in exported.mlir_module()
     x, kernel = arrays((3, 24, 24, 64), (3, 3, 64, 64))
-    np.testing.assert_allclose(exported.call(x, kernel), direct(x, kernel, SAME), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        exported.call(x, kernel), reference(x, kernel, (1, 1), SAME, (1, 1), 1), rtol=1e-3, atol=1e-3
+    )
