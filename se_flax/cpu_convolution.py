@@ -39,6 +39,9 @@ _PATCHES = 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
 # traffic, and XLA's convolution reads it more slowly than its product does.
 _FEW_PIXELS = 8
+# Rows that XLA gives to one core where a matrix has at least so many rows and columns, while one row more would keep
+# several busy: 7 x 7 pixels of one image.
+_ONE_CORES, _TALL, _WIDE = range(33, 52), 512, 1024
 # Channels, and tiles of 2 x 2 pixels, from which on a 3x3 kernel's transforms cost less than the products they save.
 _TRANSFORMED, _TILES = 64, 128
 # Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
@@ -93,7 +96,14 @@ def pointwise(x: Array, kernel: Array, strides: Pair, padding: Pads) -> Array:
 
 def _matrix_product(x: Array, matrix: Array) -> Array:
     # Two axes each: in the gradient XLA copies maps of four axes into another order first.
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if isinstance(count, int) and count in _ONE_CORES and matrix.shape[0] >= _TALL and matrix.shape[1] >= _WIDE:
+        product = jnp.pad(rows, ((0, _ONE_CORES.stop - count), (0, 0))) @ matrix
+        product = jax.lax.slice_in_dim(product, 0, count)
+    else:
+        product = rows @ matrix
+    return product.reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: Any, tangents: Any) -> Any:

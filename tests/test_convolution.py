@@ -1,5 +1,6 @@
 """The convolution's lowerings for a CPU against XLA's own, whatever the shape."""
 
+import re
 from functools import partial
 
 import jax
@@ -51,6 +52,22 @@ def test_a_dense_one_takes_the_form_that_is_fast(side, width, strides, form):
     forms = {"mul", "conv_general_dilated", "dot_general"}
     assert {name for name in forms if f" {name}" in found or f"{name}[" in found} == {form}
     check(x, kernel, (strides,) * 2, "SAME", (1, 1), 1)
+
+
+@pytest.mark.parametrize(("side", "rows"), [((7, 7), 52), ((5, 6), 30), ((4, 13), 52), ((2, 30), 60)])
+def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side, rows):
+    monkeypatch.setattr(cpu_convolution, "_TALL", 16)
+    monkeypatch.setattr(cpu_convolution, "_WIDE", 32)
+
+    def multiplied(features):
+        x, kernel = arrays((1, *side, 16), (1, 1, 16, features))
+        settings = (1, 1), ((0, 0), (0, 0)), (1, 1), 1
+        text = str(jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, *settings))(x, kernel))
+        check(x, kernel, (1, 1), "SAME", (1, 1), 1)
+        return re.search(r"f32\[(\d+),\d+\] = dot_general", text)[1]
+
+    assert multiplied(32) == str(rows)
+    assert multiplied(31) == str(side[0] * side[1])
 
 
 def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
