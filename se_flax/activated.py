@@ -15,7 +15,7 @@ derivative of the functions themselves (`jax.jvp`, `jax.jacfwd`) on a CPU only, 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
+Form = Callable[..., Array]
 
 
 def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -> Array:
@@ -37,9 +38,8 @@ def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -
     Returns:
       float32 [N, 1, 1, C].
     """
-    return jax.lax.platform_dependent(
-        u, factor, offset, cpu=partial(_plain_squeeze, act), default=lambda *x: _squeeze(act, *x)
-    )
+    on_cpu, elsewhere = _forms(_plain_squeeze, _squeeze, act)
+    return jax.lax.platform_dependent(u, factor, offset, cpu=on_cpu, default=elsewhere)
 
 
 def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Activation, dtype: Any) -> Array:
@@ -58,14 +58,15 @@ def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
     """
     # One copy per image, so that the sums of the backward pass end before the images are added up.
     factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
-    return jax.lax.platform_dependent(
-        u,
-        factor,
-        offset,
-        gates,
-        cpu=partial(_plain_gate, act, dtype),
-        default=lambda *x: _gate(act, dtype, *x),
-    )
+    on_cpu, elsewhere = _forms(_plain_gate, _gate, act, dtype)
+    return jax.lax.platform_dependent(u, factor, offset, gates, cpu=on_cpu, default=elsewhere)
+
+
+@lru_cache(maxsize=256)
+def _forms(plain: Form, own: Form, *settings: Any) -> tuple[Form, Form]:
+    """Both, after these settings; the same for the same ones, as JAX traces a function once for all maps of a shape."""
+    # By place, as what has a derivative of its own wants its settings.
+    return partial(plain, *settings), lambda *maps: own(*settings, *maps)
 
 
 def _mean(x: Array) -> Array:

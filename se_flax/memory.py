@@ -49,7 +49,12 @@ def computed_once(x: Array) -> Array:
     Returns:
       The same.
     """
-    return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x)
+    return jax.lax.platform_dependent(x, cpu=written, default=_as_it_is)
+
+
+def _as_it_is(x: Array) -> Array:
+    # With a name: JAX traces the same function once for all arrays of a shape.
+    return x
 
 
 def written(x: Array) -> Array:
