@@ -1,7 +1,7 @@
 """Squeeze-and-excitation networks in JAX and Flax.
 
 model = se_flax.create_model("seresnet50", num_classes=10)
-variables = model.init(key, images)
+variables = jax.jit(model.init)(key, images)
 logits = model.apply(variables, images)
 """
 

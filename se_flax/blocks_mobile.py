@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from se_flax.attention import norm_attend
 from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
-from se_flax.layers import drop_path
+from se_flax.layers import drop_path, normal_fan_out
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -27,7 +27,7 @@ def fan_out_init(groups: int = 1) -> nn.initializers.Initializer:
     Args:
       groups: of the convolution; a depthwise kernel counts its area only.
     """
-    return nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
+    return normal_fan_out(2.0 * groups)
 
 
 def mixed_conv(

@@ -15,14 +15,33 @@ import jax.numpy as jnp
 
 from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
+from se_flax.cpu_convolution import native
 from se_flax.errors import UserError
 from se_flax.pointwise import Product, affine, image_means, moments, product
 
 Array = jax.Array
 Dtype = Any
 
+
+@functools.cache
+def normal_fan_out(scale: float) -> nn.initializers.Initializer:
+    """Normal with variance scale / (kernel area * features); for kernels [kh, kw, C / groups, features].
+
+    The numbers of Flax's `variance_scaling(scale, "fan_out", "normal")`, drawn as a row and then given their shape: the
+    random bits of four axes take XLA up to three times as long to compile, and every shape is compiled once.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        row = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+        return row * jnp.sqrt(scale / (math.prod(shape[:-2]) * shape[-1])).astype(dtype)
+
+    # Flax gives shapes as lists, too, which cannot be looked up.
+    return lambda key, shape, dtype=jnp.float32: draw(key, tuple(shape), dtype)
+
+
 # He et al. 2015, equation 14 (fan out), as the ResNets of torchvision and timm start.
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+he_normal_fan_out = normal_fan_out(2.0)
 _classifier_init = nn.initializers.normal(0.01)
 
 
@@ -77,14 +96,9 @@ class Conv(nn.Module):
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         if deferred and self._widens(x):
             return product(x, kernel[0, 0])
-        y = convolve(
-            x,
-            kernel,
-            (self.strides, self.strides),
-            padding,
-            (self.dilation, self.dilation),
-            self.groups,
-        )
+        settings = (self.strides, self.strides), padding, (self.dilation, self.dilation), self.groups
+        # Nobody waits for the output of `init`, run operation by operation, but for its compilation: XLA's is one.
+        y = native(x, kernel, *settings) if self.is_initializing() else convolve(x, kernel, *settings)
         return y if bias is None else y + bias.astype(dtype)
 
     def _widens(self, x: Array) -> bool:

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from se_flax import BatchNorm, Conv, UserError
-from se_flax.layers import avg_pool, check_images, drop_path, max_pool
+from se_flax.layers import avg_pool, check_images, drop_path, max_pool, normal_fan_out
 
 RNG = np.random.default_rng(0)
 
@@ -68,6 +69,21 @@ def test_conv_starts_with_the_variance_of_he_et_al_fan_out():
     kernel = Conv(256, 3).init(jax.random.key(0), normal(1, 4, 4, 64))["params"]["kernel"]
     assert float(kernel.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
     assert abs(float(kernel.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 16, 32), [1, 1, 8, 4], (5, 5, 1, 64)])
+def test_kernels_start_with_the_numbers_of_flax(shape):
+    key = jax.random.key(3)
+    theirs = nn.initializers.variance_scaling(3.0, "fan_out", "normal")(key, tuple(shape), jnp.float32)
+    np.testing.assert_allclose(normal_fan_out(3.0)(key, shape), theirs, rtol=1e-6)
+    assert normal_fan_out(3.0)(key, shape, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_the_output_that_comes_with_the_first_parameters_is_the_convolutions():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 8))
+    conv = Conv(8, 3, strides=2, groups=8)
+    y, variables = conv.init_with_output(jax.random.key(1), x)
+    np.testing.assert_allclose(y, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.6])
