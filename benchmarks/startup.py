@@ -30,13 +30,8 @@ BATCH = 2
 
 def start(model: str, side: int, cache: str) -> dict[str, Any]:
     """One start in a process of its own; its seconds by phase and its versions."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "benchmarks.sides.start", model, str(side), str(BATCH)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.sides.start", model, str(side), str(BATCH), cache]
     done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

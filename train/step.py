@@ -17,7 +17,7 @@ import optax
 
 from train.augment import augment, example_keys, mix
 from train.config import Augment
-from train.layers import NOTHING, Frozen, Path, evaluation_mode, merge, split
+from train.layers import NOTHING, Frozen, Path, draw, evaluation_mode, merge, split
 from train.losses import cross_entropy, topk_correct
 from train.optim import ema_update
 
@@ -79,9 +79,7 @@ def init_state(
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def build(given: Mapping[str, PyTree] | None) -> TrainState:
-        if given is None:
-            given = model.init(init_key, jnp.zeros((1, image_size, image_size, 3)))
+    def build(given: Mapping[str, PyTree]) -> TrainState:
         params, stats = given["params"], given.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -93,7 +91,7 @@ def init_state(
             key=jax.random.key_data(run_key),
         )
 
-    return build(variables)
+    return build(draw(model, init_key, image_size) if variables is None else variables)
 
 
 def make_train_step(

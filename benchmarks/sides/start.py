@@ -1,4 +1,4 @@
-"""One start of a training: `python -m benchmarks.sides.start MODEL SIDE BATCH`; seconds by phase in JSON."""
+"""One start of a training: `python -m benchmarks.sides.start MODEL SIDE BATCH CACHE`; seconds by phase in JSON."""
 
 import time
 
@@ -16,6 +16,7 @@ from se_flax.memory import keep_memory  # noqa: E402
 from train.aot import lower_train_step, settings_for_model, with_batch  # noqa: E402
 from train.finetune import complete  # noqa: E402
 from train.parallel import make_replicas  # noqa: E402
+from train.process import use_compilation_cache  # noqa: E402
 from train.program import make_program  # noqa: E402
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     """Starts once, as `python -m train` does, and ends after the first update."""
     name, side, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     keep_memory()
+    use_compilation_cache(sys.argv[4])
     marks = [_BEGUN, time.perf_counter()]
     config = dataclasses.replace(settings_for_model(name, side), precision="float32")
     config = complete(with_batch(config, batch, 1), None, None)
