@@ -15,15 +15,16 @@ derivative of the functions themselves (`jax.jvp`, `jax.jacfwd`) on a CPU only, 
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from se_flax.bound import bound
+
 Array = jax.Array
 Activation = Callable[[Array], Array]
-Form = Callable[..., Array]
 
 
 def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -> Array:
@@ -38,8 +39,7 @@ def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -
     Returns:
       float32 [N, 1, 1, C].
     """
-    on_cpu, elsewhere = _forms(_plain_squeeze, _squeeze, act)
-    return jax.lax.platform_dependent(u, factor, offset, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(u, factor, offset, cpu=bound(_plain_squeeze, act), default=bound(_squeeze, act))
 
 
 def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Activation, dtype: Any) -> Array:
@@ -58,15 +58,9 @@ def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
     """
     # One copy per image, so that the sums of the backward pass end before the images are added up.
     factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
-    on_cpu, elsewhere = _forms(_plain_gate, _gate, act, dtype)
-    return jax.lax.platform_dependent(u, factor, offset, gates, cpu=on_cpu, default=elsewhere)
-
-
-@lru_cache(maxsize=256)
-def _forms(plain: Form, own: Form, *settings: Any) -> tuple[Form, Form]:
-    """Both, after these settings; the same for the same ones, as JAX traces a function once for all maps of a shape."""
-    # By place, as what has a derivative of its own wants its settings.
-    return partial(plain, *settings), lambda *maps: own(*settings, *maps)
+    return jax.lax.platform_dependent(
+        u, factor, offset, gates, cpu=bound(_plain_gate, act, dtype), default=bound(_gate, act, dtype)
+    )
 
 
 def _mean(x: Array) -> Array:

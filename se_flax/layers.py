@@ -25,10 +25,16 @@ Dtype = Any
 
 @functools.cache
 def normal_fan_out(scale: float) -> nn.initializers.Initializer:
-    """Normal with variance scale / (kernel area * features); for kernels [kh, kw, C / groups, features].
+    """Normal with variance scale / (kernel area * features): fan out, He et al. 2015, equation 14.
 
     The numbers of Flax's `variance_scaling(scale, "fan_out", "normal")`, drawn as a row and then given their shape: the
     random bits of four axes take XLA up to three times as long to compile, and every shape is compiled once.
+
+    Args:
+      scale: 2 for what a ReLU follows.
+
+    Returns:
+      An initialiser of kernels [kh, kw, C / groups, features], float32 where it is not told otherwise.
     """
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -40,7 +46,7 @@ def normal_fan_out(scale: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: draw(key, tuple(shape), dtype)
 
 
-# He et al. 2015, equation 14 (fan out), as the ResNets of torchvision and timm start.
+# As the ResNets of torchvision and timm start.
 he_normal_fan_out = normal_fan_out(2.0)
 _classifier_init = nn.initializers.normal(0.01)
 

@@ -63,7 +63,7 @@ def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side
         x, kernel = arrays((1, *side, 16), (1, 1, 16, features))
         settings = (1, 1), ((0, 0), (0, 0)), (1, 1), 1
         text = str(jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, *settings))(x, kernel))
-        check(x, kernel, (1, 1), "SAME", (1, 1), 1)
+        check(x, kernel, *settings, convolution=convolve_on_cpu)
         return re.search(r"f32\[(\d+),\d+\] = dot_general", text)[1]
 
     assert multiplied(32) == str(rows)
@@ -74,9 +74,10 @@ def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
     # An image's 8 rows of 6 patches of 3 * 4 values beside 3 * 5 of the gradient: two fit, and six are three times two.
     monkeypatch.setattr(cpu_convolution, "_PATCHES", 2 * 8 * 6 * (3 * 4 + 3 * 5) * 4)
     x, kernel = arrays((6, 6, 6, 4), (3, 3, 4, 5))
-    text = str(jax.make_jaxpr(jax.grad(lambda k: convolve(x, k, (1, 1), "SAME", (1, 1), 1).sum()))(kernel))
+    settings = (1, 1), ((1, 1), (1, 1)), (1, 1), 1
+    text = str(jax.make_jaxpr(jax.grad(lambda k: convolve_on_cpu(x, k, *settings).sum()))(kernel))
     assert "length=3" in text
-    check(x, kernel, (1, 1), "SAME", (1, 1), 1)
+    check(x, kernel, *settings, convolution=convolve_on_cpu)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
