@@ -1,8 +1,12 @@
 """The per-replica step: the same numbers under shard_map, pmap and on one device, and what it computes."""
 
 import functools
+import logging
+import re
 from functools import partial
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +14,12 @@ import optax
 import pytest
 
 import se_flax
+from se_flax import BatchNorm, Conv
+from se_flax.layers import normal_fan_out
 from train import optim
 from train.config import Augment, Optim
 from train.parallel import Replicas, make_replicas
-from train.step import AXIS, init_state, make_eval_step, make_train_step
+from train.step import AXIS, draw, init_state, make_eval_step, make_train_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 4
@@ -171,3 +177,22 @@ def test_more_devices_than_there_are_is_refused():
 def test_an_unknown_backend_names_the_closest():
     with pytest.raises(se_flax.UserError, match=r"unknown parallel.backend 'shardmap'; closest: shard_map"):
         make_replicas("shardmap", 0)
+
+
+class ThreeConvolutions(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        for _ in range(3):
+            x = Conv(3, 3, kernel_init=normal_fan_out(1.75))(x)  # which nothing else has compiled
+        return BatchNorm()(x, train=train)
+
+
+def test_parameters_are_drawn_without_the_network_and_a_kind_of_kernel_is_compiled_once(caplog):
+    model, key = ThreeConvolutions(), jax.random.key(5)
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+        drawn = draw(model, key, 13)
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert compiled.count("draw") == 1 and "conv_general_dilated" not in compiled
+    expected = model.init(key, jnp.zeros((1, 13, 13, 3)))
+    chex.assert_trees_all_equal_structs(drawn, expected)
+    chex.assert_trees_all_close(drawn, expected, rtol=1e-6)

@@ -2,13 +2,9 @@
 
 import dataclasses
 import functools
-import logging
-import re
 from functools import partial
 from pathlib import Path
 
-import chex
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -18,38 +14,15 @@ import pytest
 
 import se_flax
 import train.loop
-from se_flax import BatchNorm, Conv
 from train import optim
 from train.config import (
     Optim,
 )
-from train.layers import NOTHING, draw, frozen_parts, layer_depths, merge, split, trace
+from train.layers import NOTHING, frozen_parts, layer_depths, merge, split, trace
 from train.parallel import make_replicas
 from train.step import init_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
-
-# --- First parameters -------------------------------------------------------------------------------------------------
-
-
-class ThreeConvolutions(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        for _ in range(3):
-            x = Conv(3, 3)(x)
-        return BatchNorm()(x, train=train)
-
-
-def test_parameters_are_drawn_without_the_network_and_a_kind_of_kernel_is_compiled_once(caplog):
-    model, key = ThreeConvolutions(), jax.random.key(5)
-    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
-        drawn = draw(model, key, 13)
-    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-    assert compiled.count("draw") == 1 and "conv_general_dilated" not in compiled
-    expected = model.init(key, jnp.zeros((1, 13, 13, 3)))
-    chex.assert_trees_all_equal_structs(drawn, expected)
-    chex.assert_trees_all_close(drawn, expected, rtol=1e-6)
-
 
 # --- Depths -----------------------------------------------------------------------------------------------------------
 

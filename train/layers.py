@@ -11,7 +11,6 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from se_flax.layers import BatchNorm
 from train.config import Optim
@@ -41,29 +40,6 @@ def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(init, jax.random.key(0), images)
     return {"batch_stats": {}, **shapes, "params": {name: shapes["params"][name] for name in order}}
-
-
-def draw(model: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:
-    """A network's first variables, each kind of kernel compiled once.
-
-    What `model.init` does and the variables need is run operation by operation, and the network itself is not. In one
-    program XLA would compile every kernel's draw, half a minute for SE-ResNet-152.
-
-    Args:
-      model: the network.
-      key: of its parameters.
-      image_size: side of the images to trace it with.
-
-    Returns:
-      `{"params": ..., "batch_stats": ...}`, the numbers of `model.init`.
-    """
-    arguments = key, jnp.zeros((1, image_size, image_size, 3))
-    program, shapes = jax.make_jaxpr(model.init, return_shape=True)(*arguments)
-    needed, reads = dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
-    given = [argument for argument, read in zip(arguments, reads, strict=True) if read]
-    variables = jax.core.eval_jaxpr(needed, program.consts, *given)
-    drawn: dict[str, Any] = jax.tree.unflatten(jax.tree.structure(shapes), variables)
-    return drawn
 
 
 def layer_depths(params: Mapping[str, Any]) -> dict[str, int]:
