@@ -1,5 +1,7 @@
 """Winograd's minimal filtering against the convolution that it is, and how exact it is."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,14 @@ def products(*arguments):
 
 def test_many_channels_take_it_and_a_transforms_four_products_are_one():
     assert products((1, 1), SAME, (1, 1), 1) == 4  # one for every row of factors
+
+
+def test_its_gradients_leave_no_gaps_between_pixels():
+    def loss(x, kernel):
+        return winograd.convolve(x, kernel, SAME).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*GIVEN).as_text()
+    assert set(", ".join(re.findall(r"interior = \[(.*?)\]", text)).split(", ")) == {"0"}
 
 
 @pytest.mark.parametrize("arguments", [((2, 2), SAME, (1, 1), 1), ((1, 1), SAME, (2, 2), 1)])
