@@ -1,4 +1,4 @@
-"""Times convolutions on a CPU, ours (`se_flax.cpu_convolution`) beside XLA's own, and records them.
+"""Times convolutions on a CPU, ours (`se_flax.cpu`) beside XLA's own, and records them.
 
     python -m benchmarks.convolution              # all shapes, a few minutes
     python -m benchmarks.convolution --batch 1 --dry-run
@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.machine import command_line, describe, record
 from se_flax.convolution import convolve
-from se_flax.cpu_convolution import native
 from se_flax.memory import keep_memory
+from se_flax.native import native
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convolution.jsonl"
 # Side of the map, channels in and out, kernel, stride, groups: layers of the networks in `benchmarks.cpu`.
@@ -36,6 +36,7 @@ SHAPES = (
     (56, 64, 256, 1, 1, 1),
     (14, 1024, 256, 1, 1, 1),
     (56, 128, 128, 3, 1, 32),
+    (56, 256, 256, 3, 2, 32),
     (14, 512, 512, 3, 1, 32),
     (112, 32, 32, 3, 1, 32),
     (28, 240, 240, 5, 1, 240),

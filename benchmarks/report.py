@@ -77,7 +77,7 @@ compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets 
 |---|---|---:|---:|---:|
 """
 CPU_NOTE = """
-What a convolution becomes on a CPU is in `se_flax/cpu_convolution.py`; TPU and GPU keep XLA's own.
+What a convolution becomes on a CPU is in `se_flax/cpu`; TPU and GPU keep XLA's own.
 `se_flax.memory.keep_memory()`, called before JAX is used, keeps freed memory in the process, as `python -m train` and
 `se-flax predict` do; by default glibc gives the pages back after every call. PyTorch gains from the same settings as
 JAX does, so in this table all sides have them.

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 
 from se_flax.bound import bound
-from se_flax.cpu_convolution import convolve_on_cpu, native
+from se_flax.cpu.convolution import convolve_on_cpu
+from se_flax.native import native
 
 Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]

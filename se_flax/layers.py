@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
-from se_flax.cpu_convolution import native
 from se_flax.errors import UserError
+from se_flax.native import native
 from se_flax.pointwise import Product, affine, image_means, moments, product
 
 Array = jax.Array

@@ -6,7 +6,7 @@ import numpy as np
 from formulas import random_variables
 
 from se_flax import layers
-from se_flax.cpu_convolution import native
+from se_flax.native import native
 
 
 def images_of(count, size, seed=0):

@@ -11,14 +11,18 @@ from convolution_reference import arrays, check, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax import Conv, cpu_convolution
+from se_flax import Conv
 from se_flax.convolution import convolve
-from se_flax.cpu_convolution import convolve_on_cpu, native
+from se_flax.cpu import dense
+from se_flax.cpu.convolution import convolve_on_cpu
 from se_flax.layers import max_pool
+from se_flax.native import native
 
 # Groups, their input and their output channels: dense with few, some, and many for the map; depthwise, also with a
-# multiplier; groups of which 1, 2 and 16 go together into a dense convolution of 32 channels.
-CHANNELS = st.sampled_from([(1, 3, 5), (1, 8, 4), (1, 80, 4), (6, 1, 1), (4, 1, 2), (2, 40, 3), (4, 16, 8), (32, 2, 2)])
+# multiplier; groups of which 1, 2 and 4 go together into a dense convolution; many groups of few channels.
+CHANNELS = st.sampled_from(
+    [(1, 3, 5), (1, 8, 4), (1, 80, 4), (6, 1, 1), (4, 1, 2), (2, 40, 3), (4, 16, 8), (12, 4, 2), (16, 2, 2), (16, 2, 3)]
+)
 SIDES = st.integers(5, 9)
 PAIRS = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
@@ -40,6 +44,12 @@ def test_every_lowering_is_the_convolution_and_so_are_its_derivatives(
     check(x, kernel, strides, padding, dilation, groups)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """Every map counts as one of those for which XLA's gradient of the kernel is slow."""
+    monkeypatch.setattr(dense, "_SMALL_MAPS", 0)
+
+
 @pytest.mark.parametrize(
     ("side", "width", "strides", "form"),
     [(8, 3, 1, "mul"), (8, 16, 1, "conv_general_dilated"), (4, 32, 2, "dot_general")],
@@ -56,8 +66,8 @@ def test_a_dense_one_takes_the_form_that_is_fast(side, width, strides, form):
 
 @pytest.mark.parametrize(("side", "rows"), [((7, 7), 52), ((5, 6), 30), ((4, 13), 52), ((2, 30), 60)])
 def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side, rows):
-    monkeypatch.setattr(cpu_convolution, "_TALL", 16)
-    monkeypatch.setattr(cpu_convolution, "_WIDE", 32)
+    monkeypatch.setattr(dense, "_TALL", 16)
+    monkeypatch.setattr(dense, "_WIDE", 32)
 
     def multiplied(features):
         x, kernel = arrays((1, *side, 16), (1, 1, 16, features))
@@ -70,9 +80,9 @@ def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side
     assert multiplied(31) == str(side[0] * side[1])
 
 
-def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
+def test_a_large_batch_goes_some_images_at_a_time(large, monkeypatch):
     # An image's 8 rows of 6 patches of 3 * 4 values beside 3 * 5 of the gradient: two fit, and six are three times two.
-    monkeypatch.setattr(cpu_convolution, "_PATCHES", 2 * 8 * 6 * (3 * 4 + 3 * 5) * 4)
+    monkeypatch.setattr(dense, "_PATCHES", 2 * 8 * 6 * (3 * 4 + 3 * 5) * 4)
     x, kernel = arrays((6, 6, 6, 4), (3, 3, 4, 5))
     settings = (1, 1), ((1, 1), (1, 1)), (1, 1), 1
     text = str(jax.make_jaxpr(jax.grad(lambda k: convolve_on_cpu(x, k, *settings).sum()))(kernel))
@@ -81,15 +91,59 @@ def test_a_large_batch_goes_some_images_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_kernel_gradient_of_rows_of_patches_with_everything_uneven(stride):
-    x, kernel = arrays((2, 9, 8, 6), (3, 2, 6, 5))
-    check(x, kernel, (stride, 2), ((2, 1), (0, 3)), (2, 3), 1)
+@pytest.mark.parametrize(("groups", "features"), [(1, 5), (2, 4)])
+def test_a_kernel_gradient_of_rows_of_patches_with_everything_uneven(large, stride, groups, features):
+    x, kernel = arrays((2, 9, 8, 6), (3, 2, 6 // groups, features))
+    check(x, kernel, (stride, 2), ((2, 1), (0, 3)), (2, 3), groups, convolution=convolve_on_cpu)
+
+
+@pytest.mark.parametrize(("side", "features", "slow"), [(64, 32, False), (210, 32, True), (64, 65, True)])
+def test_small_maps_of_few_channels_keep_xlas_gradient_of_the_kernel(side, features, slow):
+    x = jax.ShapeDtypeStruct((1, side, side, 32), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 32, features), jnp.float32)
+
+    def gradient(x, kernel):
+        return jax.grad(lambda k: convolve_on_cpu(x, k, (1, 1), ((1, 1), (1, 1)), (1, 1), 1).sum())(kernel)
+
+    assert ("remat" in str(jax.make_jaxpr(gradient)(x, kernel))) == slow
 
 
 @pytest.mark.parametrize("images", [1, 16, 37])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_depthwise_kernels_gradient_takes_in_every_image(images, stride):
     check(*arrays((images, 6, 5, 3), (3, 3, 1, 3)), (stride, stride), ((1, 1), (1, 1)), (1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "groups", "dtype", "form"),
+    [
+        (4, 16, jnp.float32, "mul"),
+        (8, 16, jnp.float32, "mul"),
+        (8, 16, jnp.bfloat16, "conv_general_dilated"),
+        (9, 16, jnp.float32, "conv_general_dilated"),
+        (4, 15, jnp.float32, "conv_general_dilated"),
+    ],
+)
+def test_many_groups_of_few_channels_are_a_sum_of_products(width, groups, dtype, form):
+    x = jax.ShapeDtypeStruct((1, 8, 8, width * groups), dtype)
+    kernel = jax.ShapeDtypeStruct((3, 3, width, width * groups), dtype)
+
+    def convolution(x, kernel):
+        return convolve_on_cpu(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
+
+    text = str(jax.make_jaxpr(convolution)(x, kernel))
+    assert {name for name in ("mul", "conv_general_dilated") if f" {name}" in text or f"{name}[" in text} == {form}
+
+
+@pytest.mark.parametrize("groups", [16, 32])
+@pytest.mark.parametrize("strides", [(2, 2), (1, 3)])
+def test_a_strided_gradient_of_shifted_maps_multiplies_no_gaps(groups, strides):
+    x, kernel = arrays((2, 9, 8, 32), (3, 2, 32 // groups, 32))
+    settings = strides, ((1, 1), (1, 1)), (1, 1), groups
+    text = jax.jit(jax.grad(lambda x: convolve_on_cpu(x, kernel, *settings).sum())).lower(x).as_text()
+    interior = re.findall(r"stablehlo.pad.* interior = \[(.*?)\]", text)
+    assert interior and set(", ".join(interior).split(", ")) == {"0"}
+    check(x, kernel, *settings, convolution=convolve_on_cpu)
 
 
 def test_a_strided_convolutions_gradient_multiplies_no_gaps():
@@ -126,29 +180,31 @@ def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
 
 
 @pytest.mark.parametrize("groups", [1, 16])
-def test_the_patches_are_not_kept_for_the_gradient(groups):
+def test_the_patches_are_not_kept_for_the_gradient(large, groups):
     x, kernel = arrays((4, 8, 8, 16), (3, 3, 16 // groups, 16))
-    _, pullback = jax.vjp(lambda x, k: convolve(x, k, (1, 1), "SAME", (1, 1), groups), x, kernel)
+    settings = (1, 1), ((1, 1), (1, 1)), (1, 1), groups
+    _, pullback = jax.vjp(lambda x, k: convolve_on_cpu(x, k, *settings), x, kernel)
     kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
     assert kept < 9 * x.size
 
 
-def test_second_derivatives_and_batching_work():
-    x, kernel = arrays((2, 6, 6, 4), (3, 3, 4, 4))
+@pytest.mark.parametrize(("groups", "channels"), [(1, 4), (16, 32)])
+def test_second_derivatives_and_batching_work(groups, channels):
+    x, kernel = arrays((2, 6, 6, channels), (3, 3, channels // groups, channels))
 
     def loss(convolution, kernel):
-        return (convolution(x, kernel, (1, 1), "SAME", (1, 1), 1) ** 2).sum()
+        return (convolution(x, kernel, (1, 1), "SAME", (1, 1), groups) ** 2).sum()
 
     hessians = [jax.jvp(jax.grad(partial(loss, f)), (kernel,), (kernel,))[1] for f in (convolve, reference)]
     np.testing.assert_allclose(*hessians, rtol=1e-4, atol=1e-3)
-    each = jax.vmap(lambda k: convolve(x, k, (2, 2), "SAME", (1, 1), 1))(jnp.stack([kernel, 2 * kernel]))
+    each = jax.vmap(lambda k: convolve(x, k, (2, 2), "SAME", (1, 1), groups))(jnp.stack([kernel, 2 * kernel]))
     np.testing.assert_allclose(each[1], 2 * each[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 4, 2])
-def test_gradients_over_several_devices_add_up(groups):
+@pytest.mark.parametrize(("groups", "channels"), [(1, 4), (4, 4), (2, 4), (16, 32)])
+def test_gradients_over_several_devices_add_up(groups, channels):
     # The kernel is the same on all devices and the images are not: shard_map checks both, and sums the gradient.
-    x, kernel = arrays((8, 5, 5, 4), (3, 3, 4 // groups, 4))
+    x, kernel = arrays((8, 5, 5, channels), (3, 3, channels // groups, channels))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
 

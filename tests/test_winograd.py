@@ -10,8 +10,8 @@ from convolution_reference import arrays, check, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax import cpu_convolution, winograd
-from se_flax.cpu_convolution import convolve_on_cpu
+from se_flax.cpu import winograd
+from se_flax.cpu.convolution import convolve_on_cpu
 
 SIDES = st.integers(1, 8)
 PADS = st.tuples(st.integers(1, 2), st.integers(1, 3))
@@ -64,10 +64,10 @@ def test_strides_and_dilation_keep_their_forms(arguments):
     assert products(*arguments) == 0
 
 
-@pytest.mark.parametrize("change", [{"_TRANSFORMED": 65}, {"_TILES": 129}])
+@pytest.mark.parametrize("change", [{"_CHANNELS": 65}, {"_TILES": 129}])
 def test_few_channels_and_few_pixels_keep_their_form(monkeypatch, change):
     for name, value in change.items():
-        monkeypatch.setattr(cpu_convolution, name, value)
+        monkeypatch.setattr(winograd, name, value)
     assert products((1, 1), SAME, (1, 1), 1) == 0
 
 

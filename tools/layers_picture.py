@@ -18,7 +18,7 @@ WIDTH, MARGIN, LABEL = 1000, 16, 150
 BOX_HEIGHT, GAP, LETTER = 24, 6, 7.0
 COLOURS = {"configs": "#8d6e63", "train": "#3f51b5", "se_flax": "#e65100"}
 # Subpackages stand out from the rows that they share with others.
-INNER = {"backbones": "#2e7d32", "weights": "#6a1b9a", "cli": "#00838f", "ctr": "#ad1457"}
+INNER = {"backbones": "#2e7d32", "weights": "#6a1b9a", "cli": "#00838f", "ctr": "#ad1457", "cpu": "#37474f"}
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:

@@ -5,15 +5,30 @@ give 2 x 2 outputs, y = A^T [(G g G^T) * (B^T d B)] A. All tiles and channels to
 transforms add and subtract; in float32 the result's error stays below twice that of the direct sum.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from se_flax.cpu.shifts import Pads, Pair
 from se_flax.memory import written
 
 Array = jax.Array
-Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# Channels, and tiles of 2 x 2 pixels, from which on a 3x3 kernel's transforms cost less than the products they save.
+_CHANNELS, _TILES = 64, 128
+
+
+def is_worth_it(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> bool:
+    """Whether a kernel is 3x3, each pixel's, and its products so many that sixteen for 36 are worth the transforms.
+
+    Not for less than float32, as the transforms' sums would be rounded. Grouped convolutions' parts do not gain.
+    """
+    if kernel.shape[:2] != (3, 3) or not strides == dilation == (1, 1) or x.dtype.itemsize < 4:
+        return False
+    images = x.shape[0] if isinstance(x.shape[0], int) else 1  # symbolic: one at least
+    return min(kernel.shape[2:]) >= _CHANNELS and images * math.prod(x.shape[1:3]) >= 4 * _TILES
 
 
 def convolve(x: Array, kernel: Array, padding: Pads) -> Array:

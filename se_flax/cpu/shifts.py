@@ -1,0 +1,112 @@
+"""Sums over a kernel's taps of shifted maps, whose pixels may have several axes of channels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Pair = tuple[int, int]
+Pads = tuple[tuple[int, int], tuple[int, int]]
+Product = Callable[[Array, Array], Array]
+# Of pixels, and the row and column of the tap that they meet.
+TapProduct = Callable[[Array, int, int], Array]
+
+
+def bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: Any, tangents: Any) -> Any:
+    """Value and derivative of a product, each of the derivative's terms in the form whose transpose is fast."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    terms = [
+        term(*operands)
+        for term, operands, tangent in ((in_x, (dx, kernel), dx), (in_kernel, (x, dkernel), dkernel))
+        if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    ]
+    y = product(x, kernel)
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
+def output_sides(sides: tuple[int, ...], kernel: tuple[int, ...], strides: Pair, padding: Pads, dilation: Pair) -> Pair:
+    """Height and width of a convolution's output."""
+    h, w = (
+        (side + sum(pads) - (k - 1) * d - 1) // s + 1
+        for side, pads, k, d, s in zip(sides, padding, kernel[:2], dilation, strides, strict=True)
+    )
+    return h, w
+
+
+def window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Array:
+    """Every stride-th pixel of padded maps, h x w of them."""
+    stop = (x.shape[0], top + (h - 1) * strides[0] + 1, left + (w - 1) * strides[1] + 1, x.shape[3])
+    return jax.lax.slice(x, (0, top, left, 0), stop, (1, *strides, 1))
+
+
+def framed(x: Array, padding: Pads) -> Array:
+    """Maps [N, H, W, ...] with their padding, and a row below it, in which the last range of `over_ranges` ends."""
+    (top, bottom), sides = padding
+    return jnp.pad(x, ((0, 0), (top, bottom + 1), sides, *((0, 0),) * (x.ndim - 3)))
+
+
+def over_ranges(x: Array, kernel: tuple[int, ...], strides: Pair, dilation: Pair, product: TapProduct) -> Array:
+    """Sum over the taps of a kernel of this shape: `product` of the pixels [N, L, ...] that a tap meets, and the tap.
+
+    Pixels of the `framed` maps are numbered row by row, and those that a tap meets are the range from the first one on.
+    As windows of rows and columns, XLA would see that the middle one is x itself, and compute what x is made of twice,
+    or store it.
+    """
+    n, height, wide = x.shape[:3]
+    h, w = output_sides((height - 1, wide), kernel, strides, ((0, 0), (0, 0)), dilation)
+    down, across = ((side - 1) * stride + 1 for side, stride in zip((h, w), strides, strict=True))
+    pixels = x.reshape(n, -1, *x.shape[3:])
+
+    # Slices, as indexing would become a gather where the batch's size is symbolic.
+    def term(i: int, j: int) -> Array:
+        first = i * dilation[0] * wide + j * dilation[1]
+        return product(jax.lax.slice_in_dim(pixels, first, first + down * wide, axis=1), i, j)
+
+    y = over_taps(kernel, term)
+    y = y.reshape(n, down, wide, *y.shape[2:])
+    channels = y.shape[3:]
+    start, steps = (0,) * y.ndim, (1, *strides, *(1 for _ in channels))
+    return jax.lax.slice(y, start, (n, down, across, *channels), steps)
+
+
+def scattered(
+    x: Array, kernel: tuple[int, ...], strides: Pair, padding: Pads, dilation: Pair, product: TapProduct
+) -> Array:
+    """The same sum of pixels [N, h, w, ...], products before shifts, of maps without their padding.
+
+    Transposed, shifts come before products, a loop without branches. With a stride, a tap meets the pixels of one phase
+    alone, so that every phase has its own taps, and no products with the gaps between the outputs' places.
+    """
+    sides = output_sides(x.shape[1:3], kernel, strides, padding, dilation)
+    places = list(zip(kernel[:2], dilation, strides, strict=True))
+    reach = [(k - 1) * d // s for k, d, s in places]
+    # Pixels of a phase, along each side.
+    counts = [side + r for side, r in zip(sides, reach, strict=True)]
+    zero = jnp.zeros((), x.dtype)
+
+    def pad(x: Array, edges: list[tuple[int, int, int]]) -> Array:
+        return jax.lax.pad(x, zero, ((0, 0, 0), *edges, *((0, 0, 0),) * (x.ndim - 3)))
+
+    lengths = zip(padding, counts, strides, x.shape[1:3], strict=True)
+    x = pad(x, [(low, count * s - low - length, 0) for (low, _), count, s, length in lengths])
+    n, rest = x.shape[0], x.shape[3:]
+    phases = x.reshape(n, counts[0], strides[0], counts[1], strides[1], *rest)
+
+    def term(i: int, j: int) -> Array:
+        (down, row), (across, column) = (divmod(tap * d, s) for tap, (_, d, s) in zip((i, j), places, strict=True))
+        phase = jax.lax.index_in_dim(jax.lax.index_in_dim(phases, column, 4, keepdims=False), row, 2, keepdims=False)
+        backwards = zip(reach, (down, across), strict=True)
+        return pad(product(phase, i, j), [(r - back, back, 0) for r, back in backwards])
+
+    frame = over_taps(kernel, term)
+    start = (0, *reach, *(0 for _ in frame.shape[3:]))
+    stop = (n, reach[0] + sides[0], reach[1] + sides[1], *frame.shape[3:])
+    return jax.lax.slice(frame, start, stop)
+
+
+def over_taps(kernel: tuple[int, ...], term: Callable[[int, int], Array]) -> Array:
+    """Sum of `term(i, j)` over rows and columns of a kernel."""
+    terms = [term(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+    return sum(terms[1:], terms[0])
