@@ -13,27 +13,49 @@ from se_flax.memory import written
 Array = jax.Array
 
 # Of the dense convolutions that a grouped one is made of: the fewest channels, as fewer make XLA's loops slow and more
-# add zeros; and the most convolutions, as every one has to be compiled.
-_BLOCK, _PIECES = 16, 16
+# add zeros; and the most convolutions, as every one has to be compiled, with gradients three times.
+_BLOCK, _PIECES, _PIECES_IN_TRAINING = 16, 32, 16
 # Of a sum of shifted maps: the fewest groups, which are a loop's vector, and the most products, beyond which XLA's loop
 # of them is no faster, or far slower.
 _VECTOR, _PRODUCTS = 16, 72
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
     """Groups side by side in dense convolutions.
 
     Arguments as for `convolve_on_cpu`.
     """
+    return _in_parts(x, kernel, groups, _form(kernel, strides, padding, dilation), _PIECES)
+
+
+def _grouped_jvp(strides: Pair, padding: Pads, dilation: Pair, groups: int, primals: Any, tangents: Any) -> Any:
+    known = [isinstance(tangent, jax.custom_derivatives.SymbolicZero) for tangent in tangents]
+    form = _form(primals[1], strides, padding, dilation)
+
+    def function(*arrays: Array) -> Array:
+        rest = iter(arrays)
+        x, kernel = (primal if fixed else next(rest) for primal, fixed in zip(primals, known, strict=True))
+        return _in_parts(x, kernel, groups, form, _PIECES_IN_TRAINING)
+
+    at, along = ([a for a, fixed in zip(arrays, known, strict=True) if not fixed] for arrays in (primals, tangents))
+    return jax.jvp(function, at, along)
+
+
+grouped.defjvp(_grouped_jvp, symbolic_zeros=True)
+
+
+def _form(kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Product:
     if kernel.shape[:2] == (1, 1):
-        return _in_parts(x, kernel, groups, lambda x, kernel: pointwise(x, kernel, strides, padding))
-    return _in_parts(x, kernel, groups, lambda x, kernel: dense(x, kernel, strides, padding, dilation))
+        return lambda x, kernel: pointwise(x, kernel, strides, padding)
+    return lambda x, kernel: dense(x, kernel, strides, padding, dilation)
 
 
-def _in_parts(x: Array, kernel: Array, groups: int, form: Product) -> Array:
+def _in_parts(x: Array, kernel: Array, groups: int, form: Product, pieces: int) -> Array:
+    """So many dense convolutions at most, of this form."""
     kh, kw, width, features = kernel.shape
     out = features // groups
-    block = max(_BLOCK, width, groups * width // _PIECES)
+    block = max(_BLOCK, width, groups * width // pieces)
     fitting = [m for m in range(1, groups + 1) if groups % m == 0 and m * width <= block]
     together = max(fitting)
     blocks = groups // together
@@ -83,13 +105,15 @@ def narrow(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair
 
 
 def _narrow_jvp(strides: Pair, padding: Pads, dilation: Pair, groups: int, primals: Any, tangents: Any) -> Any:
-    settings = strides, padding, dilation, groups
+    settings = strides, padding, dilation
+
+    def in_kernel(x: Array, dkernel: Array) -> Array:
+        return _in_parts(x, dkernel, groups, lambda x, dk: for_kernel(x, dk, *settings), _PIECES_IN_TRAINING)
+
     return bilinear_jvp(
-        lambda x, kernel: narrow(x, kernel, *settings),
-        lambda dx, kernel: _scattered_groups(dx, kernel, *settings),
-        lambda x, dkernel: _in_parts(
-            x, dkernel, groups, lambda x, kernel: for_kernel(x, kernel, strides, padding, dilation)
-        ),
+        lambda x, kernel: narrow(x, kernel, *settings, groups),
+        lambda dx, kernel: _scattered_groups(dx, kernel, *settings, groups),
+        in_kernel,
         primals,
         tangents,
     )
