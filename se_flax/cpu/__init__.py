@@ -3,11 +3,11 @@
 | convolution | forward | input's gradient | kernel's gradient |
 |---|---|---|---|
 | 1x1 | matrix product | likewise | likewise |
-| depthwise | sum of shifted products | likewise | products summed over images, then over pixels |
-| grouped, of few channels a group | sum of shifted products, groups side by side | likewise | as in the next line |
+| depthwise | sum of shifted products | likewise | products summed over columns, then over the rest |
+| grouped, of few channels a group | as depthwise, groups side by side | likewise | likewise |
 | grouped | up to 32 dense ones, in training 16, zeros between groups | likewise | likewise |
 | dense, 3x3, of many channels | matrix products of transformed tiles (Winograd's) | likewise | likewise |
-| dense | XLA's | XLA's; with a stride, product of patches | product of patches and rows of the gradient |
+| dense | XLA's | XLA's; with a stride, product of patches | of patches and rows of the gradient; of small maps XLA's |
 | dense, of a small map | matrix product of patches | as above | as above |
 | dense, of up to three channels | sum of shifted products | as above | as above |
 

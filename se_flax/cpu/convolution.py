@@ -5,7 +5,8 @@ import jax
 from se_flax.cpu import winograd
 from se_flax.cpu.dense import dense, pointwise
 from se_flax.cpu.depthwise import depthwise
-from se_flax.cpu.grouped import grouped, is_narrow, narrow
+from se_flax.cpu.grouped import grouped
+from se_flax.cpu.narrow import is_narrow, narrow
 from se_flax.cpu.shifts import Pads, Pair
 
 Array = jax.Array

@@ -89,7 +89,7 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
         return native(dx, kernel, *settings, 1) if strides == (1, 1) else _of_patches(dx, kernel, *settings)
 
     def in_kernel(x: Array, dkernel: Array) -> Array:
-        return for_kernel(x, dkernel, *settings)
+        return _for_kernel(x, dkernel, *settings)
 
     return bilinear_jvp(lambda x, kernel: dense(x, kernel, *settings), in_x, in_kernel, primals, tangents)
 
@@ -97,7 +97,7 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
 dense.defjvp(_dense_jvp, symbolic_zeros=True)
 
 
-def for_kernel(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
+def _for_kernel(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
     """The same convolution, in the form whose transpose in the kernel is fast."""
     sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     numbers = x.size + x.shape[0] * math.prod(sides) * kernel.shape[3]

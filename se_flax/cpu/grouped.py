@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_flax.cpu.dense import dense, for_kernel, pointwise
-from se_flax.cpu.shifts import Pads, Pair, Product, bilinear_jvp, framed, over_ranges, scattered
+from se_flax.cpu.dense import dense, pointwise
+from se_flax.cpu.shifts import Pads, Pair, Product
 from se_flax.memory import written
 
 Array = jax.Array
@@ -15,9 +15,6 @@ Array = jax.Array
 # Of the dense convolutions that a grouped one is made of: the fewest channels, as fewer make XLA's loops slow and more
 # add zeros; and the most convolutions, as every one has to be compiled, with gradients three times.
 _BLOCK, _PIECES, _PIECES_IN_TRAINING = 16, 32, 16
-# Of a sum of shifted maps: the fewest groups, which are a loop's vector, and the most products, beyond which XLA's loop
-# of them is no faster, or far slower.
-_VECTOR, _PRODUCTS = 16, 72
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
@@ -76,74 +73,3 @@ def _on_diagonal(x: Array) -> Array:
     count = x.shape[0]
     rows = jnp.pad(x.reshape(count, -1), ((0, 0), (0, x.size)))
     return rows.reshape(-1)[: count * x.size].reshape(count, *x.shape)
-
-
-def is_narrow(kernel: Array, groups: int) -> bool:
-    """Whether groups are many and of so few channels that zeros between them would be most of dense convolutions.
-
-    Not for less than float32, as every sum would be rounded.
-    """
-    kh, kw, width, features = kernel.shape
-    products = kh * kw * max(width, features // groups)
-    return groups >= _VECTOR and products <= _PRODUCTS and kernel.dtype.itemsize >= 4
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def narrow(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """A convolution of few channels a group as a sum over taps and channels of shifted maps times a vector of groups.
-
-    Arguments as for `convolve_on_cpu`.
-    """
-    taps = _of_groups(kernel, groups)
-
-    def product(pixels: Array, i: int, j: int) -> Array:
-        terms = [jax.lax.slice_in_dim(pixels, c, c + 1, axis=2) * taps[i, j, c] for c in range(kernel.shape[2])]
-        return sum(terms[1:], terms[0])
-
-    pixels = written(framed(_groups_last(x, groups), padding))
-    return _groups_first(over_ranges(pixels, kernel.shape, strides, dilation, product))
-
-
-def _narrow_jvp(strides: Pair, padding: Pads, dilation: Pair, groups: int, primals: Any, tangents: Any) -> Any:
-    settings = strides, padding, dilation
-
-    def in_kernel(x: Array, dkernel: Array) -> Array:
-        return _in_parts(x, dkernel, groups, lambda x, dk: for_kernel(x, dk, *settings), _PIECES_IN_TRAINING)
-
-    return bilinear_jvp(
-        lambda x, kernel: narrow(x, kernel, *settings, groups),
-        lambda dx, kernel: _scattered_groups(dx, kernel, *settings, groups),
-        in_kernel,
-        primals,
-        tangents,
-    )
-
-
-narrow.defjvp(_narrow_jvp, symbolic_zeros=True)
-
-
-def _scattered_groups(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """The same convolution, for its transpose in x: sums over a group's outputs of the shifted gradient."""
-    taps = _of_groups(kernel, groups)
-
-    def product(pixels: Array, i: int, j: int) -> Array:
-        # The transpose of one output's sum over channels is that output times a vector for each channel.
-        return jnp.stack([jnp.sum(pixels * taps[i, j, :, o], 3) for o in range(taps.shape[3])], 3)
-
-    pixels = written(_groups_last(x, groups))
-    return _groups_first(scattered(pixels, kernel.shape, strides, padding, dilation, product))
-
-
-def _of_groups(kernel: Array, groups: int) -> Array:
-    """A kernel's numbers [kh, kw, inputs, outputs, groups]: written, as loops would gather them at every pixel."""
-    return written(kernel.reshape(*kernel.shape[:3], groups, -1).swapaxes(3, 4))
-
-
-def _groups_last(x: Array, groups: int) -> Array:
-    """[N, H, W, C] to [N, H, W, C / groups, groups]."""
-    return x.reshape(*x.shape[:3], groups, -1).swapaxes(3, 4)
-
-
-def _groups_first(x: Array) -> Array:
-    """The map that `_groups_last` took apart."""
-    return written(x).swapaxes(3, 4).reshape(*x.shape[:3], -1)

@@ -6,12 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from se_flax.memory import written
+
 Array = jax.Array
 Pair = tuple[int, int]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Product = Callable[[Array, Array], Array]
 # Of pixels, and the row and column of the tap that they meet.
 TapProduct = Callable[[Array, int, int], Array]
+
+# Pixels whose products are added in one loop: more hide the cost of writing the sums, and of fewer a cache holds all.
+_TERMS = 32
 
 
 def bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: Any, tangents: Any) -> Any:
@@ -104,6 +109,54 @@ def scattered(
     start = (0, *reach, *(0 for _ in frame.shape[3:]))
     stop = (n, reach[0] + sides[0], reach[1] + sides[1], *frame.shape[3:])
     return jax.lax.slice(frame, start, stop)
+
+
+def in_columns(x: Array, taps: Array, strides: Pair, dilation: Pair, product: Product) -> Array:
+    """The same sum over `framed` maps, for its transpose in the taps.
+
+    Transposed, one loop adds the products of a few rows and columns of the output, for all taps of a row at once, and
+    what is left to be added is small: a sum over all pixels alone would make XLA write the map's windows.
+
+    Args:
+      x: [N, H, W, ...].
+      taps: [kh, kw, ...].
+      strides: as for `over_ranges`.
+      dilation: likewise.
+      product: of pixels [N, rows, kw, ...] and taps of the same axes in front; bilinear, place by place.
+
+    Returns:
+      [N, h, w, ...].
+    """
+    kh, kw = taps.shape[:2]
+    n, height, wide, *channels = x.shape
+    h, w = output_sides((height - 1, wide), taps.shape, strides, ((0, 0), (0, 0)), dilation)
+    together = max(d for d in range(1, h + 1) if h % d == 0 and (d == 1 or d * w <= _TERMS))
+    down, reach = together * strides[0], (kw - 1) * dilation[1] + 1
+
+    # Without the checkpoint all the pixels that taps meet would be kept for the gradient.
+    @jax.checkpoint
+    def whole(x: Array, taps: Array) -> Array:
+        # The taps at every place where they get a sum of their own.
+        places = (n, h // together, *taps.shape[1:])
+        spread = {
+            (i, first): written(jnp.broadcast_to(taps[i], places)) for i in range(kh) for first in range(0, w, _TERMS)
+        }
+
+        def term(row: int, column: int, i: int) -> Array:
+            top, left = row * strides[0] + i * dilation[0], column * strides[1]
+            stop = (n, top + (h // together - 1) * down + 1, left + reach, *channels)
+            start, steps = (0, top, left, *(0 for _ in channels)), (1, down, dilation[1], *(1 for _ in channels))
+            return jnp.sum(product(jax.lax.slice(x, start, stop, steps), spread[i, column - column % _TERMS]), 2)
+
+        def pixels(row: int, column: int) -> Array:
+            terms = [term(row, column, i) for i in range(kh)]
+            return sum(terms[1:], terms[0])
+
+        rows = [jnp.stack([pixels(row, column) for column in range(w)], 2) for row in range(together)]
+        y = jnp.stack(rows, 2)
+        return y.reshape(n, h, w, *y.shape[4:])
+
+    return whole(x, taps)
 
 
 def over_taps(kernel: tuple[int, ...], term: Callable[[int, int], Array]) -> Array:
