@@ -168,19 +168,6 @@ def test_parts_of_a_grouped_convolution_are_made_once_for_all_their_readers():
     assert text.count(" maximum(") == 4  # one for every part, whose readers are its value and its kernel's gradient
 
 
-def test_a_grouped_convolution_has_fewer_parts_with_gradients():
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 4, 4, 512), (3, 3, 16, 512)))
-
-    def parts(function):
-        return str(jax.make_jaxpr(function)(x, kernel)).count("name=dense")
-
-    def convolution(x, kernel):
-        return convolve_on_cpu(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), 32)
-
-    assert parts(convolution) == 32
-    assert parts(lambda x, kernel: jax.linearize(partial(convolution, x), kernel)[0]) == 16
-
-
 @pytest.mark.parametrize("taps", [3, 5])
 def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
     x, kernel = arrays((16, 14, 14, 8), (taps, taps, 1, 8))
