@@ -146,6 +146,13 @@ def test_a_strided_gradient_of_shifted_maps_multiplies_no_gaps(groups, strides):
     check(x, kernel, *settings, convolution=convolve_on_cpu)
 
 
+@pytest.mark.parametrize("groups", [16, 32])
+@pytest.mark.parametrize(("sides", "stride"), [((2, 70), 1), ((4, 33), 1), ((6, 71), 2)])
+def test_a_kernels_gradient_takes_in_more_columns_than_a_loop_adds(groups, sides, stride):
+    x, kernel = arrays((2, *sides, 32), (3, 3, 32 // groups, 32))
+    check(x, kernel, (stride, stride), ((1, 1), (1, 1)), (1, 1), groups)
+
+
 def test_a_strided_convolutions_gradient_multiplies_no_gaps():
     x, kernel = arrays((2, 9, 8, 16), (3, 3, 16, 24))
 
@@ -179,9 +186,9 @@ def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
     assert memory.temp_size_in_bytes < taps * taps * x.nbytes / 2
 
 
-@pytest.mark.parametrize("groups", [1, 16])
-def test_the_patches_are_not_kept_for_the_gradient(large, groups):
-    x, kernel = arrays((4, 8, 8, 16), (3, 3, 16 // groups, 16))
+@pytest.mark.parametrize(("groups", "channels"), [(1, 16), (16, 16), (16, 32)])
+def test_the_patches_are_not_kept_for_the_gradient(large, groups, channels):
+    x, kernel = arrays((4, 8, 8, channels), (3, 3, channels // groups, channels))
     settings = (1, 1), ((1, 1), (1, 1)), (1, 1), groups
     _, pullback = jax.vjp(lambda x, k: convolve_on_cpu(x, k, *settings), x, kernel)
     kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
