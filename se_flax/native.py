@@ -5,10 +5,11 @@ from typing import Any
 import jax
 
 Array = jax.Array
-Pair = tuple[int, int]
 
 
-def native(x: Array, kernel: Array, strides: Pair, padding: Any, dilation: Pair, groups: int) -> Array:
+def native(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Any, dilation: tuple[int, int], groups: int
+) -> Array:
     """XLA's own convolution; arguments and result as for `se_flax.convolution.convolve`."""
     return jax.lax.conv_general_dilated(
         x,

@@ -135,6 +135,30 @@ def test_many_groups_of_few_channels_are_a_sum_of_products(width, groups, dtype,
     assert {name for name in ("mul", "conv_general_dilated") if f" {name}" in text or f"{name}[" in text} == {form}
 
 
+@pytest.mark.parametrize(("width", "groups", "parts"), [(16, 32, 32), (16, 64, 32), (9, 16, 16), (4, 12, 3)])
+def test_wider_groups_are_at_most_32_dense_convolutions(width, groups, parts):
+    x = jax.ShapeDtypeStruct((1, 4, 4, width * groups), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, width, width * groups), jnp.float32)
+
+    def convolution(x, kernel):
+        return convolve_on_cpu(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
+
+    assert len(re.findall(r"= conv_general_dilated\[", str(jax.make_jaxpr(convolution)(x, kernel)))) == parts
+
+
+@pytest.mark.parametrize("groups", [16, 32])
+def test_sums_of_shifted_maps_take_a_batch_of_unknown_size(groups):
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = (batch, 9, 8, 32), (3, 3, 32 // groups, 32)
+    settings = (2, 1), ((1, 1), (1, 1)), (1, 1), groups
+    exported = jax.export.export(jax.jit(lambda x, k: convolve_on_cpu(x, k, *settings)), platforms=["cpu"])(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    )
+    assert "gather" not in exported.mlir_module()
+    x, kernel = arrays((3, *shapes[0][1:]), shapes[1])
+    np.testing.assert_allclose(exported.call(x, kernel), reference(x, kernel, *settings), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [16, 32])
 @pytest.mark.parametrize("strides", [(2, 2), (1, 3)])
 def test_a_strided_gradient_of_shifted_maps_multiplies_no_gaps(groups, strides):

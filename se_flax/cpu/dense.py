@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_flax.cpu.shifts import Pads, Pair, bilinear_jvp, framed, output_sides, over_ranges, window
+from se_flax.cpu.shifts import Pads, Pair, bilinear_jvp, framed, output_sides, over_channels, over_ranges, window
 from se_flax.native import native
 
 Array = jax.Array
@@ -49,7 +49,7 @@ def _matrix_product(x: Array, matrix: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """XLA's convolution or a faster form, with a kernel's gradient that is a matrix product.
+    """XLA's convolution or a faster form, with gradients of their own: see the package's table.
 
     Arguments as for `convolve_on_cpu`.
 
@@ -73,12 +73,7 @@ def thin(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) 
 
     Arguments as for `convolve_on_cpu`.
     """
-
-    def product(window: Array, i: int, j: int) -> Array:
-        terms = [jax.lax.slice_in_dim(window, c, c + 1, axis=2) * kernel[i, j, c] for c in range(kernel.shape[2])]
-        return sum(terms[1:], terms[0])
-
-    return over_ranges(framed(x, padding), kernel.shape, strides, dilation, product)
+    return over_ranges(framed(x, padding), kernel.shape, strides, dilation, over_channels(kernel))
 
 
 def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
@@ -88,10 +83,13 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
         # With a stride, XLA's gradient is a convolution of a map with gaps, and multiplies the gaps.
         return native(dx, kernel, *settings, 1) if strides == (1, 1) else _of_patches(dx, kernel, *settings)
 
-    def in_kernel(x: Array, dkernel: Array) -> Array:
-        return _for_kernel(x, dkernel, *settings)
-
-    return bilinear_jvp(lambda x, kernel: dense(x, kernel, *settings), in_x, in_kernel, primals, tangents)
+    return bilinear_jvp(
+        lambda x, kernel: dense(x, kernel, *settings),
+        in_x,
+        lambda x, dkernel: _for_kernel(x, dkernel, *settings),
+        primals,
+        tangents,
+    )
 
 
 dense.defjvp(_dense_jvp, symbolic_zeros=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_flax.cpu.shifts import Pads, Pair, bilinear_jvp, framed, in_columns, over_ranges, scattered
+from se_flax.cpu.shifts import Pads, Pair, bilinear_jvp, framed, in_columns, over_channels, over_ranges, scattered
 from se_flax.memory import written
 
 Array = jax.Array
@@ -19,7 +19,7 @@ _VECTOR, _PRODUCTS = 16, 72
 def is_narrow(kernel: Array, groups: int) -> bool:
     """Whether groups are many and of so few channels that zeros between them would be most of dense convolutions.
 
-    Not for less than float32, as every sum would be rounded.
+    Not for less than float32, as every sum would be rounded. The kernel is [kh, kw, C / groups, features].
     """
     kh, kw, width, features = kernel.shape
     products = kh * kw * max(width, features // groups)
@@ -45,7 +45,7 @@ def _groups_last(x: Array, groups: int) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _of_groups(x: Array, taps: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
     """Maps [N, H, W, inputs, groups] and taps [kh, kw, inputs, outputs, groups] to [N, h, w, outputs, groups]."""
-    return _over_groups(written(framed(x, padding)), taps, strides, dilation)
+    return over_ranges(written(framed(x, padding)), taps.shape, strides, dilation, over_channels(taps))
 
 
 def _of_groups_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
@@ -55,7 +55,7 @@ def _of_groups_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
         return in_columns(pixels, dtaps, strides, dilation, lambda x, taps: jnp.sum(x[:, :, :, :, None] * taps, 3))
 
     return bilinear_jvp(
-        lambda _, taps: _over_groups(pixels, taps, strides, dilation),
+        lambda _, taps: over_ranges(pixels, taps.shape, strides, dilation, over_channels(taps)),
         lambda dx, taps: _scattered_groups(written(dx), taps, strides, padding, dilation),
         in_taps,
         primals,
@@ -64,14 +64,6 @@ def _of_groups_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
 
 
 _of_groups.defjvp(_of_groups_jvp, symbolic_zeros=True)
-
-
-def _over_groups(pixels: Array, taps: Array, strides: Pair, dilation: Pair) -> Array:
-    def product(pixels: Array, i: int, j: int) -> Array:
-        terms = [jax.lax.slice_in_dim(pixels, c, c + 1, axis=2) * taps[i, j, c] for c in range(taps.shape[2])]
-        return sum(terms[1:], terms[0])
-
-    return over_ranges(pixels, taps.shape, strides, dilation, product)
 
 
 def _scattered_groups(x: Array, taps: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:

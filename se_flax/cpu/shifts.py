@@ -41,9 +41,12 @@ def output_sides(sides: tuple[int, ...], kernel: tuple[int, ...], strides: Pair,
 
 
 def window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Array:
-    """Every stride-th pixel of padded maps, h x w of them."""
-    stop = (x.shape[0], top + (h - 1) * strides[0] + 1, left + (w - 1) * strides[1] + 1, x.shape[3])
-    return jax.lax.slice(x, (0, top, left, 0), stop, (1, *strides, 1))
+    """Every stride-th pixel of maps [N, H, W, ...] from (top, left) on, without padding: [N, h, w, ...]."""
+    channels = x.shape[3:]
+    start, steps = (0, top, left, *(0 for _ in channels)), (1, *strides, *(1 for _ in channels))
+    stop = (x.shape[0], top + (h - 1) * strides[0] + 1, left + (w - 1) * strides[1] + 1, *channels)
+    # A slice, as indexing would become a gather where the batch's size is symbolic.
+    return jax.lax.slice(x, start, stop, steps)
 
 
 def framed(x: Array, padding: Pads) -> Array:
@@ -61,19 +64,25 @@ def over_ranges(x: Array, kernel: tuple[int, ...], strides: Pair, dilation: Pair
     """
     n, height, wide = x.shape[:3]
     h, w = output_sides((height - 1, wide), kernel, strides, ((0, 0), (0, 0)), dilation)
-    down, across = ((side - 1) * stride + 1 for side, stride in zip((h, w), strides, strict=True))
+    down = (h - 1) * strides[0] + 1
     pixels = x.reshape(n, -1, *x.shape[3:])
 
-    # Slices, as indexing would become a gather where the batch's size is symbolic.
     def term(i: int, j: int) -> Array:
         first = i * dilation[0] * wide + j * dilation[1]
         return product(jax.lax.slice_in_dim(pixels, first, first + down * wide, axis=1), i, j)
 
     y = over_taps(kernel, term)
-    y = y.reshape(n, down, wide, *y.shape[2:])
-    channels = y.shape[3:]
-    start, steps = (0,) * y.ndim, (1, *strides, *(1 for _ in channels))
-    return jax.lax.slice(y, start, (n, down, across, *channels), steps)
+    return window(y.reshape(n, down, wide, *y.shape[2:]), 0, 0, h, w, strides)
+
+
+def over_channels(taps: Array) -> TapProduct:
+    """A product for `over_ranges`: pixels [N, L, C, ...] and taps [kh, kw, C, ...] to sums over C, [N, L, ...]."""
+
+    def product(pixels: Array, i: int, j: int) -> Array:
+        terms = [jax.lax.slice_in_dim(pixels, c, c + 1, axis=2) * taps[i, j, c] for c in range(taps.shape[2])]
+        return sum(terms[1:], terms[0])
+
+    return product
 
 
 def scattered(
@@ -105,10 +114,7 @@ def scattered(
         backwards = zip(reach, (down, across), strict=True)
         return pad(product(phase, i, j), [(r - back, back, 0) for r, back in backwards])
 
-    frame = over_taps(kernel, term)
-    start = (0, *reach, *(0 for _ in frame.shape[3:]))
-    stop = (n, reach[0] + sides[0], reach[1] + sides[1], *frame.shape[3:])
-    return jax.lax.slice(frame, start, stop)
+    return window(over_taps(kernel, term), reach[0], reach[1], sides[0], sides[1], (1, 1))
 
 
 def in_columns(x: Array, taps: Array, strides: Pair, dilation: Pair, product: Product) -> Array:
@@ -128,25 +134,24 @@ def in_columns(x: Array, taps: Array, strides: Pair, dilation: Pair, product: Pr
       [N, h, w, ...].
     """
     kh, kw = taps.shape[:2]
-    n, height, wide, *channels = x.shape
+    n, height, wide = x.shape[:3]
     h, w = output_sides((height - 1, wide), taps.shape, strides, ((0, 0), (0, 0)), dilation)
     together = max(d for d in range(1, h + 1) if h % d == 0 and (d == 1 or d * w <= _TERMS))
-    down, reach = together * strides[0], (kw - 1) * dilation[1] + 1
+    count, steps = h // together, (together * strides[0], dilation[1])
 
     # Without the checkpoint all the pixels that taps meet would be kept for the gradient.
     @jax.checkpoint
     def whole(x: Array, taps: Array) -> Array:
         # The taps at every place where they get a sum of their own.
-        places = (n, h // together, *taps.shape[1:])
+        places = (n, count, *taps.shape[1:])
         spread = {
             (i, first): written(jnp.broadcast_to(taps[i], places)) for i in range(kh) for first in range(0, w, _TERMS)
         }
 
         def term(row: int, column: int, i: int) -> Array:
             top, left = row * strides[0] + i * dilation[0], column * strides[1]
-            stop = (n, top + (h // together - 1) * down + 1, left + reach, *channels)
-            start, steps = (0, top, left, *(0 for _ in channels)), (1, down, dilation[1], *(1 for _ in channels))
-            return jnp.sum(product(jax.lax.slice(x, start, stop, steps), spread[i, column - column % _TERMS]), 2)
+            met = window(x, top, left, count, kw, steps)
+            return jnp.sum(product(met, spread[i, column - column % _TERMS]), 2)
 
         def pixels(row: int, column: int) -> Array:
             terms = [term(row, column, i) for i in range(kh)]
