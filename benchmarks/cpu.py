@@ -10,7 +10,8 @@ turns, a ratio the median of the other side's figure over ours, turn by turn: ab
 timm runs eagerly, eagerly in channels-last memory and through `torch.compile`; the fastest of them is what we are held
 against.
 
-- `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`).
+- `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`). With `--onednn` also fused and with
+  matrix products by oneDNN (`benchmarks/sides/ours.py` has the compiler's options).
 - `train:N`: one update of N images by SGD with momentum.
 
 All sides keep freed memory, by settings of glibc in their environment: it is what `se_flax.memory.keep_memory` does in
@@ -46,6 +47,8 @@ def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> 
     found = {"ours": ours}
     if task == "infer":
         found["ours plain"] = [*ours, "plain"]
+        if options.onednn:
+            found["ours onednn"] = [*ours, "onednn"]
     if options.torch_python and not options.peers:
         script = str(ROOT / "benchmarks" / "sides" / "timm_side.py")
         found |= {f"timm {mode}": [options.torch_python, script, *words, mode] for mode in options.modes}
@@ -92,9 +95,14 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     }
     if others:
         fastest = min(others, key=lambda name: medians[name])
-        pairs = zip(seconds[fastest], seconds["ours"], strict=True)
-        row |= {"fastest_other": fastest, "ratio": round(statistics.median(b / a for b, a in pairs), 3)}
+        row |= {"fastest_other": fastest, "ratio": _ratio(seconds[fastest], seconds["ours"])}
+    if "ours onednn" in sides:
+        row["onednn_ratio"] = _ratio(seconds["ours"], seconds["ours onednn"])
     return row | {"versions": {k: v for side in sides.values() for k, v in side.about.items()}}
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return round(statistics.median(b / a for b, a in zip(slow, fast, strict=True)), 3)
 
 
 def main() -> int:
@@ -105,6 +113,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)}), or peers")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
     parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="of timm")
+    parser.add_argument("--onednn", action="store_true", help="a side more at inference: matrix products by oneDNN")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels (224)")
     parser.add_argument("--repetitions", type=int, help="turns of every side (15, of training 5)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")

@@ -82,6 +82,27 @@ What a convolution becomes on a CPU is in `se_flax/cpu`; TPU and GPU keep XLA's 
 `se-flax predict` do; by default glibc gives the pages back after every call. PyTorch gains from the same settings as
 JAX does, so in this table all sides have them.
 """
+ONEDNN = """
+### Matrix products by oneDNN
+
+XLA on x86 brings oneDNN along beside the library that it takes by default, and its products of large matrices are
+faster, those of small ones slower. So it pays for batches at inference, not for single images and not in training; it
+is an experimental setting of XLA's, and not se-flax's default:
+
+```python
+options = {{
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}}
+logits = jax.jit(model.apply, compiler_options=options)(variables, images)
+```
+
+Milliseconds, fused networks, and the first over the second, turn by turn (`python -m benchmarks.cpu --onednn`):
+
+| network | task | default | oneDNN | ratio |
+|---|---|---:|---:|---:|
+{rows}
+{sources}"""
 LIMITS = """
 ### Where the time goes
 
@@ -239,6 +260,21 @@ def cpu_table(lines: list[Row]) -> str:
     return CPU + text + CPU_NOTE + "\n" + "".join(sources) if text else ""
 
 
+def onednn_table(lines: list[Row]) -> str:
+    """Matrix products by another library."""
+    kept = latest([line for line in lines if "onednn_ratio" in line], "model", "task", "batch", "image_size")
+    text = ""
+    sources: dict[str, None] = {}
+    for line in kept:
+        ms = line["milliseconds"]
+        text += (
+            f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g} | {ms['ours onednn']:g} | "
+            f"{line['onednn_ratio']:.2f} |\n"
+        )
+        sources[f"- `{line['command']}`: {line['date']}, jax {line['versions']['jax']}\n"] = None
+    return ONEDNN.format(rows=text, sources="".join(sources)) if text else ""
+
+
 def limits_table(lines: list[Row]) -> str:
     """Parts of a network's time on a CPU."""
     text = ""
@@ -316,6 +352,7 @@ def document() -> str:
         + plain_line(aot)
         + scaling_table(scaling_lines(aot))
         + cpu_table(rows("cpu"))
+        + onednn_table(rows("cpu"))
         + limits_table(rows("limits"))
         + convolution_table(rows("convolution"))
         + loader_table(rows("loader"))

@@ -1,4 +1,4 @@
-"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [fused|plain]`."""
+"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [fused|plain|onednn]`."""
 
 import sys
 from importlib.metadata import version
@@ -12,6 +12,12 @@ import optax
 import se_flax
 from benchmarks.sides.pace import serve
 from se_flax.memory import keep_memory
+
+# Matrix products by oneDNN, which XLA brings along on x86, instead of XLA's usual library.
+ONEDNN = {
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
 
 
 def train_step(model: Any, batch: int, side: int) -> Any:
@@ -44,13 +50,13 @@ def train_step(model: Any, batch: int, side: int) -> Any:
     return work
 
 
-def inference(model: Any, batch: int, side: int, fused: bool) -> Any:
+def inference(model: Any, batch: int, side: int, form: str) -> Any:
     """A function that computes logits and waits for them."""
     images = _images(batch, side)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    if fused:
+    if form != "plain":
         model, variables = se_flax.fuse(model, variables)
-    apply = jax.jit(model.apply)
+    apply = jax.jit(model.apply, compiler_options=ONEDNN if form == "onednn" else None)
     return lambda: apply(variables, images).block_until_ready()
 
 
@@ -61,12 +67,12 @@ def _images(batch: int, side: int) -> jax.Array:
 def main() -> None:
     """Serves one comparison."""
     keep_memory()
-    name, task, batch, side, *form = sys.argv[1:]
+    name, task, batch, side, *forms = sys.argv[1:]
     model = se_flax.create_model(name)
     if task == "train":
         work = train_step(model, int(batch), int(side))
     else:
-        work = inference(model, int(batch), int(side), form != ["plain"])
+        work = inference(model, int(batch), int(side), forms[0] if forms else "fused")
     serve(work, jax=jax.__version__, se_flax=version("se-flax"))
 
 
