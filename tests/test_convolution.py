@@ -177,6 +177,18 @@ def test_a_kernels_gradient_takes_in_more_columns_than_a_loop_adds(groups, sides
     check(x, kernel, (stride, stride), ((1, 1), (1, 1)), (1, 1), groups)
 
 
+@pytest.mark.parametrize("groups", [16, 32])
+def test_the_loops_of_a_kernels_gradient_add_at_most_32_columns(groups):
+    # From about 120 products on, XLA's loop becomes twenty times slower.
+    def loops(columns):
+        x, kernel = arrays((2, 6, columns, 32), (3, 3, 32 // groups, 32))
+        settings = (1, 1), ((1, 1), (1, 1)), (1, 1), groups
+        program = jax.jit(jax.grad(lambda kernel: convolve_on_cpu(x, kernel, *settings).sum()))
+        return program.lower(kernel).as_text().count(" call @")
+
+    assert [loops(columns) - loops(32) for columns in (33, 64, 65)] == [3, 3, 6]
+
+
 def test_a_strided_convolutions_gradient_multiplies_no_gaps():
     x, kernel = arrays((2, 9, 8, 16), (3, 3, 16, 24))
 
