@@ -151,11 +151,11 @@ def in_columns(x: Array, taps: Array, strides: Pair, dilation: Pair, product: Pr
         def term(row: int, column: int, i: int) -> Array:
             top, left = row * strides[0] + i * dilation[0], column * strides[1]
             met = window(x, top, left, count, kw, steps)
-            return jnp.sum(product(met, spread[i, column - column % _TERMS]), 2)
+            return product(met, spread[i, column - column % _TERMS])
 
         def pixels(row: int, column: int) -> Array:
             terms = [term(row, column, i) for i in range(kh)]
-            return sum(terms[1:], terms[0])
+            return jnp.sum(sum(terms[1:], terms[0]), 2)
 
         rows = [jnp.stack([pixels(row, column) for column in range(w)], 2) for row in range(together)]
         y = jnp.stack(rows, 2)
