@@ -22,12 +22,11 @@ All sides keep freed memory, by settings of glibc in their environment: it is wh
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import command_line, describe, record
-from benchmarks.worker import Worker
+from benchmarks.worker import take_turns, turn_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
@@ -36,8 +35,6 @@ TASKS = ("infer:1", "infer:16", "train:16")
 TIMM_MODES = ("eager", "channels_last", "compile")
 # Our network, the peer's module and what it is asked for.
 PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
-# Seconds between turns: OpenMP's threads go on spinning for a while after PyTorch's.
-PAUSE = 0.05
 
 
 def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -67,42 +64,24 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     """
     settings = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
     environment = {**settings, "PYTHONPATH": str(ROOT)}
-    sides: dict[str, Worker] = {}
-    for name, command in commands(model, task, batch, options).items():
-        print(f"{model} {task}:{batch}: starting {name}", file=sys.stderr, flush=True)
-        side = Worker(command, environment)
-        if side.wait():
-            sides[name] = side
-        else:
-            print(f"{model} {task}:{batch}: {name} broke, see above", file=sys.stderr)
-    count = options.repetitions or (5 if task == "train" else 15)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(max(count, 3)):
-        for name, side in sides.items():
-            time.sleep(PAUSE)
-            seconds[name].append(side.ask("turn"))
-    for side in sides.values():
-        side.close()
+    count = max(options.repetitions or (5 if task == "train" else 15), 3)
+    seconds, versions = take_turns(f"{model} {task}:{batch}", commands(model, task, batch, options), environment, count)
     medians = {name: statistics.median(turns) for name, turns in seconds.items()}
-    others = [name for name in sides if not name.startswith("ours")]
+    others = [name for name in seconds if not name.startswith("ours")]
     row: dict[str, Any] = {
         "model": model,
         "task": task,
         "batch": int(batch),
         "image_size": options.image_size,
-        "repetitions": max(count, 3),
+        "repetitions": count,
         "milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
     }
     if others:
         fastest = min(others, key=lambda name: medians[name])
-        row |= {"fastest_other": fastest, "ratio": _ratio(seconds[fastest], seconds["ours"])}
-    if "ours onednn" in sides:
-        row["onednn_ratio"] = _ratio(seconds["ours"], seconds["ours onednn"])
-    return row | {"versions": {k: v for side in sides.values() for k, v in side.about.items()}}
-
-
-def _ratio(slow: list[float], fast: list[float]) -> float:
-    return round(statistics.median(b / a for b, a in zip(slow, fast, strict=True)), 3)
+        row |= {"fastest_other": fastest, "ratio": turn_ratio(seconds[fastest], seconds["ours"])}
+    if "ours onednn" in seconds:
+        row["onednn_ratio"] = turn_ratio(seconds["ours"], seconds["ours onednn"])
+    return row | {"versions": versions}
 
 
 def main() -> int:

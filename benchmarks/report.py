@@ -107,6 +107,16 @@ Milliseconds, fused networks, and the first over the second, turn by turn (`pyth
 |---|---|---:|---:|---:|
 {rows}
 {sources}"""
+GPU = """
+## On a GPU
+
+Milliseconds, bfloat16 (`python -m benchmarks.gpu`); timm through `torch.compile` in channels-last memory, ours at
+inference `se_flax.fuse`d. The ratio is timm's time over ours, turn by turn: above 1 we are faster. The attention's
+price is ours over ours without attention.
+
+| network | task | pixels | ours | timm | ratio | without attention | attention's price |
+|---|---|---:|---:|---:|---:|---:|---:|
+"""
 LIMITS = """
 ### Where the time goes
 
@@ -258,7 +268,8 @@ def cpu_table(lines: list[Row]) -> str:
             f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g}{bare} | {ms[other]:g} ({other}) | "
             f"{line['ratio']:.2f} |\n"
         )
-        versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items() if name != "se_flax")
+        shown = {name: number for name, number in line["versions"].items() if name not in ("se_flax", "device")}
+        versions = ", ".join(f"{name} {number}" for name, number in shown.items())
         machine = f"{line['machine']['cores']} cores of {line['machine']['processor']}"
         sources[f"- `{line['command']}`: {line['date']}, {machine}; {versions}\n"] = None
     return CPU + text + CPU_NOTE + "\n" + "".join(sources) if text else ""
@@ -277,6 +288,21 @@ def onednn_table(lines: list[Row]) -> str:
         )
         sources[f"- `{line['command']}`: {line['date']}, jax {line['versions']['jax']}\n"] = None
     return ONEDNN.format(rows=text, sources="".join(sources)) if text else ""
+
+
+def gpu_table(lines: list[Row]) -> str:
+    """Networks on a GPU."""
+    text = ""
+    sources: dict[str, None] = {}
+    for line in latest(lines, "model", "task", "batch", "image_size"):
+        ms = line["milliseconds"]
+        cells = [f"{ms['ours']:g}"]
+        cells += [f"{ms['timm compile']:g}", f"{line['ratio']:.2f}"] if "ratio" in line else ["", ""]
+        cells += [f"{ms['ours without']:g}", f"{line['attention_ratio']:.2f}"]
+        text += f"| {line['model']} | {line['task']}, {line['batch']} | {line['image_size']} | {' | '.join(cells)} |\n"
+        versions = ", ".join(f"{name} {value}" for name, value in line["versions"].items() if name != "se_flax")
+        sources[f"- `{line['command']}`: {line['date']}, {versions}\n"] = None
+    return f"{GPU}{text}\n{''.join(sources)}" if text else ""
 
 
 def limits_table(lines: list[Row]) -> str:
@@ -359,6 +385,7 @@ def document() -> str:
         + onednn_table(rows("cpu"))
         + limits_table(rows("limits"))
         + convolution_table(rows("convolution"))
+        + gpu_table(rows("gpu"))
         + loader_table(rows("loader"))
         + startup_table(rows("startup"))
     )

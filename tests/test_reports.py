@@ -1,9 +1,12 @@
 """Documents that are written from recorded results say what the results say."""
 
 import re
+import sys
+
+import pytest
 
 import se_flax
-from benchmarks import parity, report
+from benchmarks import gpu, parity, report, worker
 
 
 def test_the_documents_are_what_the_results_give():
@@ -40,3 +43,43 @@ def test_lean_resnet50_costs_a_tenth_less_than_the_plain_one_on_record():
         assert costs["peak_memory_bytes"] <= memory * plain["peak_memory_bytes"]
     assert lean["without_attention"]["bytes_accessed"] <= 0.9 * plain["bytes_accessed"]
     assert lean["bytes_accessed"] < 0.93 * plain["bytes_accessed"]
+
+
+def test_a_gpus_rows_become_a_table():
+    line = {
+        "command": "python -m benchmarks.gpu",
+        "date": "2026-01-02",
+        "model": "seresnet50",
+        "task": "train",
+        "batch": 128,
+        "image_size": 224,
+        "milliseconds": {"ours": 50.5, "ours without": 48.25, "timm compile": 60.0},
+        "ratio": 1.188,
+        "attention_ratio": 1.047,
+        "versions": {"jax": "0.10.2", "device": "a GPU"},
+    }
+    assert report.gpu_table([]) == ""
+    table = report.gpu_table([{**line, "ratio": 9.0}, line])
+    assert "| seresnet50 | train, 128 | 224 | 50.5 | 60 | 1.19 | 48.25 | 1.05 |" in table and "9.00" not in table
+    assert table.endswith("- `python -m benchmarks.gpu`: 2026-01-02, jax 0.10.2, device a GPU\n")
+
+
+def test_a_gpus_table_is_refused_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--models", "seresnet18"])
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "JAX computes on the CPU here, and the table is a GPU's; install JAX for it" in capsys.readouterr().err
+
+
+def test_sides_take_turns_and_one_that_breaks_is_left_out(capfd):
+    side = 'import sys; print(\'{{"name": "{0}"}}\', flush=True); [print({1}, flush=True) for _ in sys.stdin]'
+    commands = {
+        "slow": [sys.executable, "-c", side.format("slow", 3.0)],
+        "broken": [sys.executable, "-c", "raise SystemExit(2)"],
+        "fast": [sys.executable, "-c", side.format("fast", 1.5)],
+    }
+    seconds, about = worker.take_turns("a test", commands, {}, 3)
+    assert seconds == {"slow": [3.0] * 3, "fast": [1.5] * 3} and about == {"name": "fast"}
+    assert worker.turn_ratio(seconds["slow"], seconds["fast"]) == 2.0
+    assert "a test: broken broke" in capfd.readouterr().err

@@ -1,4 +1,8 @@
-"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [fused|plain|onednn]`."""
+"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [WORD ...]`.
+
+Words: `plain` leaves out `se_flax.fuse` at inference, `onednn` takes oneDNN's matrix products there, `bfloat16`
+computes in that (parameters are float32 in training), `without` is the network without its attention.
+"""
 
 import sys
 from importlib.metadata import version
@@ -50,13 +54,15 @@ def train_step(model: Any, batch: int, side: int) -> Any:
     return work
 
 
-def inference(model: Any, batch: int, side: int, form: str) -> Any:
+def inference(model: Any, batch: int, side: int, words: set[str]) -> Any:
     """A function that computes logits and waits for them."""
     images = _images(batch, side)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    if form != "plain":
+    if "plain" not in words:
         model, variables = se_flax.fuse(model, variables)
-    apply = jax.jit(model.apply, compiler_options=ONEDNN if form == "onednn" else None)
+    if "bfloat16" in words:
+        variables, images = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (variables, images))
+    apply = jax.jit(model.apply, compiler_options=ONEDNN if "onednn" in words else None)
     return lambda: apply(variables, images).block_until_ready()
 
 
@@ -67,13 +73,15 @@ def _images(batch: int, side: int) -> jax.Array:
 def main() -> None:
     """Serves one comparison."""
     keep_memory()
-    name, task, batch, side, *forms = sys.argv[1:]
-    model = se_flax.create_model(name)
+    name, task, batch, side, *words = sys.argv[1:]
+    precision = {"dtype": jnp.bfloat16} if "bfloat16" in words else {}
+    bare = {"attention": None} if "without" in words else {}
+    model = se_flax.create_model(name, **precision, **bare)
     if task == "train":
         work = train_step(model, int(batch), int(side))
     else:
-        work = inference(model, int(batch), int(side), forms[0] if forms else "fused")
-    serve(work, jax=jax.__version__, se_flax=version("se-flax"))
+        work = inference(model, int(batch), int(side), set(words))
+    serve(work, jax=jax.__version__, se_flax=version("se-flax"), device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""Times networks on a GPU beside timm through `torch.compile`, and squeeze-and-excitation beside nothing in its place.
+
+    python -m benchmarks.gpu --torch-python A/bin/python                      # the table
+    python -m benchmarks.gpu --torch-python A/bin/python --models seresnet50 --tasks train:128
+
+Needs JAX for the GPU here (`pip install 'se-flax[cuda]'`) and, in the other environment, PyTorch for it, and timm.
+Bfloat16, at each network's own image size; timm in channels-last memory. Parameters are float32 in training and
+bfloat16 at inference, on both sides; ours at inference is `se_flax.fuse`d. Every side is a process of its own; they
+take turns of half a second, as in `benchmarks.cpu`, and a ratio is the median of the other side's time over ours, turn
+by turn: above 1 we are faster. `attention_ratio` is ours over ours without attention: 1 is no price at all.
+
+- `infer:N`: logits of N images.
+- `train:N`: one update of N images by SGD with momentum.
+
+Every row is appended as one line to `benchmarks/results/gpu.jsonl` with the command, the date, the machine and the
+versions.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import se_flax
+from benchmarks.machine import command_line, describe, record
+from benchmarks.worker import take_turns, turn_ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
+MODELS = ("seresnet50", "efficientnet_b0", "efficientnet_b4", "mobilenetv3_large_100")
+TASKS = ("infer:256", "train:128")
+
+
+def commands(model: str, task: str, batch: str, side: int, torch_python: str | None) -> dict[str, list[str]]:
+    """How the sides of one row are started."""
+    words = [model, task, batch, str(side)]
+    ours = [sys.executable, "-m", "benchmarks.sides.ours", *words, "bfloat16"]
+    found = {"ours": ours, "ours without": [*ours, "without"]}
+    if torch_python:
+        script = str(ROOT / "benchmarks" / "sides" / "timm_side.py")
+        found["timm compile"] = [torch_python, script, *words, "compile", "bfloat16"]
+    return found
+
+
+def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table.
+
+    Returns:
+      `milliseconds` by side, `ratio` to timm, `attention_ratio` to the network without attention, the versions.
+    """
+    side = options.image_size or se_flax.get_variant(model).input_size
+    # The sides share the GPU's memory, of which JAX would take three quarters at once.
+    environment = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = commands(model, task, batch, side, options.torch_python)
+    seconds, versions = take_turns(f"{model} {task}:{batch}", found, environment, max(options.repetitions, 3))
+    row: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "batch": int(batch),
+        "image_size": side,
+        "repetitions": max(options.repetitions, 3),
+        "milliseconds": {name: round(1000 * statistics.median(turns), 2) for name, turns in seconds.items()},
+    }
+    if {"ours", "ours without"} <= seconds.keys():
+        row["attention_ratio"] = turn_ratio(seconds["ours"], seconds["ours without"])
+    if {"ours", "timm compile"} <= seconds.keys():
+        row["ratio"] = turn_ratio(seconds["timm compile"], seconds["ours"])
+    return row | {"versions": versions}
+
+
+def main() -> int:
+    """Measures what the command line names and records it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
+    parser.add_argument("--image-size", type=int, help="side of the images in pixels (each network's own)")
+    parser.add_argument("--repetitions", type=int, default=15, help="turns of every side (15)")
+    parser.add_argument("--dry-run", action="store_true", help="record nothing; the only way without a GPU")
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu" and not options.dry_run:
+        parser.error(
+            f"JAX computes on the {jax.default_backend().upper()} here, and the table is a GPU's; install JAX for it "
+            "(pip install 'se-flax[cuda]'), or give --dry-run to try the command"
+        )
+    for model in options.models:
+        for each in options.tasks:
+            task, _, batch = each.partition(":")
+            if task not in ("infer", "train") or not batch.isdigit():
+                parser.error(f"got the task {each!r}; give infer:N or train:N")
+            row = measure(model, task, batch, options)
+            figures = ", ".join(f"{name} {value} ms" for name, value in row["milliseconds"].items())
+            ratios = ", ".join(f"{key} {row[key]}" for key in ("ratio", "attention_ratio") if key in row)
+            print(f"{model:22} {each:9} {figures}   {ratios}", flush=True)
+            if not options.dry_run:
+                record(RESULTS, command_line("benchmarks.gpu"), row | {"machine": describe()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
