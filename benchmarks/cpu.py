@@ -22,24 +22,24 @@ All sides keep freed memory, by settings of glibc in their environment: it is wh
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import command_line, describe, record
-from benchmarks.worker import take_turns, turn_ratio
+from benchmarks.turns import record_rows, take_turns, task, turn_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 MODELS = ("seresnet50", "efficientnet_b0", "seresnext50_32x4d", "mobilenetv3_large_100")
-TASKS = ("infer:1", "infer:16", "train:16")
+TASKS = (("infer", 1), ("infer", 16), ("train", 16))
 TIMM_MODES = ("eager", "channels_last", "compile")
 # Our network, the peer's module and what it is asked for.
 PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
 
 
-def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, list[str]]:
+def commands(model: str, task: str, batch: int, options: argparse.Namespace) -> dict[str, list[str]]:
     """How the sides of one row are started."""
-    words = [model, task, batch, str(options.image_size)]
+    words = [model, task, str(batch), str(options.image_size)]
     ours = [sys.executable, "-m", "benchmarks.sides.ours", *words]
     found = {"ours": ours}
     if task == "infer":
@@ -56,7 +56,7 @@ def commands(model: str, task: str, batch: str, options: argparse.Namespace) -> 
     return found
 
 
-def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table.
 
     Returns:
@@ -71,7 +71,7 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     row: dict[str, Any] = {
         "model": model,
         "task": task,
-        "batch": int(batch),
+        "batch": batch,
         "image_size": options.image_size,
         "repetitions": count,
         "milliseconds": {name: round(1000 * value, 1) for name, value in medians.items()},
@@ -90,7 +90,9 @@ def main() -> int:
     parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
     parser.add_argument("--keras-python", help="interpreter with keras and jax, for --models peers")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)}), or peers")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
+    parser.add_argument(
+        "--tasks", nargs="+", type=task, default=TASKS, help="what is timed (infer:1 infer:16 train:16)"
+    )
     parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="of timm")
     parser.add_argument("--onednn", action="store_true", help="a side more at inference: matrix products by oneDNN")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels (224)")
@@ -98,17 +100,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     options.peers = options.models == ["peers"]
-    for model in PEERS if options.peers else options.models:
-        for each in options.tasks:
-            task, _, batch = each.partition(":")
-            if task not in ("infer", "train") or not batch.isdigit():
-                parser.error(f"got the task {each!r}; give infer:N or train:N")
-            row = measure(model, task, batch, options)
-            figures = ", ".join(f"{name} {value} ms" for name, value in row["milliseconds"].items())
-            ratio = f"   ratio {row['ratio']} to {row['fastest_other']}" if "ratio" in row else ""
-            print(f"{model:22} {each:9} {figures}{ratio}", flush=True)
-            if not options.dry_run:
-                record(RESULTS, command_line("benchmarks.cpu"), row | {"machine": describe()})
+    models = PEERS if options.peers else options.models
+    measured = partial(measure, options=options)
+    record_rows("benchmarks.cpu", RESULTS, models, options.tasks, measured, dry_run=options.dry_run)
     return 0
 
 

@@ -19,24 +19,24 @@ versions.
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import se_flax
-from benchmarks.machine import command_line, describe, record
-from benchmarks.worker import take_turns, turn_ratio
+from benchmarks.turns import record_rows, take_turns, task, turn_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 MODELS = ("seresnet50", "efficientnet_b0", "efficientnet_b4", "mobilenetv3_large_100")
-TASKS = ("infer:256", "train:128")
+TASKS = (("infer", 256), ("train", 128))
 
 
-def commands(model: str, task: str, batch: str, side: int, torch_python: str | None) -> dict[str, list[str]]:
+def commands(model: str, task: str, batch: int, side: int, torch_python: str | None) -> dict[str, list[str]]:
     """How the sides of one row are started."""
-    words = [model, task, batch, str(side)]
+    words = [model, task, str(batch), str(side)]
     ours = [sys.executable, "-m", "benchmarks.sides.ours", *words, "bfloat16"]
     found = {"ours": ours, "ours without": [*ours, "without"]}
     if torch_python:
@@ -45,7 +45,7 @@ def commands(model: str, task: str, batch: str, side: int, torch_python: str | N
     return found
 
 
-def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table.
 
     Returns:
@@ -59,7 +59,7 @@ def measure(model: str, task: str, batch: str, options: argparse.Namespace) -> d
     row: dict[str, Any] = {
         "model": model,
         "task": task,
-        "batch": int(batch),
+        "batch": batch,
         "image_size": side,
         "repetitions": max(options.repetitions, 3),
         "milliseconds": {name: round(1000 * statistics.median(turns), 2) for name, turns in seconds.items()},
@@ -76,7 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"what is timed ({' '.join(TASKS)})")
+    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="what is timed (infer:256 train:128)")
     parser.add_argument("--image-size", type=int, help="side of the images in pixels (each network's own)")
     parser.add_argument("--repetitions", type=int, default=15, help="turns of every side (15)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing; the only way without a GPU")
@@ -86,17 +86,8 @@ def main() -> int:
             f"JAX computes on the {jax.default_backend().upper()} here, and the table is a GPU's; install JAX for it "
             "(pip install 'se-flax[cuda]'), or give --dry-run to try the command"
         )
-    for model in options.models:
-        for each in options.tasks:
-            task, _, batch = each.partition(":")
-            if task not in ("infer", "train") or not batch.isdigit():
-                parser.error(f"got the task {each!r}; give infer:N or train:N")
-            row = measure(model, task, batch, options)
-            figures = ", ".join(f"{name} {value} ms" for name, value in row["milliseconds"].items())
-            ratios = ", ".join(f"{key} {row[key]}" for key in ("ratio", "attention_ratio") if key in row)
-            print(f"{model:22} {each:9} {figures}   {ratios}", flush=True)
-            if not options.dry_run:
-                record(RESULTS, command_line("benchmarks.gpu"), row | {"machine": describe()})
+    measured = partial(measure, options=options)
+    record_rows("benchmarks.gpu", RESULTS, options.models, options.tasks, measured, dry_run=options.dry_run)
     return 0
 
 

@@ -29,10 +29,12 @@ import se_flax
 from benchmarks.convolution import tasks
 from benchmarks.machine import command_line, describe, record
 from benchmarks.sides.ours import inference, train_step
+from benchmarks.turns import task
 from se_flax.convolution import convolve
 from se_flax.layers import Conv
 from se_flax.memory import keep_memory
 
+TASKS = (("infer", 16), ("train", 16))
 RESULTS = Path(__file__).resolve().parent / "results" / "limits.jsonl"
 SIDE = 224
 # Of the matrices whose product is what the processor can do at most.
@@ -109,7 +111,7 @@ def measure(name: str, task: str, batch: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a network, and of its convolutions by kind."""
     model = se_flax.create_model(name)
     shapes = convolutions(model, batch)
-    whole = inference(model, batch, SIDE, True) if task == "infer" else train_step(model, batch, SIDE)
+    whole = inference(model, batch, SIDE, set()) if task == "infer" else train_step(model, batch, SIDE)
     matrix = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(jnp.matmul)
     parts = {shape: calls(shape, task) for shape in shapes}
@@ -142,16 +144,15 @@ def main() -> int:
     """Measures and records every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["seresnet50", "efficientnet_b0"], help="their names")
-    parser.add_argument("--tasks", nargs="+", default=["infer:16", "train:16"], help="infer:N or train:N, N images")
+    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="of N images (infer:16 train:16)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (3)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     keep_memory()
     for name in options.models:
-        for words in options.tasks:
-            task, _, batch = words.partition(":")
-            row = measure(name, task, int(batch), options.rounds)
+        for kind, batch in options.tasks:
+            row = measure(name, kind, batch, options.rounds)
             print(json.dumps(row), flush=True)
             if not options.dry_run:
                 about = {"jax": jax.__version__, "machine": describe()}

@@ -1,12 +1,14 @@
 """Documents that are written from recorded results say what the results say."""
 
+import argparse
+import json
 import re
 import sys
 
 import pytest
 
 import se_flax
-from benchmarks import gpu, parity, report, worker
+from benchmarks import gpu, parity, report, turns
 
 
 def test_the_documents_are_what_the_results_give():
@@ -79,7 +81,26 @@ def test_sides_take_turns_and_one_that_breaks_is_left_out(capfd):
         "broken": [sys.executable, "-c", "raise SystemExit(2)"],
         "fast": [sys.executable, "-c", side.format("fast", 1.5)],
     }
-    seconds, about = worker.take_turns("a test", commands, {}, 3)
+    seconds, about = turns.take_turns("a test", commands, {}, 3)
     assert seconds == {"slow": [3.0] * 3, "fast": [1.5] * 3} and about == {"name": "fast"}
-    assert worker.turn_ratio(seconds["slow"], seconds["fast"]) == 2.0
+    assert turns.turn_ratio(seconds["slow"], seconds["fast"]) == 2.0
     assert "a test: broken broke" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["train", "infer:", "infer:0", "evaluate:16", "train:-1"])
+def test_a_task_that_is_none_is_refused(words):
+    assert turns.task("train:16") == ("train", 16)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got the task '{words}'; give infer:N or train:N, N images"):
+        turns.task(words)
+
+
+def test_rows_are_recorded_unless_it_is_a_trial(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["turns", "--models", "a"])
+    row = {"model": "a", "milliseconds": {"ours": 2.0, "theirs": 3.0}, "fastest_other": "theirs", "ratio": 1.5}
+    path = tmp_path / "rows.jsonl"
+    for dry_run in (True, False):
+        turns.record_rows("benchmarks.x", path, ["a"], [("infer", 4)], lambda *_: row, dry_run=dry_run)
+        assert path.exists() is not dry_run
+    (line,) = (json.loads(text) for text in path.read_text().splitlines())
+    assert line["command"] == "python -m benchmarks.x --models a" and row.items() <= line.items() and line["machine"]
+    assert "ours 2.0 ms, theirs 3.0 ms, fastest other theirs, ratio 1.5" in capsys.readouterr().out
