@@ -17,6 +17,7 @@ versions.
 """
 
 import argparse
+import os
 import statistics
 import sys
 from functools import partial
@@ -52,16 +53,15 @@ def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> d
       `milliseconds` by side, `ratio` to timm, `attention_ratio` to the network without attention, the versions.
     """
     side = options.image_size or se_flax.get_variant(model).input_size
-    # The sides share the GPU's memory, of which JAX would take three quarters at once.
-    environment = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     found = commands(model, task, batch, side, options.torch_python)
-    seconds, versions = take_turns(f"{model} {task}:{batch}", found, environment, max(options.repetitions, 3))
+    count = max(options.repetitions, 3)
+    seconds, versions = take_turns(f"{model} {task}:{batch}", found, {"PYTHONPATH": str(ROOT)}, count)
     row: dict[str, Any] = {
         "model": model,
         "task": task,
         "batch": batch,
         "image_size": side,
-        "repetitions": max(options.repetitions, 3),
+        "repetitions": count,
         "milliseconds": {name: round(1000 * statistics.median(turns), 2) for name, turns in seconds.items()},
     }
     if {"ours", "ours without"} <= seconds.keys():
@@ -81,6 +81,8 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=15, help="turns of every side (15)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing; the only way without a GPU")
     options = parser.parse_args()
+    # This process, which only looks for a GPU, and the sides share its memory: JAX would take three quarters at once.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if jax.default_backend() != "gpu" and not options.dry_run:
         parser.error(
             f"JAX computes on the {jax.default_backend().upper()} here, and the table is a GPU's; install JAX for it "
