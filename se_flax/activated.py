@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.bound import bound
+from se_flax.sharding import matched
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -39,6 +40,7 @@ def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -
     Returns:
       float32 [N, 1, 1, C].
     """
+    factor, offset = (x.reshape(1, 1, 1, -1) for x in (factor, offset))
     return jax.lax.platform_dependent(u, factor, offset, cpu=bound(_plain_squeeze, act), default=bound(_squeeze, act))
 
 
@@ -57,7 +59,7 @@ def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
       [N, H, W, C].
     """
     # One copy per image, so that the sums of the backward pass end before the images are added up.
-    factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
+    factor, offset = (jnp.broadcast_to(x.reshape(1, 1, 1, -1), gates.shape) for x in (factor, offset))
     return jax.lax.platform_dependent(
         u, factor, offset, gates, cpu=bound(_plain_gate, act, dtype), default=bound(_gate, act, dtype)
     )
@@ -95,7 +97,8 @@ def _squeeze_backward(act: Activation, saved: Any, gradient: Array) -> tuple[Arr
     _, local = _with_slope(act, u.astype(jnp.float32) * factor + offset)
     pixels = u.shape[1] * u.shape[2]
     of_u = (gradient / pixels * factor * local).astype(u.dtype)
-    return of_u, jnp.sum(gradient * slope_u, (0, 1, 2)), jnp.sum(gradient * slope, (0, 1, 2))
+    of_factor, of_offset = (jnp.sum(gradient * x, (0, 1, 2), keepdims=True) for x in (slope_u, slope))
+    return matched(of_u, u), matched(of_factor, factor), matched(of_offset, offset)
 
 
 _squeeze.defvjp(_squeeze_forward, _squeeze_backward)
@@ -121,7 +124,8 @@ def _gate_backward(act: Activation, dtype: Any, saved: Any, gradient: Array) -> 
     z, slope = _with_slope(act, wide * factor + offset)
     inner = gradient * slope
     of_u = (gates * factor * inner).astype(u.dtype)
-    return of_u, gates * _sum(inner * wide), gates * _sum(inner), _sum(gradient * z)
+    gradients = of_u, gates * _sum(inner * wide), gates * _sum(inner), _sum(gradient * z)
+    return tuple(matched(of_x, x) for of_x, x in zip(gradients, saved, strict=True))
 
 
 _gate.defvjp(_gate_forward, _gate_backward)

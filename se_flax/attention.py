@@ -1,4 +1,7 @@
-"""Channel attention as Linen modules over `se_flax.functional`: NHWC in, NHWC out, same shape and dtype.
+"""Channel attention as Linen modules over `se_flax.functional`: a map in, a map of the same shape and dtype out.
+
+Maps are images [N, H, W, C], signals [N, L, C] or volumes [N, D, H, W, C]; what they share is written [N, ..., C].
+Parameters do not depend on the rank, except for CBAM's spatial kernel. Another rank is a `UserError`.
 
 Every module is called as `module(x, train=False)` and takes `base_channels`, the channel count that a reduction is a
 share of where that is not the map's own (EfficientNet's blocks reduce relative to their input). That uniform call is
@@ -6,6 +9,7 @@ what lets any attention go into any backbone: `create_model("resnet50", attentio
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +22,7 @@ from se_flax import functional as F
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
 from se_flax.norms import LayerNorm
+from se_flax.sharding import gathered
 
 Array = jax.Array
 Initializer = nn.initializers.Initializer
@@ -37,7 +42,7 @@ class _Pointwise(nn.Module):
     def __call__(self, channels: int) -> tuple[Array, Array | None]:
         kernel = self.param("kernel", self.kernel_init, (1, 1, channels, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
-        return kernel[0, 0], bias
+        return gathered(kernel)[0, 0], None if bias is None else gathered(bias)
 
 
 class SqueezeExcite(nn.Module):
@@ -94,7 +99,7 @@ class SqueezeExcite(nn.Module):
         """The gates of squeezed channels.
 
         Args:
-          z: float32 [N, 1, 1, C], or [N, H, W, C] without a squeeze.
+          z: float32 descriptor of the map's rank, such as [N, 1, 1, C]; without a squeeze, of the map's shape.
           base_channels: what the reduction is a share of; C when None.
 
         Returns:
@@ -111,12 +116,12 @@ class SqueezeExcite(nn.Module):
         """Gates a map.
 
         Args:
-          x: [N, H, W, C].
+          x: [N, ..., C].
           train: no effect; part of the uniform call.
           base_channels: what the reduction is a share of; C when None.
 
         Returns:
-          [N, H, W, C] of x's dtype.
+          The shape and dtype of x.
         """
         del train
         return F.scale(x, self.gates(F.squeeze(x, self.squeeze), base_channels=base_channels))
@@ -145,13 +150,13 @@ class EffectiveSE(nn.Module):
 
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
-        """Args: z float32 [N, 1, 1, C]. Returns: the gates, of the same shape."""
+        """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
         del base_channels
         kernel, bias = _Pointwise(z.shape[-1], self.use_bias, self.kernel_init, self.bias_init, name="fc")(z.shape[-1])
-        return F.lookup(F.GATES, self.gate, "gate")(_affine(z, kernel, bias))
+        return F.lookup(F.GATES, self.gate, "gate")(F.pointwise(z, kernel, bias))
 
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
+        """Args: x [N, ..., C]. Returns: the shape and dtype of x."""
         del train, base_channels
         return F.scale(x, self.gates(F.squeeze(x)))
 
@@ -164,7 +169,7 @@ class _ChannelKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", self.kernel_init, (self.size, 1, 1), jnp.float32)[:, 0, 0]
+        return gathered(self.param("kernel", self.kernel_init, (self.size, 1, 1), jnp.float32))[:, 0, 0]
 
 
 class ECA(nn.Module):
@@ -197,7 +202,7 @@ class ECA(nn.Module):
 
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
-        """Args: z float32 [N, 1, 1, C]. Returns: the gates, of the same shape."""
+        """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
         channels = base_channels if self.from_base and base_channels else z.shape[-1]
         size = F.eca_kernel_size(channels, self.gamma, self.b) if self.kernel_size is None else self.kernel_size
         if size < 1 or size % 2 == 0:
@@ -208,7 +213,7 @@ class ECA(nn.Module):
         return F.lookup(F.GATES, self.gate, "gate")(F.channel_conv(z, kernel))
 
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, H, W, C] of x's dtype."""
+        """Args: x [N, ..., C]. Returns: the shape and dtype of x."""
         del train
         return F.scale(x, self.gates(F.squeeze(x), base_channels=base_channels))
 
@@ -216,7 +221,8 @@ class ECA(nn.Module):
 class CBAM(nn.Module):
     """Convolutional block attention: a channel gate, then a spatial gate (Woo et al. 2018, section 3).
 
-    Parameters: `fc1`, `fc2` as in `SqueezeExcite`; `spatial_conv/kernel` [7, 7, 2, 1]; `spatial_bn`.
+    Parameters: `fc1`, `fc2` as in `SqueezeExcite`; `spatial_conv/kernel` [7, 7, 2, 1], with one axis of 7 per spatial
+    axis of the map; `spatial_bn`.
 
     Attributes:
       reduction: hidden width of the shared MLP = C / reduction.
@@ -242,7 +248,7 @@ class CBAM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, H, W, C]; train: the spatial batch norm uses the batch's statistics. Returns: the shape of x."""
+        """Args: x [N, ..., C]; train: the spatial batch norm uses the batch's statistics. Returns: the shape of x."""
         channels = x.shape[-1]
         hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
         layer = (self.use_bias, self.kernel_init, nn.initializers.zeros_init())
@@ -286,11 +292,6 @@ def norm_attend(
     return attention(x if act is None else act(x), train=train, base_channels=base_channels)
 
 
-def _affine(z: Array, kernel: Array, bias: Array | None) -> Array:
-    y = jnp.matmul(z, kernel, precision=jax.lax.Precision.HIGHEST)
-    return y if bias is None else y + bias
-
-
 class _ContextMlp(nn.Module):
     """Two 1x1 convolutions with a layer norm between them; parameters `fc1`, `norm`, `fc2`."""
 
@@ -302,9 +303,9 @@ class _ContextMlp(nn.Module):
     def __call__(self, z: Array) -> Array:
         layer = (True, self.kernel_init, nn.initializers.zeros_init())
         channels = z.shape[-1]
-        z = LayerNorm(1e-6, name="norm")(_affine(z, *_Pointwise(self.hidden, *layer, name="fc1")(channels)))
+        z = LayerNorm(1e-6, name="norm")(F.pointwise(z, *_Pointwise(self.hidden, *layer, name="fc1")(channels)))
         z = F.lookup(F.ACTIVATIONS, self.activation, "activation")(z)
-        return _affine(z, *_Pointwise(channels, *layer, name="fc2")(self.hidden))
+        return F.pointwise(z, *_Pointwise(channels, *layer, name="fc2")(self.hidden))
 
 
 class GlobalContext(nn.Module):
@@ -333,15 +334,17 @@ class GlobalContext(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, H, W, C]; base_channels: what the width is a share of. Returns: [N, H, W, C] of x's dtype."""
+        """Args: x [N, ..., C]; base_channels: what the width is a share of. Returns: the shape and dtype of x."""
         del train
-        n, h, w, channels = x.shape
+        F.check_map(x, "GlobalContext")
+        n, *_, channels = x.shape
         share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
         hidden = F.reduced_width(base_channels or channels, **share, rounding=self.rounding)
         query = _Pointwise(1, True, self.kernel_init, nn.initializers.zeros_init(), name="conv_attn")(channels)
-        pixels = x.astype(jnp.float32).reshape(n, h * w, channels)
-        weights = jax.nn.softmax(_affine(pixels, *query), axis=1)
-        context = jnp.einsum("npc,npo->noc", pixels, weights, precision=jax.lax.Precision.HIGHEST)[:, None]
+        pixels = x.astype(jnp.float32).reshape(n, math.prod(x.shape[1:-1]), channels)
+        weights = jax.nn.softmax(F.pointwise(pixels, *query), axis=1)
+        context = jnp.einsum("npc,npo->noc", pixels, weights, precision=jax.lax.Precision.HIGHEST)
+        context = context.reshape(n, *(1 for _ in F.spatial_axes(x)), channels)
         logits = _ContextMlp(hidden, self.activation, self.kernel_init, name="mlp_scale")(context)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
 
@@ -378,21 +381,22 @@ def weigh_branches(
     Returns:
       [N, H, W, C] of the branches' dtype.
     """
-    count, channels = len(branches), branches[0].shape[-1]
+    count, (n, *_, channels) = len(branches), branches[0].shape
     layer = (use_bias, he_normal, nn.initializers.zeros_init())
 
     def grouped(z: Array, features: int, name: str) -> Array:
         kernel, bias = _Pointwise(features, *layer, name=name)(z.shape[-1] // groups)
-        z = z.reshape(z.shape[0], groups, -1)
+        z = z.reshape(n, groups, z.shape[-1] // groups)
         # A grouped kernel holds the outputs of all groups side by side, each over its own group's inputs.
         kernel = kernel.reshape(z.shape[-1], groups, features // groups)
-        out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(-1, features)
-        return out if bias is None else out + bias
+        out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(n, features)
+        return out if bias is None else out + jax.lax.broadcast_to_rank(bias, out.ndim)
 
     z = functools.reduce(jnp.add, [jnp.squeeze(F.squeeze(branch), (1, 2)) for branch in branches])
+    z = gathered(z, -1)
     z = grouped(z, width, names[0])
     z = act(norm(name=names[1], dtype=jnp.float32)(z, train=train))
-    logits = grouped(z, count * channels, names[2]).reshape(-1, groups, count, channels // groups)
+    logits = grouped(z, count * channels, names[2]).reshape(n, groups, count, channels // groups)
     gates = jax.nn.softmax(logits, axis=2) if count > 1 else jax.nn.sigmoid(logits)
-    gates = jnp.moveaxis(gates, 2, 0).reshape(count, -1, 1, 1, channels)
+    gates = jnp.moveaxis(gates, 2, 0).reshape(count, n, 1, 1, channels)
     return functools.reduce(jnp.add, [F.scale(branch, gate) for branch, gate in zip(branches, gates, strict=True)])

@@ -4,6 +4,7 @@ A block receives convolution, norm, activation and attention, as the residual bl
 have timm's names: `conv_pw`, `conv_dw`, `conv_pwl`, `bn1`, `bn2`, `bn3`, `se`.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from se_flax.attention import norm_attend
 from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
 from se_flax.layers import drop_path, normal_fan_out
+from se_flax.sharding import Dense, has_explicit_axes
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -101,12 +103,14 @@ class CondConv(nn.Module):
         padding = "SAME" if self.padding == "SAME" else [((self.kernel_size - 1) // 2,) * 2] * 2
         strides = (self.strides, self.strides)
         x = x.astype(dtype)
-        if not isinstance(n, int):
-            # Traced for a batch of any size (jax.export), there cannot be a group per image: every expert's map is
-            # computed, and the maps are mixed instead of the kernels.
+        if not isinstance(n, int) or n == 0 or has_explicit_axes(x, experts):
+            # A batch of any size (jax.export), of none, or sharded over explicit axes cannot be a group per image:
+            # every expert's map is computed, and the maps are mixed instead of the kernels.
             shares = jnp.split(routing.astype(dtype), self.experts, axis=1)
             maps = (convolve(x, kernel.astype(dtype), strides, padding, (1, 1), self.groups) for kernel in experts)
-            return sum(y * share[:, :, None, None] for y, share in zip(maps, shares, strict=True))
+            return functools.reduce(
+                jnp.add, [y * share[:, :, None, None] for y, share in zip(maps, shares, strict=True)]
+            )
         kernels = jnp.einsum("ne,ehwio->nhwio", routing.astype(jnp.float32), experts).astype(dtype)
         if self.kernel_size == 1 and self.strides == 1 and self.groups == 1:
             return jnp.einsum("nhwi,nio->nhwo", x, jnp.squeeze(kernels, (1, 2)))
@@ -267,7 +271,7 @@ class InvertedResidual(MobileBlock):
         if self.experts:
             init = nn.initializers.variance_scaling(1 / 6, "fan_avg", "uniform")
             pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-            routing = jax.nn.sigmoid(nn.Dense(self.experts, kernel_init=init, name="routing_fn")(pooled))
+            routing = jax.nn.sigmoid(Dense(self.experts, kernel_init=init, name="routing_fn")(pooled))
 
             def conv(features: int, kernel: Any, y: Array, *, name: str, groups: int = 1, strides: int = 1) -> Array:
                 # The padding and dtype that the network chose are bound to its convolution.

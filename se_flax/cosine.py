@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.sharding import gathered
+
 Array = jax.Array
 
 
@@ -32,7 +34,7 @@ class CosineClassifier(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Args: x [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        kernel = gathered(self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32))
         # Angles of a few degrees are what the margin is about: a TPU's default of bfloat16 would blur them.
         cosines = jnp.matmul(_unit(x.astype(jnp.float32), -1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST)
         return self.scale * cosines

@@ -1,10 +1,11 @@
 """Channel attention as pure functions of arrays: the formulas, with their shapes, in one place.
 
-Maps are NHWC. A gate is pooled and computed in float32 whatever the dtype of the map, because a mean over thousands of
-bfloat16 values and a sigmoid near saturation both lose what the gate is there to express; the product with the map has
-the map's dtype.
+Maps have their channels last and one, two or three spatial axes: [N, L, C] (signals), [N, H, W, C] (images) or
+[N, D, H, W, C] (volumes); a squeeze is over all of them. A gate is pooled and computed in float32 whatever the dtype of
+the map, because a mean over thousands of bfloat16 values and a sigmoid near saturation both lose what the gate is there
+to express; the product with the map has the map's dtype.
 
-Notation: N images, H x W pixels, C channels, M = hidden width of the excitation.
+Notation: N images, H x W pixels, C channels, M = hidden width of the excitation; [N, ..., C] is a map of any such rank.
 """
 
 import math
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.errors import UserError, closest
+from se_flax.sharding import gathered
 
 Array = jax.Array
 Elementwise = Callable[[Array], Array]
@@ -56,12 +58,35 @@ ACTIVATIONS: Mapping[str, Elementwise] = {
 """Non-linearities between the two layers of the excitation."""
 
 
+def check_map(x: Array, what: str) -> None:
+    """Refuses anything but a map with one to three spatial axes.
+
+    Args:
+      x: what a function of maps was called with.
+      what: its name, for the message.
+
+    Raises:
+      UserError: another rank.
+    """
+    if x.ndim not in (3, 4, 5):
+        hint = {1: "x[None, None]", 2: "x[:, None]"}.get(x.ndim)
+        raise UserError(
+            f"got an array of shape {tuple(x.shape)}; {what} takes a map [N, L, C], [N, H, W, C] or [N, D, H, W, C]"
+            + (f", which a descriptor of channels becomes by {hint}" if hint else "")
+        )
+
+
+def spatial_axes(x: Array) -> tuple[int, ...]:
+    """The axes between the images and the channels: (1, 2) of a map [N, H, W, C]."""
+    return tuple(range(1, x.ndim - 1))
+
+
 def _squeeze_mean(x: Array) -> Array:
-    return jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+    return jnp.mean(x, axis=spatial_axes(x), keepdims=True, dtype=jnp.float32)
 
 
 def _squeeze_max(x: Array) -> Array:
-    return jnp.max(x, axis=(1, 2), keepdims=True).astype(jnp.float32)
+    return jnp.max(x, axis=spatial_axes(x), keepdims=True).astype(jnp.float32)
 
 
 def _squeeze_none(x: Array) -> Array:
@@ -162,12 +187,16 @@ def squeeze(x: Array, kind: str | Elementwise = "mean") -> Array:
     """The squeeze F_sq (Hu et al. 2020, equation 2).
 
     Args:
-      x: map [N, H, W, C], any float dtype.
+      x: map [N, ..., C], any float dtype.
       kind: `mean`, `max`, `none` or a function of the map.
 
     Returns:
-      float32 descriptor [N, 1, 1, C]; [N, H, W, C] for `none`.
+      float32 descriptor of x's rank, [N, 1, 1, C] of a map [N, H, W, C]; the map's shape for `none`.
+
+    Raises:
+      UserError: x is no map, or an unknown kind.
     """
+    check_map(x, "a squeeze")
     return lookup(SQUEEZES, kind, "squeeze")(x)
 
 
@@ -195,26 +224,52 @@ def excite(
     Returns:
       float32 gate [..., C].
     """
-    hidden = jnp.matmul(z.astype(jnp.float32), reduce_kernel.astype(jnp.float32), precision=_PRECISION)
-    if reduce_bias is not None:
-        hidden = hidden + reduce_bias
+    hidden = pointwise(gathered(z, -1), reduce_kernel, reduce_bias)
     hidden = lookup(ACTIVATIONS, activation, "activation")(hidden)
-    logits = jnp.matmul(hidden, expand_kernel.astype(jnp.float32), precision=_PRECISION)
-    if expand_bias is not None:
-        logits = logits + expand_bias
-    return lookup(GATES, gate, "gate")(logits)
+    return lookup(GATES, gate, "gate")(pointwise(hidden, expand_kernel, expand_bias))
+
+
+def pointwise(z: Array, kernel: Array, bias: Array | None = None) -> Array:
+    """A dense layer over the channels (a 1x1 convolution), in full float32 precision.
+
+    Args:
+      z: float [..., C].
+      kernel: [C, M].
+      bias: [M], or None.
+
+    Returns:
+      float32 [..., M].
+
+    Raises:
+      UserError: the kernel is no matrix, or not of z's channels.
+    """
+    if kernel.ndim != 2 or kernel.shape[0] != z.shape[-1]:
+        raise UserError(
+            f"got a kernel of shape {tuple(kernel.shape)} for {z.shape[-1]} channels; give [{z.shape[-1]}, M] (of a "
+            "1x1 convolution's kernel [1, 1, C, M]: kernel[0, 0])"
+        )
+    y = jnp.matmul(z.astype(jnp.float32), gathered(kernel).astype(jnp.float32), precision=_PRECISION)
+    return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(bias), y.ndim)
 
 
 def scale(x: Array, gate: Array) -> Array:
     """The scaling F_scale (Hu et al. 2020, equation 4): the map times its gate, in the map's dtype.
 
     Args:
-      x: map [N, H, W, C].
-      gate: broadcastable to the map's shape.
+      x: map [N, ..., C].
+      gate: of the map's rank, broadcastable to its shape.
 
     Returns:
-      [N, H, W, C] of the map's dtype.
+      The map's shape and dtype.
+
+    Raises:
+      UserError: the gate has another rank, and its axes would meet the wrong ones.
     """
+    if gate.ndim != x.ndim:
+        raise UserError(
+            f"got a gate of shape {tuple(gate.shape)} for a map of shape {tuple(x.shape)}; give it the map's rank, "
+            f"such as {(x.shape[0], *(1 for _ in x.shape[1:-1]), x.shape[-1])}"
+        )
     return x * gate.astype(x.dtype)
 
 
@@ -245,9 +300,17 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
 
     Returns:
       float32 [..., C].
+
+    Raises:
+      UserError: the kernel has another rank, or an even length.
     """
-    size = kernel.shape[0]
-    z = z.astype(jnp.float32)
+    if kernel.ndim != 1 or kernel.shape[0] % 2 == 0:
+        raise UserError(
+            f"got a kernel of shape {tuple(kernel.shape)} over the channels; give one axis of odd length, [k] (of a "
+            "convolution's kernel [k, 1, 1]: kernel[:, 0, 0])"
+        )
+    size, kernel = kernel.shape[0], gathered(kernel)
+    z = gathered(z, -1).astype(jnp.float32)
     padded = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(size // 2, size // 2)])
     # k is 3 to 9: a sum of shifted slices beats a one-channel convolution on every backend.
     out = jnp.zeros_like(z) if bias is None else jnp.broadcast_to(bias, z.shape).astype(jnp.float32)
@@ -268,7 +331,7 @@ def channel_gate_mean_max(
     """CBAM's channel gate: sigmoid(MLP(mean(x)) + MLP(max(x))) with one shared MLP (Woo et al. 2018, equation 2).
 
     Args:
-      x: map [N, H, W, C].
+      x: map [N, ..., C].
       reduce_kernel: [C, M].
       reduce_bias: [M] or None.
       expand_kernel: [M, C].
@@ -276,7 +339,7 @@ def channel_gate_mean_max(
       gate: non-linearity at the end.
 
     Returns:
-      float32 gate [N, 1, 1, C].
+      float32 gate of x's rank, [N, 1, 1, C] of a map [N, H, W, C].
     """
     both = jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
     paths = excite(both, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
@@ -287,10 +350,10 @@ def spatial_descriptor(x: Array) -> Array:
     """CBAM's spatial descriptor: maximum and mean over the channels (Woo et al. 2018, equation 3).
 
     Args:
-      x: map [N, H, W, C].
+      x: map [N, ..., C].
 
     Returns:
-      float32 [N, H, W, 2]; the maximum comes first, as in the authors' code.
+      float32 [N, ..., 2]; the maximum comes first, as in the authors' code.
     """
     maximum = jnp.max(x, axis=-1, keepdims=True).astype(jnp.float32)
     return jnp.concatenate([maximum, jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)], axis=-1)

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
+from se_flax.functional import check_map
 from se_flax.native import native
 from se_flax.pointwise import Product, affine, image_means, moments, product
+from se_flax.sharding import Dense, gathered, has_explicit_axes
 
 Array = jax.Array
 Dtype = Any
@@ -52,24 +54,27 @@ _classifier_init = nn.initializers.normal(0.01)
 
 
 class Conv(nn.Module):
-    """2-D convolution, NHWC.
+    """Convolution of images [N, H, W, C], signals [N, L, C] or volumes [N, D, H, W, C].
 
     Attributes:
       features: output channels.
-      kernel_size: side of the square kernel, or (height, width).
-      strides: of both axes.
+      kernel_size: side of the kernel, the same along every spatial axis, or one number per axis: (height, width).
+      strides: of all spatial axes.
       groups: input and output channels are split in so many groups.
-      dilation: of both axes.
+      dilation: of all spatial axes.
       padding: `"symmetric"` pads (k - 1) / 2 * dilation on both sides, as PyTorch networks do; `"SAME"` pads as
         TensorFlow does (more at the end when the total is odd); or an explicit ((top, bottom), (left, right)).
       use_bias: adds a bias.
       kernel_init: initialiser of the kernel [kh, kw, features_in / groups, features].
       bias_init: initialiser of the bias [features].
       dtype: of the arithmetic; None takes the input's. Parameters are float32.
+
+    Raises:
+      UserError: an input of another rank.
     """
 
     features: int
-    kernel_size: int | tuple[int, int] = 3
+    kernel_size: int | tuple[int, ...] = 3
     strides: int = 1
     groups: int = 1
     dilation: int = 1
@@ -92,7 +97,14 @@ class Conv(nn.Module):
         Returns:
           [N, h, w, features], or the product.
         """
-        size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
+        check_map(x, "a convolution")
+        axes = x.ndim - 2
+        size = (self.kernel_size,) * axes if isinstance(self.kernel_size, int) else self.kernel_size
+        if len(size) != axes:
+            raise UserError(
+                f"got kernel_size={tuple(size)} for a map of shape {tuple(x.shape)}; give one number per spatial axis, "
+                f"{axes}, or a single one for all"
+            )
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         padding = self.padding
@@ -100,16 +112,16 @@ class Conv(nn.Module):
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
         dtype = dtype or self.dtype or x.dtype
         x, kernel = x.astype(dtype), kernel.astype(dtype)
-        if deferred and self._widens(x):
+        if deferred and self._widens(x) and not has_explicit_axes(x, kernel):
             return product(x, kernel[0, 0])
-        settings = (self.strides, self.strides), padding, (self.dilation, self.dilation), self.groups
+        settings = (self.strides,) * axes, padding, (self.dilation,) * axes, self.groups
         # Nobody waits for the output of `init`, run operation by operation, but for its compilation: XLA's is one.
         y = native(x, kernel, *settings) if self.is_initializing() else convolve(x, kernel, *settings)
-        return y if bias is None else y + bias.astype(dtype)
+        return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(bias).astype(dtype), y.ndim)
 
     def _widens(self, x: Array) -> bool:
         pointwise = self.kernel_size in (1, (1, 1)) and self.groups == self.strides == 1 and not self.use_bias
-        return pointwise and self.features >= 2 * x.shape[-1] and x.shape[1] * x.shape[2] > 1
+        return pointwise and x.ndim == 4 and self.features >= 2 * x.shape[-1] and x.shape[1] * x.shape[2] > 1
 
 
 class BatchNorm(nn.Module):
@@ -184,8 +196,8 @@ class BatchNorm(nn.Module):
                 running_var.value = keep * running_var.value + (1 - keep) * unbiased
         else:
             mean, var = running_mean.value, running_var.value
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        offset = bias - mean * factor
+        factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
+        offset = gathered(bias - mean * factor)
         if gate is not None and act is not None:
             y = x.written() if isinstance(x, Product) else x
             gates = gate(squeeze_activated(y, factor, offset, act))
@@ -204,8 +216,8 @@ class BatchNorm(nn.Module):
             # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
             # second pass over a vector per image costs nothing.
             axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            mean = _replica_mean(jnp.mean(wide, axes), across)
-            return mean, _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
+            mean = _replica_mean(jnp.mean(wide, axes, keepdims=True), across)
+            return mean.reshape(-1), _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
         mean, square = _replica_mean(moments(x, pooled), across)
         # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
         # root of that is NaN.
@@ -239,7 +251,8 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:
     """Mean over size x size windows of x [N, H, W, C]; windows that hang over the end average what they hold."""
-    hang = [(0, -(dim - size) % strides) for dim in x.shape[1:3]]
+    # A window that starts in the padding is none, so the most that can hang over serves a side of unknown length.
+    hang = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
     return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
 
 
@@ -300,6 +313,7 @@ def classify(
       Logits [N, num_classes], or the features.
     """
     x = nn.Dropout(drop_rate, deterministic=not train)(x)
+    classifier = Dense if classifier is nn.Dense else classifier
     return classifier(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
 
 

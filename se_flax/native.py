@@ -8,15 +8,19 @@ Array = jax.Array
 
 
 def native(
-    x: Array, kernel: Array, strides: tuple[int, int], padding: Any, dilation: tuple[int, int], groups: int
+    x: Array, kernel: Array, strides: tuple[int, ...], padding: Any, dilation: tuple[int, ...], groups: int
 ) -> Array:
     """XLA's own convolution; arguments and result as for `se_flax.convolution.convolve`."""
+    spatial = tuple(range(1, x.ndim - 1))
+    dimensions = jax.lax.ConvDimensionNumbers(
+        (0, x.ndim - 1, *spatial), (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), (0, x.ndim - 1, *spatial)
+    )
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         window_strides=strides,
         padding=padding,
         rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=dimensions,
         feature_group_count=groups,
     )

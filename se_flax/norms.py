@@ -9,8 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.errors import UserError
+from se_flax.sharding import gathered
 
 Array = jax.Array
 
@@ -31,7 +33,7 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     n, h, w, channels = x.shape
     if group_size < 1 or channels % group_size:
         raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
-    grouped = x.astype(jnp.float32).reshape(n, h, w, channels // group_size, group_size)
+    grouped = gathered(x, -1).astype(jnp.float32).reshape(n, h, w, channels // group_size, group_size)
     mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
     # Two passes: there is no running statistic to save a pass for, and this never goes negative.
     var = jnp.mean(jnp.square(grouped - mean), axis=(1, 2, 4), keepdims=True)
@@ -59,6 +61,7 @@ class GroupNorm(nn.Module):
         del train
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
         mean, var = group_moments(x, self.group_size)
         y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.astype(self.dtype or x.dtype)
@@ -83,6 +86,7 @@ class LayerNorm(nn.Module):
         del train
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         var = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
@@ -117,9 +121,10 @@ class EvoNormS0(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
         y = x.astype(jnp.float32)
         if self.nonlinear:
-            v = self.param("v", nn.initializers.ones_init(), shape, jnp.float32)
+            v = broadcast_to_rank(gathered(self.param("v", nn.initializers.ones_init(), shape, jnp.float32)), x.ndim)
             _, var = group_moments(x, self.group_size)
             y = y * jax.nn.sigmoid(y * v) * jax.lax.rsqrt(var + self.epsilon)
         return (y * scale + bias).astype(self.dtype or x.dtype)

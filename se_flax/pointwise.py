@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.convolution import convolve
+from se_flax.functional import spatial_axes
 
 Array = jax.Array
 
@@ -83,7 +85,7 @@ def _convolved(x: Array, kernel: Array) -> Array:
 
 
 def image_means(y: Array | Product) -> Array:
-    """Means over H and W: float32 [N, 1, 1, C] of y [N, H, W, C]."""
+    """Means over the spatial axes: float32 [N, 1, 1, C] of y [N, H, W, C]."""
     return _by_platform(y, _means_through, _image_means)
 
 
@@ -98,8 +100,9 @@ def moments(y: Array | Product, means: Array | None = None) -> tuple[Array, Arra
       Two float32 [C].
     """
     if means is not None:
-        squares = _by_platform(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_wide(y))), (0, 1, 2)))
-        return jnp.mean(means, (0, 1, 2)), squares
+        axes = tuple(range(means.ndim - 1))
+        squares = _by_platform(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_wide(y))), axes))
+        return jnp.mean(means, axes), squares
     return _by_platform(y, _moments_through, _moments)
 
 
@@ -117,7 +120,7 @@ def affine(y: Array | Product, factor: Array, offset: Array, dtype: Any) -> Arra
     """
 
     def plain(y: Array, factor: Array, offset: Array) -> Array:
-        return (_wide(y) * factor + offset).astype(dtype)
+        return _affine(_wide(y), factor, offset).astype(dtype)
 
     return _by_platform(y, partial(_affine_through, dtype), plain, factor, offset)
 
@@ -141,8 +144,12 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _affine(y: Array, factor: Array, offset: Array) -> Array:
+    return y * broadcast_to_rank(factor, y.ndim) + broadcast_to_rank(offset, y.ndim)
+
+
 def _image_means(y: Array) -> Array:
-    return jnp.mean(_wide(y), (1, 2), keepdims=True)
+    return jnp.mean(_wide(y), spatial_axes(y), keepdims=True)
 
 
 def _moments(y: Array) -> tuple[Array, Array]:
@@ -194,7 +201,7 @@ _channel_products.defvjp(_channel_products_forward, _channel_products_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine_through(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
-    return (_wide(_times(x, kernel)) * factor + offset).astype(dtype)
+    return _affine(_wide(_times(x, kernel)), factor, offset).astype(dtype)
 
 
 def _affine_forward(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
@@ -210,6 +217,7 @@ def _affine_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array, ..
 def _per_channel_backward(x: Array, kernel: Array, factor: Array, gradient: Array) -> tuple[Array, ...]:
     gradient = gradient.astype(x.dtype)
     wide, products = _wide(kernel), _pixel_products(x, gradient)
+    factor = broadcast_to_rank(factor, 2)
     of_x = _times(gradient, (wide * factor).T)
     of_kernel = (products * factor).astype(kernel.dtype)
     return of_x, of_kernel, jnp.sum(wide * products, 0), jnp.sum(_wide(gradient), (0, 1, 2))

@@ -124,7 +124,8 @@ def check_side(images: Array, smallest: int) -> None:
       UserError: a side below that.
     """
     height, width = images.shape[1:3]
-    if min(height, width) < smallest:
+    # A side of unknown length (jax.export) is compared when it is known: XLA refuses a map of no pixels.
+    if any(isinstance(side, int) and side < smallest for side in (height, width)):
         raise UserError(
             f"got images of {height} x {width} pixels, of which this network would leave no pixel for its classifier; "
             f"resize them to at least {smallest} x {smallest}"
@@ -137,7 +138,7 @@ def max_pooling_to_half(x: Array) -> Array:
     On even sides it is Caffe's. On odd ones Caffe's is a pixel smaller than the strided convolutions beside it, and the
     network refuses such images; here the last window hangs over by two pixels instead of one.
     """
-    return nn.max_pool(x, (3, 3), (2, 2), [(0, 1 + dim % 2) for dim in x.shape[1:3]])
+    return nn.max_pool(x, (3, 3), (2, 2), [(0, 1 + dim % 2 if isinstance(dim, int) else 2) for dim in x.shape[1:3]])
 
 
 def module(

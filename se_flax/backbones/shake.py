@@ -176,9 +176,9 @@ def shifted_paths(
     """
     x = act(x)
     moved = jnp.pad(x, [(0, 0), (1, 0), (1, 0), (0, 0)])[:, :-1, :-1]
-    paths = [
-        conv(features // 2, 1, name=f"skip{i}")(y[:, ::strides, ::strides]) for i, y in enumerate((x, moved), start=1)
-    ]
+    # Slices, whose sides jax.export knows to be those of a strided convolution; indexing gives them another formula.
+    taken = [jax.lax.slice(y, (0,) * 4, y.shape, (1, strides, strides, 1)) for y in (x, moved)]
+    paths = [conv(features // 2, 1, name=f"skip{i}")(y) for i, y in enumerate(taken, start=1)]
     return norm(name="skip_bn")(jnp.concatenate(paths, axis=-1), train=train)
 
 

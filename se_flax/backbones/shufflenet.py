@@ -20,6 +20,7 @@ from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import Block, ModuleDef, Placement
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.sharding import gathered
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -36,7 +37,7 @@ def channel_shuffle(x: Array, groups: int) -> Array:
       [N, H, W, C]: of C = groups * n channels, number i * n + j became number j * groups + i.
     """
     *shape, channels = x.shape
-    return x.reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
+    return gathered(x, -1).reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
 
 
 class ShuffleUnit(Block):

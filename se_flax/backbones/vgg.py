@@ -34,10 +34,21 @@ def at_least(x: Array, side: int) -> Array:
 
     Returns:
       [N, max(H, side), max(W, side), C].
+
+    Raises:
+      UserError: H or W is symbolic (jax.export) and not known to be at least `side`.
     """
     for axis, einsum in ((1, "oh,nhwc->nowc"), (2, "ow,nhwc->nhoc")):
         size = x.shape[axis]
-        if size < side:
+        try:
+            is_small = size < side
+        except jax.errors.InconclusiveDimensionOperation:
+            raise UserError(
+                f"got images of symbolic height or width, and a VGG's last map of {side} or more pixels takes another "
+                "program than a smaller one; give jax.export.symbolic_shape constraints such as "
+                f'["h >= {32 * side}", "w >= {32 * side}"]'
+            ) from None
+        if is_small:
             touched = np.zeros((side, size), np.float32)
             for i in range(side):
                 first, end = i * size // side, -(-(i + 1) * size // side)

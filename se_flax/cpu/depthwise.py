@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.cpu.shifts import (
     Pads,
     Pair,
+    TapProduct,
     bilinear_jvp,
     framed,
     in_columns,
@@ -36,9 +38,12 @@ def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: P
     Returns:
       [N, h, w, C].
     """
-    return over_ranges(
-        framed(x, padding), kernel.shape, strides, dilation, lambda pixels, i, j: pixels * kernel[i, j, 0]
-    )
+    return over_ranges(framed(x, padding), kernel.shape, strides, dilation, _tap_product(kernel))
+
+
+def _tap_product(kernel: Array) -> TapProduct:
+    """Pixels times a tap's vector of channels."""
+    return lambda pixels, i, j: pixels * broadcast_to_rank(kernel[i, j, 0], pixels.ndim)
 
 
 def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tangents: Any) -> Any:
@@ -47,7 +52,7 @@ def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
     return bilinear_jvp(
         # Training stores what x is made of anyway, so there is nothing to hide from XLA.
         lambda x, kernel: _shifted(x, kernel, *settings),
-        lambda dx, kernel: scattered(dx, kernel.shape, *settings, lambda pixels, i, j: pixels * kernel[i, j, 0]),
+        lambda dx, kernel: scattered(dx, kernel.shape, *settings, _tap_product(kernel)),
         lambda x, dkernel: in_columns(framed(x, padding), dkernel[:, :, 0], strides, dilation, jnp.multiply),
         primals,
         tangents,
@@ -60,7 +65,7 @@ depthwise.defjvp(_depthwise_jvp, symbolic_zeros=True)
 def _shifted(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
     """The same convolution, of windows of rows and columns."""
     h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x, product = jnp.pad(x, ((0, 0), *padding, (0, 0))), _tap_product(kernel)
     return over_taps(
-        kernel.shape, lambda i, j: window(x, i * dilation[0], j * dilation[1], h, w, strides) * kernel[i, j, 0]
+        kernel.shape, lambda i, j: product(window(x, i * dilation[0], j * dilation[1], h, w, strides), i, j)
     )

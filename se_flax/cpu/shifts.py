@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.memory import written
 
@@ -79,7 +80,10 @@ def over_channels(taps: Array) -> TapProduct:
     """A product for `over_ranges`: pixels [N, L, C, ...] and taps [kh, kw, C, ...] to sums over C, [N, L, ...]."""
 
     def product(pixels: Array, i: int, j: int) -> Array:
-        terms = [jax.lax.slice_in_dim(pixels, c, c + 1, axis=2) * taps[i, j, c] for c in range(taps.shape[2])]
+        terms = [
+            jax.lax.slice_in_dim(pixels, c, c + 1, axis=2) * broadcast_to_rank(taps[i, j, c], pixels.ndim)
+            for c in range(taps.shape[2])
+        ]
         return sum(terms[1:], terms[0])
 
     return product
