@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from se_flax.attention import CBAM, GlobalContext
 from se_flax.errors import UserError
-from se_flax.functional import GATES, lookup
 
 Array = jax.Array
 Floats = NDArray[np.float64]
@@ -37,22 +35,7 @@ def _visited(visit: Callable[[str, Array], Array]) -> Iterator[None]:
         name = "/".join(module.path) or type(module).__name__
         if context.method_name == "gates":
             return visit(name, method(*args, **kwargs))
-        if context.method_name != "__call__" or not isinstance(module, CBAM | GlobalContext):
-            return method(*args, **kwargs)
-        # These make their gate amid other work. The first gate of either is that of the channels; a bound module lives
-        # for one call of the network, so that nobody else sees the exchanged attribute.
-        own, found = module.gate, []
-
-        def gate(logits: Array) -> Array:
-            value = lookup(GATES, own, "gate")(logits)
-            found.append(name)
-            return visit(name, value) if len(found) == 1 else value
-
-        object.__setattr__(module, "gate", gate)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "gate", own)
+        return method(*args, **kwargs)
 
     with nn.intercept_methods(call):
         yield

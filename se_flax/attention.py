@@ -11,14 +11,14 @@ what lets any attention go into any backbone: `create_model("resnet50", attentio
 import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
+from se_flax.activated import squeeze_activated
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
 from se_flax.norms import LayerNorm
@@ -33,19 +33,81 @@ he_normal = nn.initializers.he_normal()
 class _Pointwise(nn.Module):
     """Parameters of a 1x1 convolution: kernel [1, 1, C_in, C_out] as checkpoints hold it, returned as [C_in, C_out]."""
 
-    features: int
-    use_bias: bool
-    kernel_init: Initializer
-    bias_init: Initializer
+    use_bias: bool = True
+    kernel_init: Initializer = he_normal
+    bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, channels: int) -> tuple[Array, Array | None]:
-        kernel = self.param("kernel", self.kernel_init, (1, 1, channels, self.features), jnp.float32)
-        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+    def __call__(self, channels: int, features: int) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", self.kernel_init, (1, 1, channels, features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (features,), jnp.float32) if self.use_bias else None
         return gathered(kernel)[0, 0], None if bias is None else gathered(bias)
 
 
-class SqueezeExcite(nn.Module):
+class Attention(nn.Module):
+    """Base of attention modules: what counts as attention in costs and descriptions.
+
+    A module that holds more than its attention names the rest in `not_attention`, by submodule.
+    """
+
+    not_attention: ClassVar[tuple[str, ...]] = ()
+
+
+class ChannelAttention(Attention):
+    """Base of modules that gate channels: x * gates(descriptor(x)).
+
+    Subclasses define `gates`, and `descriptor` where it is not the mean over the spatial axes. Whoever reads or
+    replaces gates (`se_flax.analysis`) does it in `gates`.
+
+    Attributes:
+      squeezes_mean: whether the gates are a function of the channels' means alone, so that norm, activation and gate
+        can be one step (`se_flax.norm_attention`).
+    """
+
+    squeezes_mean: ClassVar[Any] = True
+
+    def pool(
+        self, x: Array, factor: Array | None = None, offset: Array | None = None, act: F.Elementwise | None = None
+    ) -> Array:
+        """Mean over the spatial axes of x, or of act(factor * x + offset).
+
+        Args:
+          x: map [N, ..., C].
+          factor: float32 [C], of a norm; None for x itself.
+          offset: likewise.
+          act: activation after the norm.
+
+        Returns:
+          float32 of x's rank, [N, 1, 1, C] of a map [N, H, W, C].
+        """
+        if factor is None or offset is None or act is None:
+            return F.squeeze(x)
+        return squeeze_activated(x, factor, offset, act)
+
+    def descriptor(self, x: Array) -> Array:
+        """What the gates are computed from. Args: x [N, ..., C]. Returns: float32, such as [N, 1, 1, C]."""
+        return self.pool(x)
+
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """The gates of a descriptor. Returns: float32, broadcastable to the map."""
+        raise NotImplementedError(f"{type(self).__name__} defines no gates")
+
+    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
+        """Gates a map.
+
+        Args:
+          x: [N, ..., C].
+          train: no effect; part of the uniform call.
+          base_channels: what a reduction is a share of; C when None.
+
+        Returns:
+          The shape and dtype of x.
+        """
+        del train
+        return F.scale(x, self.gates(self.descriptor(x), base_channels=base_channels))
+
+
+class SqueezeExcite(ChannelAttention):
     """Squeeze-and-excitation: x * gate(W2 act(W1 squeeze(x))) (Hu et al. 2020, section 3).
 
     Parameters: `<names[0]>/kernel` [1, 1, C, M], `<names[1]>/kernel` [1, 1, M, C], and their biases.
@@ -90,9 +152,13 @@ class SqueezeExcite(nn.Module):
         return F.reduced_width(channels, reduction=self.reduction, rounding=self.rounding)
 
     @property
-    def from_mean(self) -> bool:
-        """Whether the gate is a function of the channels' means alone, as `BatchNorm` needs to take it in."""
+    def squeezes_mean(self) -> bool:
+        """As in `ChannelAttention`."""
         return self.squeeze == "mean"
+
+    def descriptor(self, x: Array) -> Array:
+        """Args: x [N, ..., C]. Returns: float32 [N, 1, 1, C]; the shape of x without a squeeze."""
+        return F.squeeze(x, self.squeeze)
 
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
@@ -108,26 +174,12 @@ class SqueezeExcite(nn.Module):
         channels = z.shape[-1]
         hidden = self.hidden_width(base_channels or channels)
         layer = (self.use_bias, self.kernel_init, self.bias_init)
-        reduce_ = _Pointwise(hidden, *layer, name=self.names[0])(channels)
-        expand = _Pointwise(channels, *layer, name=self.names[1])(hidden)
+        reduce_ = _Pointwise(*layer, name=self.names[0])(channels, hidden)
+        expand = _Pointwise(*layer, name=self.names[1])(hidden, channels)
         return F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate)
 
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Gates a map.
 
-        Args:
-          x: [N, ..., C].
-          train: no effect; part of the uniform call.
-          base_channels: what the reduction is a share of; C when None.
-
-        Returns:
-          The shape and dtype of x.
-        """
-        del train
-        return F.scale(x, self.gates(F.squeeze(x, self.squeeze), base_channels=base_channels))
-
-
-class EffectiveSE(nn.Module):
+class EffectiveSE(ChannelAttention):
     """Effective squeeze-and-excitation: one full layer, hard gate (Lee and Park 2020, section 3.3: eSE of VoVNetV2).
 
     Parameters: `fc/kernel` [1, 1, C, C], `fc/bias` [C].
@@ -146,19 +198,13 @@ class EffectiveSE(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
 
-    from_mean = True
-
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
         del base_channels
-        kernel, bias = _Pointwise(z.shape[-1], self.use_bias, self.kernel_init, self.bias_init, name="fc")(z.shape[-1])
+        layer = _Pointwise(self.use_bias, self.kernel_init, self.bias_init, name="fc")
+        kernel, bias = layer(z.shape[-1], z.shape[-1])
         return F.lookup(F.GATES, self.gate, "gate")(F.pointwise(z, kernel, bias))
-
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, ..., C]. Returns: the shape and dtype of x."""
-        del train, base_channels
-        return F.scale(x, self.gates(F.squeeze(x)))
 
 
 class _ChannelKernel(nn.Module):
@@ -172,7 +218,7 @@ class _ChannelKernel(nn.Module):
         return gathered(self.param("kernel", self.kernel_init, (self.size, 1, 1), jnp.float32))[:, 0, 0]
 
 
-class ECA(nn.Module):
+class ECA(ChannelAttention):
     """Efficient channel attention: a short convolution along the channels (Wang et al. 2020, section 3.2).
 
     Parameters: `conv/kernel` [k, 1, 1].
@@ -198,8 +244,6 @@ class ECA(nn.Module):
     kernel_init: Initializer = he_normal
     dtype: Any = None
 
-    from_mean = True
-
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
@@ -212,13 +256,8 @@ class ECA(nn.Module):
         kernel = _ChannelKernel(size, self.kernel_init, name="conv")()
         return F.lookup(F.GATES, self.gate, "gate")(F.channel_conv(z, kernel))
 
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, ..., C]. Returns: the shape and dtype of x."""
-        del train
-        return F.scale(x, self.gates(F.squeeze(x), base_channels=base_channels))
 
-
-class CBAM(nn.Module):
+class CBAM(ChannelAttention):
     """Convolutional block attention: a channel gate, then a spatial gate (Woo et al. 2018, section 3).
 
     Parameters: `fc1`, `fc2` as in `SqueezeExcite`; `spatial_conv/kernel` [7, 7, 2, 1], with one axis of 7 per spatial
@@ -246,69 +285,47 @@ class CBAM(nn.Module):
     kernel_init: Initializer = he_normal
     dtype: Any = None
 
-    @nn.compact
+    squeezes_mean = False
+
+    def setup(self) -> None:
+        """The layers; their widths are known when they are called."""
+        self.fc1, self.fc2 = (_Pointwise(self.use_bias, self.kernel_init) for _ in range(2))
+        self.spatial_conv = Conv(1, self.kernel_size, kernel_init=self.kernel_init)
+        self.spatial_bn = BatchNorm(momentum=self.momentum, axis_name=self.axis_name)
+
+    def descriptor(self, x: Array) -> Array:
+        """Args: x [N, ..., C]. Returns: float32 [2, N, 1, 1, C], the means and the maxima."""
+        return F.squeeze_mean_max(x)
+
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """The channel gates. Args: z float32 [2, N, 1, 1, C]. Returns: float32 [N, 1, 1, C]."""
+        channels = z.shape[-1]
+        hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
+        return F.excite_mean_max(z, *self.fc1(channels, hidden), *self.fc2(hidden, channels), gate=self.gate)
+
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
         """Args: x [N, ..., C]; train: the spatial batch norm uses the batch's statistics. Returns: the shape of x."""
-        channels = x.shape[-1]
-        hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
-        layer = (self.use_bias, self.kernel_init, nn.initializers.zeros_init())
-        reduce_ = _Pointwise(hidden, *layer, name="fc1")(channels)
-        expand = _Pointwise(channels, *layer, name="fc2")(hidden)
-        x = F.scale(x, F.channel_gate_mean_max(x, *reduce_, *expand, gate=self.gate))
-        logits = Conv(1, self.kernel_size, kernel_init=self.kernel_init, name="spatial_conv")(F.spatial_descriptor(x))
-        logits = BatchNorm(momentum=self.momentum, axis_name=self.axis_name, name="spatial_bn")(logits, train=train)
+        x = super().__call__(x, base_channels=base_channels)
+        logits = self.spatial_bn(self.spatial_conv(F.spatial_descriptor(x)), train=train)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
-
-
-def norm_attend(
-    norm: Any,
-    attention: Any,
-    x: Array,
-    *,
-    train: bool,
-    base_channels: int | None = None,
-    act: F.Elementwise | None = None,
-    squeezed: Callable[[], Array] | None = None,
-) -> Array:
-    """Norm, activation and attention, in one where the norm can take the others in (`BatchNorm` with a gate).
-
-    Args:
-      norm: called as `norm(x, train=train)`.
-      attention: attention module.
-      x: [N, H, W, C].
-      train: the norm uses the batch's statistics.
-      base_channels: what a reduction is a share of; C when None.
-      act: activation between norm and attention; None for none.
-      squeezed: see `BatchNorm`.
-
-    Returns:
-      [N, H, W, C].
-    """
-    if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-        return norm(
-            x, train=train, gate=partial(attention.gates, base_channels=base_channels), act=act, squeezed=squeezed
-        )
-    x = norm(x, train=train)
-    return attention(x if act is None else act(x), train=train, base_channels=base_channels)
 
 
 class _ContextMlp(nn.Module):
     """Two 1x1 convolutions with a layer norm between them; parameters `fc1`, `norm`, `fc2`."""
 
-    hidden: int
     activation: str | F.Elementwise
     kernel_init: Initializer
 
     @nn.compact
-    def __call__(self, z: Array) -> Array:
-        layer = (True, self.kernel_init, nn.initializers.zeros_init())
+    def __call__(self, z: Array, hidden: int) -> Array:
         channels = z.shape[-1]
-        z = LayerNorm(1e-6, name="norm")(F.pointwise(z, *_Pointwise(self.hidden, *layer, name="fc1")(channels)))
+        fc1, fc2 = (_Pointwise(kernel_init=self.kernel_init, name=name) for name in ("fc1", "fc2"))
+        z = LayerNorm(1e-6, name="norm")(F.pointwise(z, *fc1(channels, hidden)))
         z = F.lookup(F.ACTIVATIONS, self.activation, "activation")(z)
-        return F.pointwise(z, *_Pointwise(channels, *layer, name="fc2")(self.hidden))
+        return F.pointwise(z, *fc2(hidden, channels))
 
 
-class GlobalContext(nn.Module):
+class GlobalContext(ChannelAttention):
     """Global context attention: the squeeze is a softmax-weighted mean (Cao et al. 2019, section 3.3: GC block).
 
     As in timm, the context gates the map (the paper adds it). Parameters: `conv_attn` (kernel [1, 1, C, 1], bias) and
@@ -332,21 +349,27 @@ class GlobalContext(nn.Module):
     kernel_init: Initializer = he_normal
     dtype: Any = None
 
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, ..., C]; base_channels: what the width is a share of. Returns: the shape and dtype of x."""
-        del train
+    squeezes_mean = False
+
+    def setup(self) -> None:
+        """The layers; their widths are known when they are called."""
+        self.conv_attn = _Pointwise(kernel_init=self.kernel_init)
+        self.mlp_scale = _ContextMlp(self.activation, self.kernel_init)
+
+    def descriptor(self, x: Array) -> Array:
+        """The context: the mean over the pixels, weighed by a softmax. Args: x [N, ..., C]. Returns: [N, 1, 1, C]."""
         F.check_map(x, "GlobalContext")
         n, *_, channels = x.shape
-        share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
-        hidden = F.reduced_width(base_channels or channels, **share, rounding=self.rounding)
-        query = _Pointwise(1, True, self.kernel_init, nn.initializers.zeros_init(), name="conv_attn")(channels)
         pixels = x.astype(jnp.float32).reshape(n, math.prod(x.shape[1:-1]), channels)
-        weights = jax.nn.softmax(F.pointwise(pixels, *query), axis=1)
+        weights = jax.nn.softmax(F.pointwise(pixels, *self.conv_attn(channels, 1)), axis=1)
         context = jnp.einsum("npc,npo->noc", pixels, weights, precision=jax.lax.Precision.HIGHEST)
-        context = context.reshape(n, *(1 for _ in F.spatial_axes(x)), channels)
-        logits = _ContextMlp(hidden, self.activation, self.kernel_init, name="mlp_scale")(context)
-        return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+        return context.reshape(n, *(1 for _ in F.spatial_axes(x)), channels)
+
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
+        share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
+        hidden = F.reduced_width(base_channels or z.shape[-1], **share, rounding=self.rounding)
+        return F.lookup(F.GATES, self.gate, "gate")(self.mlp_scale(z, hidden))
 
 
 def weigh_branches(
@@ -382,10 +405,9 @@ def weigh_branches(
       [N, H, W, C] of the branches' dtype.
     """
     count, (n, *_, channels) = len(branches), branches[0].shape
-    layer = (use_bias, he_normal, nn.initializers.zeros_init())
 
     def grouped(z: Array, features: int, name: str) -> Array:
-        kernel, bias = _Pointwise(features, *layer, name=name)(z.shape[-1] // groups)
+        kernel, bias = _Pointwise(use_bias, name=name)(z.shape[-1] // groups, features)
         z = z.reshape(n, groups, z.shape[-1] // groups)
         # A grouped kernel holds the outputs of all groups side by side, each over its own group's inputs.
         kernel = kernel.reshape(z.shape[-1], groups, features // groups)

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_flax.attention import norm_attend
 from se_flax.errors import UserError, closest
-from se_flax.layers import BatchNorm, Conv, avg_pool, drop_path
+from se_flax.layers import avg_pool, drop_path
 from se_flax.memory import computed_once
+from se_flax.norm_attention import conv_norm_attend, norm_act_attend
 
 Array = jax.Array
 ModuleDef = Callable[..., Any]
@@ -91,29 +91,14 @@ class Block(nn.Module):
 
     def attend(self, x: Array, place: Placement, train: bool, base_channels: int | None = None) -> Array:
         """Attention on x if the block carries it at this place, else x."""
-        if self.attention is None or place is not self.placement:
-            return x
-        return self.attention(name=self.attention_name)(x, train=train, base_channels=base_channels)
+        attention = self.attention_at(place)
+        return x if attention is None else attention(x, train=train, base_channels=base_channels)
 
-    def norm_attend(
-        self,
-        norm: Any,
-        x: Array,
-        place: Placement,
-        train: bool,
-        base_channels: int | None = None,
-        squeezed: Callable[[], Array] | None = None,
-        act: Callable[[Array], Array] | None = None,
-    ) -> Array:
-        """The norm, the activation if one stands between, then attention if the block carries it at this place.
-
-        See `attention.norm_attend`.
-        """
+    def attention_at(self, place: Placement) -> Any:
+        """The attention module if the block carries it at this place, else None."""
         if self.attention is None or place is not self.placement:
-            x = norm(x, train=train)
-            return x if act is None else act(x)
-        attention = self.attention(name=self.attention_name)
-        return norm_attend(norm, attention, x, train=train, base_channels=base_channels, act=act, squeezed=squeezed)
+            return None
+        return self.attention(name=self.attention_name)
 
     def low_pass(self, x: Array) -> Array:
         """Anti-aliased halving in place of the convolution's stride, where the block has both."""
@@ -158,37 +143,6 @@ class Block(nn.Module):
         return self.norm(**kwargs)
 
 
-def mean_through(conv: Any, x: Array) -> Callable[[], Array] | None:
-    """How to get the means of a 1x1 convolution's output from its input, a map of fewer channels in a bottleneck.
-
-    Args:
-      conv: the convolution, without stride.
-      x: its input [N, H, W, C].
-
-    Returns:
-      A function that gives float32 [N, 1, 1, features], or None for a convolution that is not known to be linear.
-    """
-    if not isinstance(conv, Conv):
-        return None
-    return lambda: conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), dtype=jnp.float32)
-
-
-def convolve_for(norm: Any, conv: Any, x: Array, train: bool) -> Any:
-    """The convolution of x, for this norm alone.
-
-    Args:
-      norm: called with the result next.
-      conv: the convolution.
-      x: its input [N, H, W, C].
-      train: the norm uses the batch's statistics.
-
-    Returns:
-      [N, h, w, features], or what the norm takes in its place: see `layers.Conv`.
-    """
-    deferred = train and isinstance(norm, BatchNorm) and norm.from_input and isinstance(conv, Conv)
-    return conv(x, deferred=True) if deferred else conv(x)
-
-
 class ConvNorm(nn.Module):
     """Convolution, norm and activation as one submodule, `conv` and `bn`, where checkpoints nest them so.
 
@@ -201,6 +155,9 @@ class ConvNorm(nn.Module):
       groups: of the convolution.
       dilation: of the convolution.
       act: activation; None for none.
+      attention: attention class or partial that comes last; None for none.
+      attention_name: its submodule's name.
+      attention_base: channels that its reduction is a share of; None for `features`.
     """
 
     features: int
@@ -211,6 +168,9 @@ class ConvNorm(nn.Module):
     groups: int = 1
     dilation: int = 1
     act: Callable[[Array], Array] | None = None
+    attention: ModuleDef | None = None
+    attention_name: str = "se"
+    attention_base: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -223,8 +183,9 @@ class ConvNorm(nn.Module):
             dilation=self.dilation,
             name="conv",
         )(x)
-        x = self.norm(name="bn")(x, train=train)
-        return x if self.act is None else self.act(x)
+        attention = None if self.attention is None else self.attention(name=self.attention_name)
+        norm, base = self.norm(name="bn"), self.attention_base
+        return norm_act_attend(norm, attention, x, train=train, act=self.act, base_channels=base)
 
 
 class BasicBlock(Block):
@@ -235,10 +196,11 @@ class BasicBlock(Block):
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
         y = self.attend(x, Placement.PRE, train)
         y = self.conv(self.features, 3, strides=self.conv_strides, name="conv1")(y)
-        y = self.norm_attend(self.norm(name="bn1"), y, Placement.AFTER_3X3, train)
+        y = norm_act_attend(self.norm(name="bn1"), self.attention_at(Placement.AFTER_3X3), y, train=train)
         y = self.low_pass(self.act(y))
         y = self.conv(self.features, 3, name="conv2")(y)
-        return self.add(x, self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train), train)
+        y = norm_act_attend(self.last_norm(name="bn2"), self.attention_at(Placement.STANDARD), y, train=train)
+        return self.add(x, y, train)
 
 
 class Bottleneck(Block):
@@ -266,17 +228,16 @@ class Bottleneck(Block):
         y = self.act(self.norm(name="bn1")(y, train=train))
         y = self.middle(y, second, train)
         last, norm = self.conv(out, 1, name="conv3"), self.last_norm(name="bn3")
-        narrow = y if train else computed_once(y)
-        y = convolve_for(norm, last, narrow, train)
+        attention = self.attention_at(Placement.STANDARD)
         # The attention of a pruned network kept the size that it had before the channels went.
-        y = self.norm_attend(norm, y, Placement.STANDARD, train, unpruned, mean_through(last, narrow))
+        y = conv_norm_attend(last, norm, attention, y, train=train, base_channels=unpruned)
         return self.add(x, y, train)
 
     def middle(self, y: Array, width: int, train: bool) -> Array:
         """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""
         strides = 1 if self.stride_first else self.conv_strides
         y = self.conv(width, 3, strides=strides, groups=self.groups, name="conv2")(y)
-        y = self.norm_attend(self.norm(name="bn2"), y, Placement.AFTER_3X3, train)
+        y = norm_act_attend(self.norm(name="bn2"), self.attention_at(Placement.AFTER_3X3), y, train=train)
         return self.low_pass(self.act(y))
 
 
@@ -344,8 +305,7 @@ def project(
     layer = conv(features, kernel_size if strides > 1 else 1, strides=strides, name=f"downsample_{first}")
     if norm is None:
         return layer(x)
-    after = norm(name=f"downsample_{first + 1}")
-    return after(convolve_for(after, layer, x, train), train=train)
+    return conv_norm_attend(layer, norm(name=f"downsample_{first + 1}"), None, x, train=train)
 
 
 def average_by_2(x: Array) -> Array:

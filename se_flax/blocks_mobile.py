@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_flax.attention import norm_attend
 from se_flax.convolution import convolve
 from se_flax.functional import round_to_multiple
 from se_flax.layers import drop_path, normal_fan_out
+from se_flax.norm_attention import norm_act_attend
 from se_flax.sharding import Dense, has_explicit_axes
 
 Array = jax.Array
@@ -181,17 +181,14 @@ class MobileBlock(nn.Module):
         attention, base = self.attention(name="se"), self._attention_base(x, in_channels)
         if self.antialias is not None and self.strides > 1:
             return attention(self.blur(self.activate(x, name, train)), train=train, base_channels=base)
-        return norm_attend(self.norm(name=name), attention, x, train=train, base_channels=base, act=self.act)
+        return norm_act_attend(self.norm(name=name), attention, x, train=train, base_channels=base, act=self.act)
 
     def close(self, x: Array, y: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
         """The branch's last norm, its activation if there is one, attention if the block carries it here, the sum."""
         norm = (self.norm if act else self.linear_norm or self.norm)(name=name)
-        if self.attention is not None and self.attention_last:
-            base = self._attention_base(y, x.shape[-1])
-            y = norm_attend(norm, self.attention(name="se"), y, train=train, base_channels=base, act=act)
-        else:
-            y = norm(y, train=train)
-            y = act(y) if act else y
+        attention = self.attention(name="se") if self.attention is not None and self.attention_last else None
+        base = self._attention_base(y, x.shape[-1])
+        y = norm_act_attend(norm, attention, y, train=train, act=act, base_channels=base)
         return self.add(x, y, train)
 
     def _attention_base(self, x: Array, in_channels: int) -> int:

@@ -25,9 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from se_flax import attention
-from se_flax.backbones.resnest import SplitAttention
-from se_flax.backbones.sknet import SelectiveAttention
+from se_flax.attention import ECA, Attention
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
 from se_flax.norms import GroupNorm, LayerNorm
@@ -42,17 +40,6 @@ _NORMS: Mapping[type, int] = {
     LayerNorm: 5,
     nn.LayerNorm: 5,
 }
-_ATTENTION = (
-    attention.SqueezeExcite,
-    attention.EffectiveSE,
-    attention.ECA,
-    attention.CBAM,
-    attention.GlobalContext,
-    SelectiveAttention,
-    SplitAttention,
-)
-# Split attention holds the convolution that it weighs, which is no part of the weighing.
-_WEIGHED = ("conv", "bn0")
 _BIASED = (Conv, nn.Conv, nn.Dense, *_NORMS)
 _SPATIAL, _CHANNEL = (1, 2), (3,)
 # Programs that are traced once and used again: the module's name in them would be the first user's.
@@ -177,7 +164,7 @@ class _Trace:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Marks every operation that is traced with the path of its module."""
-        calls: list[nn.Module] = []
+        pooling: list[str] = []  # a norm that also pools, for the attention whose gates come next
 
         def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
@@ -185,18 +172,18 @@ class _Trace:
             if path not in self._modules:
                 self._modules[path] = module
                 self._counts[path] = {}
-            if context.method_name == "__call__":
+            # A batch norm gives its coefficients, whoever applies them.
+            if context.method_name == ("coefficients" if isinstance(module, BatchNorm) else "__call__"):
                 self._count_norm(module, path, args)
-            if calls and isinstance(calls[-1], tuple(_NORMS)) and self._is_attention(module):
-                self._squeezed_for["/".join(calls[-1].path)] = path
-            if isinstance(module, attention.ECA) and context.method_name == "gates":
-                self._channel_convolved.append((path, args[0].size))
-            calls.append(module)
-            try:
-                with jax.named_scope(f"<{path}>"):
-                    return call(*args, **kwargs)
-            finally:
-                calls.pop()
+            if kwargs.get("per_image"):
+                pooling.append(path)
+            if context.method_name == "gates":
+                self._squeezed_for.update(dict.fromkeys(pooling, path))
+                pooling.clear()
+                if isinstance(module, ECA):
+                    self._channel_convolved.append((path, args[0].size))
+            with jax.named_scope(f"<{path}>"):
+                return call(*args, **kwargs)
 
         with nn.intercept_methods(watch):
             yield
@@ -207,7 +194,7 @@ class _Trace:
                 self._add(path, norms=rate * args[0].size)
 
     def _is_attention(self, module: nn.Module) -> bool:
-        return isinstance(module, (*_ATTENTION, *self._given))
+        return isinstance(module, (Attention, *self._given))
 
     def _attention_of(self, path: str) -> str | None:
         """The attention that a module is or lies in."""
@@ -217,7 +204,7 @@ class _Trace:
             module = self._modules.get(above)
             if module is None or not self._is_attention(module):
                 continue
-            if isinstance(module, SplitAttention) and parts[i : i + 1] and parts[i] in _WEIGHED:
+            if isinstance(module, Attention) and parts[i : i + 1] and parts[i] in module.not_attention:
                 return None
             return above
         return None

@@ -319,8 +319,20 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     return out
 
 
-def channel_gate_mean_max(
-    x: Array,
+def squeeze_mean_max(x: Array) -> Array:
+    """CBAM's two descriptors of the channels, mean and maximum (Woo et al. 2018, section 3.1).
+
+    Args:
+      x: map [N, ..., C].
+
+    Returns:
+      float32 [2, N, 1, 1, C] of a map [N, H, W, C].
+    """
+    return jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
+
+
+def excite_mean_max(
+    z: Array,
     reduce_kernel: Array,
     reduce_bias: Array | None,
     expand_kernel: Array,
@@ -331,7 +343,7 @@ def channel_gate_mean_max(
     """CBAM's channel gate: sigmoid(MLP(mean(x)) + MLP(max(x))) with one shared MLP (Woo et al. 2018, equation 2).
 
     Args:
-      x: map [N, ..., C].
+      z: float32 [2, ..., C], mean and maximum.
       reduce_kernel: [C, M].
       reduce_bias: [M] or None.
       expand_kernel: [M, C].
@@ -339,11 +351,24 @@ def channel_gate_mean_max(
       gate: non-linearity at the end.
 
     Returns:
+      float32 gate [..., C].
+    """
+    paths = excite(z, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
+    return lookup(GATES, gate, "gate")(jnp.sum(paths, axis=0))
+
+
+def channel_gate_mean_max(x: Array, *layers: Array | None, gate: str | Elementwise = "sigmoid") -> Array:
+    """CBAM's channel gate of a map; see `squeeze_mean_max` and `excite_mean_max`.
+
+    Args:
+      x: map [N, ..., C].
+      *layers: kernels and biases, as `excite_mean_max` takes them.
+      gate: non-linearity at the end.
+
+    Returns:
       float32 gate of x's rank, [N, 1, 1, C] of a map [N, H, W, C].
     """
-    both = jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
-    paths = excite(both, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
-    return lookup(GATES, gate, "gate")(jnp.sum(paths, axis=0))
+    return excite_mean_max(squeeze_mean_max(x), *layers, gate=gate)  # type: ignore[arg-type]
 
 
 def spatial_descriptor(x: Array) -> Array:

@@ -1,6 +1,6 @@
 """Networks for inference, their batch norms folded into the convolutions in front of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv
+from se_flax.layers import BatchNorm, Coefficients, Conv
 from se_flax.pointwise import Product
 
 Array = jax.Array
@@ -24,20 +24,12 @@ _NORM_FIELDS = ("norm", "linear_norm")
 
 
 class FoldedNorm(BatchNorm):
-    """A batch norm for inference that is not there where its convolution took it in.
+    """Inference batch norm; the identity once it has been folded into the convolution before it.
 
-    With variables it normalises with the running statistics; without, it hands the map on, gated where it is told so.
+    With variables it normalises with the running statistics.
     """
 
-    def __call__(
-        self,
-        x: Array | Product,
-        *,
-        train: bool = False,
-        gate: Callable[[Array], Array] | None = None,
-        act: Callable[[Array], Array] | None = None,
-        squeezed: Callable[[], Array] | None = None,
-    ) -> Array:
+    def coefficients(self, x: Array | Product, *, train: bool = False, per_image: bool = False) -> Coefficients:
         """Arguments and result as for `BatchNorm`.
 
         Raises:
@@ -45,14 +37,9 @@ class FoldedNorm(BatchNorm):
         """
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
-        x = x.written() if isinstance(x, Product) else x
         if self.is_initializing() or self.has_variable("params", "scale"):
-            return super().__call__(x, gate=gate, act=act)
-        if gate is not None:
-            wide = x.astype(jnp.float32) if act is None else act(x.astype(jnp.float32))
-            known = squeezed if act is None else None
-            x = (wide * gate(known() if known else jnp.mean(wide, (1, 2), keepdims=True))).astype(x.dtype)
-        return x.astype(self.dtype or x.dtype)
+            return super().coefficients(x, per_image=per_image)
+        return Coefficients(x, None, None, None)
 
 
 def fuse(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -131,12 +118,12 @@ def _trace(model: nn.Module, channels: int) -> tuple[set[Path], dict[Path, tuple
 
     def mark(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if isinstance(module, FoldedNorm):
+        if isinstance(module, FoldedNorm) and context.method_name == "coefficients":
             name = f"norm {len(norms)}"
             norms[name] = module.path, module.epsilon
             return call(checkpoint_name(args[0], name), *args[1:], **kwargs)
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
         result = call(*args, **kwargs)
         if isinstance(module, Conv) and module.use_bias:
             name = f"conv {len(convs)}"

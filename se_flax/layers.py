@@ -7,19 +7,18 @@ TensorFlow's SAME, running variance from the unbiased estimate (PyTorch), and st
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
 from se_flax.functional import check_map
 from se_flax.native import native
 from se_flax.pointwise import Product, affine, image_means, moments, product
-from se_flax.sharding import Dense, gathered, has_explicit_axes
+from se_flax.sharding import Dense, gathered
 
 Array = jax.Array
 Dtype = Any
@@ -85,43 +84,73 @@ class Conv(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array, *, dtype: Dtype = None, deferred: bool = False) -> Any:
+    def weights(self, channels: int, axes: int) -> tuple[Array, Array | None]:
+        """The parameters for an input of so many channels and spatial axes: kernel and bias, float32."""
+        size = (self.kernel_size,) * axes if isinstance(self.kernel_size, int) else self.kernel_size
+        kernel = self.param("kernel", self.kernel_init, (*size, channels // self.groups, self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        return kernel, bias
+
+    def __call__(self, x: Array, *, dtype: Dtype = None) -> Array:
         """Convolves.
 
         Args:
           x: [N, H, W, C].
           dtype: of this call's arithmetic alone.
-          deferred: a training `BatchNorm` alone will read the output. It can do without a 1x1 convolution's where that
-            has more channels than the input, and takes a `pointwise.Product` in its place.
 
         Returns:
-          [N, h, w, features], or the product.
+          [N, h, w, features].
         """
         check_map(x, "a convolution")
         axes = x.ndim - 2
-        size = (self.kernel_size,) * axes if isinstance(self.kernel_size, int) else self.kernel_size
-        if len(size) != axes:
+        if not isinstance(self.kernel_size, int) and len(self.kernel_size) != axes:
             raise UserError(
-                f"got kernel_size={tuple(size)} for a map of shape {tuple(x.shape)}; give one number per spatial axis, "
-                f"{axes}, or a single one for all"
+                f"got kernel_size={tuple(self.kernel_size)} for a map of shape {tuple(x.shape)}; give one number per "
+                f"spatial axis, {axes}, or a single one for all"
             )
-        kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
-        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        kernel, bias = self.weights(x.shape[-1], axes)
         padding = self.padding
         if padding == "symmetric":
-            padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
+            padding = [((k - 1) // 2 * self.dilation,) * 2 for k in kernel.shape[:-2]]
         dtype = dtype or self.dtype or x.dtype
         x, kernel = x.astype(dtype), kernel.astype(dtype)
-        if deferred and self._widens(x) and not has_explicit_axes(x, kernel):
-            return product(x, kernel[0, 0])
         settings = (self.strides,) * axes, padding, (self.dilation,) * axes, self.groups
-        # Nobody waits for the output of `init`, run operation by operation, but for its compilation: XLA's is one.
+        # `init` runs operation by operation, and what takes long is compiling each: XLA's convolution is one.
         y = native(x, kernel, *settings) if self.is_initializing() else convolve(x, kernel, *settings)
         return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(bias).astype(dtype), y.ndim)
 
-    def _widens(self, x: Array) -> bool:
-        pointwise = self.kernel_size in (1, (1, 1)) and self.groups == self.strides == 1 and not self.use_bias
-        return pointwise and x.ndim == 4 and self.features >= 2 * x.shape[-1] and x.shape[1] * x.shape[2] > 1
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the kernel is 1x1 and meets every pixel: the output's mean is then the convolution of the input's."""
+        return self.kernel_size in (1, (1, 1)) and self.strides == 1
+
+    def widens(self, x: Array) -> bool:
+        """Whether the output has at least twice the channels of x, so that reading x instead of it saves passes."""
+        pixels = x.shape[1] * x.shape[2] if x.ndim == 4 else 0
+        dense = self.is_pointwise and self.groups == 1 and not self.use_bias
+        return dense and pixels > 1 and self.features >= 2 * x.shape[-1]
+
+    def deferred(self, x: Array) -> Product:
+        """The output of a convolution that `widens`, not stored on a TPU: for a training `BatchNorm` alone."""
+        kernel, _ = self.weights(x.shape[-1], 2)
+        dtype = self.dtype or x.dtype
+        return product(x.astype(dtype), kernel[0, 0].astype(dtype))
+
+
+class Coefficients(NamedTuple):
+    """A norm as an affine function per channel, factor * x + offset, not applied yet.
+
+    Attributes:
+      x: what the norm was called with.
+      factor: float32 [C]; None for the identity (a norm that was folded into its convolution).
+      offset: likewise.
+      means: of every image over the spatial axes, float32 [N, 1, 1, C], where they were asked for.
+    """
+
+    x: Array | Product
+    factor: Array | None
+    offset: Array | None
+    means: Array | None
 
 
 class BatchNorm(nn.Module):
@@ -137,7 +166,7 @@ class BatchNorm(nn.Module):
         0.9 here.
       axis_name: mapped device axis over which the batch statistics are averaged while training; None normalises each
         replica by its own.
-      from_input: blocks leave the output of a 1x1 convolution before this norm unwritten where training on a TPU can do
+      defer_conv: training on a TPU does not store the output of a 1x1 convolution before this norm where it can do
         without: fewer passes over memory for more multiply-adds, see `se_flax.pointwise`. The numbers are the same.
       scale_init: initialiser of the scale.
       dtype: of the output; None takes the input's.
@@ -146,49 +175,43 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     momentum: float = 0.9
     axis_name: str | None = None
-    from_input: bool = False
+    defer_conv: bool = False
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     dtype: Dtype = None
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Array | Product,
-        *,
-        train: bool = False,
-        gate: Callable[[Array], Array] | None = None,
-        act: Callable[[Array], Array] | None = None,
-        squeezed: Callable[[], Array] | None = None,
-    ) -> Array:
-        """Normalises, and gates the normalised map where it is told how.
-
-        With `gate` the result is that of the norm followed by an attention whose gate is a function of the channels'
-        means, without its passes over the map. For the map u, mean m over H and W, and the norm a * u + b: the squeeze
-        is a * m + b, and norm and gate s are one affine per image and channel, (s * a) * u + s * b. The batch's
-        statistics are means over the images of m and of the mean square, which one pass gives. With an activation
-        between norm and squeeze as well, see `se_flax.activated`.
+    def __call__(self, x: Array | Product, *, train: bool = False) -> Array:
+        """Normalises.
 
         Args:
-          x: [..., C]; [N, H, W, C] with a gate. Or a `Conv`'s deferred output.
+          x: [..., C], or a convolution's deferred output.
           train: use and record the batch's statistics.
-          gate: from the mean of the normalised map, float32 [N, 1, 1, C], to the gates, of the same shape.
-          act: elementwise, of the normalised map, which is squeezed and gated after it; only with a gate.
-          squeezed: gives x's means over H and W, float32 [N, 1, 1, C], without a pass over x. Only a norm that was
-            folded away (`fused.FoldedNorm`) takes them there: training makes that pass anyway, and the multiply-adds of
-            a network as it is are those that papers count.
 
         Returns:
           The shape of x.
+        """
+        x, factor, offset, _ = self.coefficients(x, train=train)
+        return affine(x, factor, offset, self.dtype or x.dtype)
+
+    @nn.compact
+    def coefficients(self, x: Array | Product, *, train: bool = False, per_image: bool = False) -> Coefficients:
+        """The norm of x as an affine function per channel.
+
+        Args:
+          x: [..., C]; [N, H, W, C] with `per_image`. Or a convolution's deferred output.
+          train: use and record the batch's statistics.
+          per_image: also give the means of every image, from the same pass over x.
+
+        Returns:
+          The coefficients, with x.
         """
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        del squeezed
-        pooled = image_means(x) if gate is not None and act is None else None
+        means = image_means(x) if per_image else None
         if train:
-            mean, var, count = self._batch_statistics(x, pooled)
+            mean, var, count = self._batch_statistics(x, means)
             if not self.is_initializing():
                 unbiased = var * (count / max(count - 1, 1))
                 keep = self.momentum
@@ -197,15 +220,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
-        offset = gathered(bias - mean * factor)
-        if gate is not None and act is not None:
-            y = x.written() if isinstance(x, Product) else x
-            gates = gate(squeeze_activated(y, factor, offset, act))
-            return gate_activated(y, factor, offset, gates, act, self.dtype or x.dtype)
-        if gate is not None and pooled is not None:
-            gates = gate(pooled * factor + offset)
-            factor, offset = gates * factor, gates * offset
-        return affine(x, factor, offset, self.dtype or x.dtype)
+        return Coefficients(x, factor, gathered(bias - mean * factor), means)
 
     def _batch_statistics(self, x: Array | Product, pooled: Array | None) -> tuple[Array, Array, int]:
         across = self.axis_name if not self.is_initializing() else None

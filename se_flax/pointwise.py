@@ -14,7 +14,7 @@ So y is neither written nor kept. Only with a gate per image (a [N, 1, 1, C]) y 
 gradient, and is made again in the pass that sums it up. To the convolution's three products this adds I / C of one for
 G, as much for the way back, and with a gate one more.
 
-That is how a norm with `from_input` does it on a TPU, where products are cheap beside passes over memory. On a CPU the
+That is how a norm with `defer_conv` does it on a TPU, where products are cheap beside passes over memory. On a CPU the
 passes saved cost less than the products, and on a GPU it was not measured; there y is a map like any other.
 """
 
@@ -106,18 +106,20 @@ def moments(y: Array | Product, means: Array | None = None) -> tuple[Array, Arra
     return _by_platform(y, _moments_through, _moments)
 
 
-def affine(y: Array | Product, factor: Array, offset: Array, dtype: Any) -> Array:
+def affine(y: Array | Product, factor: Array | None, offset: Array | None, dtype: Any) -> Array:
     """The affine function factor * y + offset, computed in float32.
 
     Args:
       y: [..., C]; [N, H, W, C] where the others have an axis of images.
-      factor: float32 [C] or [N, 1, 1, C].
+      factor: float32 [C] or [N, 1, 1, C]; None for the identity.
       offset: likewise.
       dtype: of the result.
 
     Returns:
       The shape of y.
     """
+    if factor is None or offset is None:
+        return (y.written() if isinstance(y, Product) else y).astype(dtype)
 
     def plain(y: Array, factor: Array, offset: Array) -> Array:
         return _affine(_wide(y), factor, offset).astype(dtype)

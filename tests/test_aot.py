@@ -197,7 +197,7 @@ def test_a_network_without_a_recipe(capsys):
 
 def test_lean_reaches_the_norms_and_the_record(capsys):
     config = dataclasses.replace(aot.settings_for_model("seresnet50", 32), lean=True)
-    assert build_model(config, 10).norm.keywords["from_input"] is True
+    assert build_model(config, 10).norm.keywords["defer_conv"] is True
     found = figures("--model=seresnet20", "--image-size=8", "--batch-per-device=2", "--eval", "--lean", capsys=capsys)
     assert found["lean"] is True
     assert aot.main([*DIGITS, "--lean"]) == 2

@@ -206,7 +206,7 @@ def test_what_cannot_be_is_refused(module, message):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("placement", ["standard", "3x3"])
 def test_norm_and_gate_in_one_affine_are_norm_then_gate(attention, train, placement):
-    separate = type("Separate", (attention,), {"from_mean": False})
+    separate = type("Separate", (attention,), {"squeezes_mean": False})
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 16, 3)), jnp.float32)
     results = []
     for kind in (attention, separate):
@@ -229,6 +229,6 @@ def test_norm_and_gate_in_one_affine_are_norm_then_gate(attention, train, placem
 
 
 def test_only_gates_of_the_mean_go_into_the_norm():
-    assert SqueezeExcite().from_mean and ECA().from_mean and EffectiveSE().from_mean
-    assert not SqueezeExcite(squeeze="max").from_mean and not SqueezeExcite(squeeze="none").from_mean
-    assert not getattr(CBAM(), "from_mean", False)
+    assert SqueezeExcite().squeezes_mean and ECA().squeezes_mean and EffectiveSE().squeezes_mean
+    assert not SqueezeExcite(squeeze="max").squeezes_mean and not SqueezeExcite(squeeze="none").squeezes_mean
+    assert not CBAM().squeezes_mean

@@ -14,9 +14,9 @@ from se_flax import pointwise
 from se_flax.attention import ECA, SqueezeExcite
 from se_flax.blocks import Bottleneck, project
 from se_flax.layers import BatchNorm, Conv
-from se_flax.pointwise import Product
+from se_flax.norm_attention import norm_act_attend
 
-LEAN = partial(BatchNorm, from_input=True)
+LEAN = partial(BatchNorm, defer_conv=True)
 
 
 @pytest.fixture
@@ -164,9 +164,16 @@ def test_the_wide_map_is_not_kept(as_on_tpu, attention):
 
 
 def test_an_activation_before_the_gate_gets_the_written_map(as_on_tpu):
-    x, kernel, norm = drawn((2, 4, 4, 3), 0, np.float32), drawn((3, 6), 1, np.float32), BatchNorm()
-    variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
-    run = partial(norm.apply, variables, train=True, gate=jax.nn.sigmoid, act=jax.nn.silu, mutable=["batch_stats"])
+    x, kernel = drawn((2, 4, 4, 3), 0, np.float32), drawn((3, 6), 1, np.float32)
+
+    class NormActAttend(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm, attention = BatchNorm(name="bn"), SqueezeExcite(reduction=2, name="se")
+            return norm_act_attend(norm, attention, x, train=True, act=jax.nn.silu)
+
+    variables = NormActAttend().init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+    run = partial(NormActAttend().apply, variables, mutable=["batch_stats"])
     got, _ = as_on_tpu(lambda: run(pointwise.product(x, kernel)))()
     np.testing.assert_allclose(got, run(x @ kernel)[0], rtol=1e-5, atol=1e-5)
 
@@ -186,7 +193,7 @@ def test_which_convolutions_can_be_deferred(settings, deferred):
     conv = Conv(**{"kernel_size": 1, **settings})
     x = drawn((2, 4, 4, 8), 0, np.float32)
     variables = conv.init(jax.random.key(0), x)
-    got = conv.apply(variables, x, deferred=True)
-    assert isinstance(got, Product) == deferred
-    written = got.written() if isinstance(got, Product) else got
-    np.testing.assert_allclose(written, conv.apply(variables, x), rtol=1e-6, atol=1e-6)
+    assert conv.widens(x) == deferred
+    if deferred:
+        got = conv.apply(variables, x, method="deferred")
+        np.testing.assert_allclose(got.written(), conv.apply(variables, x), rtol=1e-6, atol=1e-6)

@@ -145,7 +145,7 @@ def _norm(name: str, axis: str | None, lean: bool) -> Any:
     if not issubclass(kind, se_flax.BatchNorm):
         return norm
     told = partial(norm, axis_name=axis)
-    return partial(told, from_input=True) if lean else told
+    return partial(told, defer_conv=True) if lean else told
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import weigh_branches
+from se_flax.attention import Attention, weigh_branches
 from se_flax.backbones.resnet import AVERAGED, D26, D50, D101, D200, D269, DEEP, WIDE_DEEP, ResNet
 from se_flax.blocks import Bottleneck, ModuleDef, Placement
 from se_flax.variant import Variant
@@ -16,7 +16,7 @@ from se_flax.variant import Variant
 Array = jax.Array
 
 
-class SplitAttention(nn.Module):
+class SplitAttention(Attention):
     """3x3 convolution into `radix` splits per group, weighed against each other (Zhang et al. 2022, section 3.1).
 
     Attributes:
@@ -38,6 +38,8 @@ class SplitAttention(nn.Module):
     groups: int = 1
     radix: int = 2
     reduction: float = 4.0
+
+    not_attention = ("conv", "bn0")
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:

@@ -15,6 +15,7 @@ import jax
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
 from se_flax.blocks import Block, Bottleneck, ModuleDef, Placement
+from se_flax.norm_attention import norm_act_attend
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -95,7 +96,9 @@ class CaffeBasicBlock(Block):
         y = self.norm(name="bn1")(y, train=train)
         y = self.low_pass(self.act(self.attend(y, Placement.AFTER_3X3, train)))
         y = self.conv(self.features, 3, name="conv2")(y)
-        y = self.norm_attend(self.last_norm(name="bn2"), y, Placement.STANDARD, train, act=self.act)
+        y = norm_act_attend(
+            self.last_norm(name="bn2"), self.attention_at(Placement.STANDARD), y, train=train, act=self.act
+        )
         return self.add(x, y, train)
 
 

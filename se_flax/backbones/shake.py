@@ -20,6 +20,7 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.cifar_resnet import CifarResNet
 from se_flax.blocks import Block, ModuleDef, Placement, project
 from se_flax.errors import UserError, closest
+from se_flax.norm_attention import norm_act_attend
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -129,7 +130,7 @@ class BasicBranch(Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
         y = self.conv(self.features, 3, strides=self.strides, name="conv1")(self.act(x))
-        y = self.norm_attend(self.norm(name="bn1"), y, Placement.AFTER_3X3, train)
+        y = norm_act_attend(self.norm(name="bn1"), self.attention_at(Placement.AFTER_3X3), y, train=train)
         y = self.conv(self.features, 3, name="conv2")(self.act(y))
         return self.norm(name="bn2")(y, train=train)
 
@@ -145,7 +146,7 @@ class BottleneckBranch(Block):
         width = self.features * self.base_width // 64 * self.groups
         y = self.act(self.norm(name="bn1")(self.conv(width, 1, name="conv1")(x), train=train))
         y = self.conv(width, 3, strides=self.strides, groups=self.groups, name="conv2")(y)
-        y = self.act(self.norm_attend(self.norm(name="bn2"), y, Placement.AFTER_3X3, train))
+        y = self.act(norm_act_attend(self.norm(name="bn2"), self.attention_at(Placement.AFTER_3X3), y, train=train))
         y = self.conv(self.features * self.expansion, 1, name="conv3")(y)
         return self.norm(name="bn3")(y, train=train)
 

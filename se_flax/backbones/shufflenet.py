@@ -20,6 +20,7 @@ from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import Block, ModuleDef, Placement
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.norm_attention import norm_act_attend
 from se_flax.sharding import gathered
 from se_flax.variant import Variant
 
@@ -60,10 +61,12 @@ class ShuffleUnit(Block):
         y = self.conv(hidden, 1, groups=self.first_groups, name="conv1")(y)
         y = channel_shuffle(self.act(self.norm(name="bn1")(y, train=train)), self.groups)
         y = self.conv(hidden, 3, strides=self.strides, groups=hidden, name="conv2")(y)
-        y = self.norm_attend(self.norm(name="bn2"), y, Placement.AFTER_3X3, train)
+        y = norm_act_attend(self.norm(name="bn2"), self.attention_at(Placement.AFTER_3X3), y, train=train)
         missing = self.features - x.shape[-1] if strided else self.features
         y = self.conv(missing, 1, groups=self.groups, name="conv3")(y)
-        y = self.drop(self.norm_attend(self.norm(name="bn3"), y, Placement.STANDARD, train), train)
+        y = self.drop(
+            norm_act_attend(self.norm(name="bn3"), self.attention_at(Placement.STANDARD), y, train=train), train
+        )
         if strided:
             x = nn.avg_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
         x = self.attend(x, Placement.IDENTITY, train)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import weigh_branches
+from se_flax.attention import Attention, weigh_branches
 from se_flax.backbones.resnet import AVERAGED, D18, D34, D50, DEEP, ResNet
 from se_flax.blocks import Block, ConvNorm, ModuleDef, Placement
 from se_flax.variant import Variant
@@ -22,7 +22,7 @@ from se_flax.variant import Variant
 Array = jax.Array
 
 
-class SelectiveAttention(nn.Module):
+class SelectiveAttention(Attention):
     """Fuse and select (Li et al. 2019, section 3.1): `attention.weigh_branches` as one submodule.
 
     Attributes:
