@@ -327,7 +327,7 @@ def test_the_command_as_json_without_usefulness_or_groups_of_several(capsys, ref
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--classes", "gren"), "unknown class 'gren'; closest: green (a name, a WordNet id, a number or a range)"),
+        (("--classes", "gren"), "unknown class 'gren'; give a label or a class number, 0 to 3; closest: green"),
         (("--classes", "x=0-2", "blue"), "class 0 is in the groups 'x' and 'blue' of --classes; a class may be in one"),
         (("--classes", "x=0", "x=1"), "got two groups 'x' in --classes; give each a name of its own"),
         (("--classes", "0-4"), "got the classes 0-4; a range goes up and ends at 3 at most"),

@@ -1,0 +1,448 @@
+"""Which files are pictures and which folders classes: the same for training, `se-flax eval`, `gates` and `predict`."""
+
+import os
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from se_flax.class_folders import SUFFIXES, class_folders, pictures_below
+from se_flax.class_names import ClassNames
+from se_flax.cli.labelled import labelled_images
+from se_flax.errors import UserError
+from se_flax.labels import imagenet_labels
+from train.config import Data
+from train.sources import open_data
+
+IMAGENET = tuple(label.name for label in imagenet_labels())
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def trained(root):
+    """Labels of a training in `root`/train, and the label that it gives every file of `root`/val."""
+    splits = open_data(Data(source=f"folder:{root}"))
+    held_out = {splits.eval.name(i): splits.eval.labels[i] for i in range(len(splits.eval))}
+    return splits.class_names, held_out
+
+
+def evaluated(root, labels, num_classes):
+    return {str(example.path): example.label for example in labelled_images(root, labels, num_classes)}
+
+
+def mapped(labels, names, num_classes=None):
+    found = ClassNames(labels, num_classes or len(labels)).classes(names, lambda name: f"the folder {name!r}")
+    return [found[name] for name in names]
+
+
+def refusal(labels, names, num_classes=None):
+    with pytest.raises(UserError) as caught:
+        mapped(labels, names, num_classes)
+    return str(caught.value)
+
+
+# ---- folders of a training mean the same in an evaluation
+
+SETS = {
+    "from one": ["1", "2", "3"],
+    "twelve numbers": [str(i) for i in range(12)],
+    "zeros in front": ["01", "1", "001"],
+    "signs": ["-1", "0", "1", "+1", "0.5", "1.5"],
+    "cases": ["Polish", "polish", "POLISH"],
+    "punctuation": ["a b", "a_b", "a-b", "a.b", "!", "#", "C", "C#", "C++"],
+    "commas": ["dog", "dog, brown", "cat, black", "black"],
+    "scripts": ["猫", "犬", "кошка", "Кошка", "γάτα", "قط", "बिल्ली", "बल्ली", "แมว", "고양이"],
+    "compositions": ["café", "cafe", "naïve", "Ångström", "ﬁn", "fin", "ß", "ss", "İ", "i"],
+    "emojis": ["😀", "😁", "👩‍🔬", "👩"],
+    "WordNet": ["n01440764", "n01443537", "tench", "goldfish"],
+    "splits": ["train", "test"],
+}
+
+
+@pytest.mark.parametrize("names", SETS.values(), ids=SETS.keys())
+@pytest.mark.parametrize("spelling", ["NFC", "NFD"])
+def test_every_folder_has_the_class_that_training_gave_it(names, spelling, tmp_path):
+    """Training on Linux (NFC), the pictures also on a Mac (NFD)."""
+    for name in names:
+        for split in ("train", "val"):
+            on_disk = unicodedata.normalize(spelling if split == "val" else "NFC", name)
+            touch(tmp_path / split / on_disk / "1.png")
+    labels, held_out = trained(tmp_path)
+    assert len(labels) == len(names) == len(held_out)
+    for path, label in held_out.items():
+        assert unicodedata.normalize("NFC", os.path.basename(os.path.dirname(path))) == labels[label]
+    assert evaluated(tmp_path / "val", labels, len(labels)) == held_out
+
+
+def test_some_of_the_folders_have_the_same_classes_as_all(tmp_path):
+    for name in SETS["twelve numbers"]:
+        touch(tmp_path / "train" / name / "1.png")
+    for name in ("10", "2"):
+        touch(tmp_path / "val" / name / "1.png")
+    labels, held_out = trained(tmp_path)
+    assert labels[2] == "10" and list(held_out.values()) == [2, 4]
+    assert evaluated(tmp_path / "val", labels, 12) == held_out
+
+
+# Letters with and without case and marks, digits of two scripts, symbols, punctuation, blanks, joiners.
+ALPHABET = "aAäÄéß\u017fİ\u0131\u03c3ςΣ猫अि10\u0663²+-\u2212_.,#!'/ \u200d\u0301"
+TEXT = st.text(ALPHABET, min_size=1, max_size=4)
+LABELS = st.lists(TEXT, min_size=1, max_size=8, unique_by=lambda x: unicodedata.normalize("NFC", x))
+WHICH = st.data()
+
+
+@given(LABELS, st.sampled_from(["NFC", "NFD"]), st.randoms())
+@settings(max_examples=300, deadline=None)
+def test_a_label_is_its_class_whatever_else_it_could_mean(labels, spelling, random):
+    chosen = random.sample(range(len(labels)), random.randint(1, len(labels)))
+    assert mapped(labels, [unicodedata.normalize(spelling, labels[i]) for i in chosen]) == chosen
+
+
+@given(LABELS, st.lists(TEXT, min_size=1, max_size=5, unique=True), WHICH)
+@settings(max_examples=400, deadline=None)
+def test_what_is_no_label_is_near_one_label_or_a_number_or_refused(labels, names, data):
+    try:
+        classes = mapped(labels, names)
+    except UserError:
+        return
+
+    def bare(text):
+        """Letters, marks and digits: all that another reading of a name may not change."""
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        return "".join(c for c in text if unicodedata.category(c)[0] in "LMN")
+
+    exact = [unicodedata.normalize("NFC", label) for label in labels]
+    numbered = all(name.isascii() and name.isdigit() and int(name) == i for name, i in zip(names, classes, strict=True))
+    for name, i in zip(names, classes, strict=True):
+        canonical = unicodedata.normalize("NFC", name)
+        if canonical in exact:
+            assert exact[i] == canonical
+        elif not numbered:
+            firsts = [label.partition(", ")[0] for label in exact]
+            if canonical in firsts:
+                assert [j for j, first in enumerate(firsts) if first == canonical] == [i]
+            assert bare(name) in (bare(exact[i]), bare(firsts[i]))
+        else:  # a number: no label is another class's number
+            assert not any(x in exact and exact.index(x) != int(x) for x in map(str, range(len(labels))))
+    # Neither fewer folders nor another order makes a folder another class.
+    kept = data.draw(st.permutations(range(len(names))))[: data.draw(st.integers(1, len(names)))]
+    assert mapped(labels, [names[i] for i in kept]) == [classes[i] for i in kept]
+
+
+# ---- other readings, where no label fits
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        (("Golden retriever", "cat"), ["golden_retriever", "CAT"], [0, 1]),
+        (("daisy, white", "rose"), ["daisy", "Rose"], [0, 1]),
+        (("men/women", "St. Bernard"), ["men_women", "st bernard"], [0, 1]),
+        (("GROẞE STRASSE", "Ärger"), ["große-straße", "ärger"], [0, 1]),
+        (("cat", "dog", "cow"), ["0", "02"], [0, 2]),
+        (("3d printer", "BMW X5 2012", "BMW X6 2013"), ["1", "2"], [1, 2]),
+        (("digit 0", "digit 1", "digit 2"), ["2", "1"], [2, 1]),
+        (("n01440764 tench", "n01443537"), ["n01440764", "n01443537-goldfish"], [0, 1]),
+        (IMAGENET, ["n01440764", "goldfish", "Carcharodon carcharias", "tiger_shark"], [0, 1, 2, 3]),
+        (IMAGENET, ["jack_o_lantern", "yellow_lady's_slipper", "Band Aid"], [607, 986, 419]),
+        (IMAGENET, ["Cardigan", "cardigan", "maillot", "crayfish"], [264, 474, 638, 124]),
+        (IMAGENET, ["n02012849", "n03126707"], [134, 517]),
+        (IMAGENET, ["0", "999", "0134"], [0, 999, 134]),
+    ],
+)
+def test_names_that_are_no_labels(labels, names, classes):
+    assert mapped(labels, names) == classes
+
+
+def test_what_fits_no_class_or_several_is_refused():
+    assert (
+        "the folder 'crane' fits several classes: class 134 ('crane'), class 517 ('crane'); use a name that only "
+        in (refusal(IMAGENET, ["tench", "crane"]))
+    )
+    assert "use a name that only one of them has: a label or a WordNet id or a class number, 0 to 999" in (
+        refusal(IMAGENET, ["CARDIGAN"])
+    )
+    assert refusal(("cat", "dog"), ["cats", "dog"]) == (
+        "the folder 'cats' names none of the network's 2 classes (1 of 2 names do not); give a label or a class "
+        "number, 0 to 1, for all of them; closest: cat"
+    )
+    # A number beside names, out of range, negative, or not a number of classes.
+    for names in (["0", "dog"], ["0", "2"], ["-1", "0"], ["1.0"], ["²"], ["\u0660"]):
+        assert "names none of the network's 2 classes" in refusal(("cat", "dog"), names)
+    # Labels with numbers of their own: neither is guessed.
+    for labels in (
+        ("1", "2", "3"),
+        ("1.0", "2.0", "3.0"),
+        ("grade 1", "grade 2", "x"),
+        ("-1", "0", "+1"),
+        ("①", "②", "x"),
+    ):
+        assert "give a label (class numbers do not count, as the labels have numbers)" in refusal(labels, ["2 ", "01"])
+    # Signs say something; so do marks that are no mere separators.
+    for label, name in (
+        ("AB-", "ab"),
+        ("AB+", "AB"),
+        ("C#", "C"),
+        ("grade -1", "grade 1"),
+        ("बिल्ली", "बल्ली"),
+        ("猫", "犬"),
+    ):
+        assert "names none of the network's 1 classes" in refusal((label,), [name])
+
+
+def test_two_folders_are_never_one_class(tmp_path):
+    for labels, folders, message in (
+        (
+            ("cat", "dog"),
+            ("cat", "Cat"),
+            r"the folders 'Cat' and 'cat' of .* are both class 0 \('cat'\); leave one folder",
+        ),
+        (("cat", "dog"), ("1", "01"), r"the folders '01' and '1' of .* are both class 1 \('dog'\)"),
+        (
+            IMAGENET,
+            ("tench", "n01440764"),
+            r"the folders 'n01440764' and 'tench' of .* are both class 0 \('tench, Tinca",
+        ),
+    ):
+        root = tmp_path / folders[0]
+        for name in folders:
+            touch(root / name / "1.png")
+        with pytest.raises(UserError, match=message):
+            labelled_images(root, labels, len(labels))
+
+
+def test_folders_whose_number_is_right_by_chance_are_refused(tmp_path):
+    """As many folders as classes say nothing about which is which."""
+    for name in ("a", "b", "c"):
+        touch(tmp_path / name / "1.png")
+    with pytest.raises(UserError, match=r"the folder 'a' of .* names none of the network's 3 classes \(3 of 3 names"):
+        labelled_images(tmp_path, ("blue", "green", "red"), 3)
+
+
+# ---- a network without labels
+
+
+@pytest.mark.parametrize(
+    ("folders", "num_classes", "classes"),
+    [
+        (("a", "b", "c"), 3, {"a": 0, "b": 1, "c": 2}),
+        (("1", "2", "3"), 3, {"1": 0, "2": 1, "3": 2}),
+    ],
+)
+def test_without_labels_the_order_counts_and_is_said(folders, num_classes, classes, tmp_path, capsys):
+    for name in folders:
+        touch(tmp_path / unicodedata.normalize("NFD", name) / "1.png")
+    found = evaluated(tmp_path, None, num_classes)
+    assert {unicodedata.normalize("NFC", path.split("/")[-2]): label for path, label in found.items()} == classes
+    said = capsys.readouterr().err
+    assert said.startswith("the network has no labels; the folders are its classes in sorted order: ")
+    assert said.endswith(", ".join(f"{name} = {i}" for i, name in enumerate(classes)) + "\n")
+
+
+def test_without_labels_numbers_count_where_they_agree_with_the_order(tmp_path, capsys):
+    for name in ("00", "01", "10"):
+        touch(tmp_path / name / "1.png")
+    assert set(evaluated(tmp_path, None, 12).values()) == {0, 1, 10}
+    for i in range(12):
+        touch(tmp_path / f"{i:02}" / "1.png")
+    assert sorted(evaluated(tmp_path, None, 12).values()) == list(range(12))
+    assert not capsys.readouterr().err
+    for i in range(10):
+        (tmp_path / f"{i:02}").rename(tmp_path / str(i))
+    with pytest.raises(
+        UserError, match=r"no labels, and the folder '10' of .* is class 10 by its number and class 2 in s"
+    ):
+        labelled_images(tmp_path, None, 12)
+
+
+def test_without_labels_other_folders_are_refused(tmp_path):
+    for name in ("cat", "dog"):
+        touch(tmp_path / name / "1.png")
+    with pytest.raises(
+        UserError, match=r"has no labels and 3 classes, and .* has 2 folders; name folders by class numb"
+    ):
+        labelled_images(tmp_path, None, 3)
+    with pytest.raises(UserError, match=r"this network has no classifier \(num_classes=0\)"):
+        labelled_images(tmp_path, None, 0)
+
+
+@pytest.mark.parametrize("labels", [None, ("cat", "dog")])
+def test_splits_are_no_classes(labels, tmp_path):
+    for split in ("train", "val"):
+        touch(tmp_path / split / "cat" / "1.png")
+    with pytest.raises(
+        UserError, match=r"holds splits \(train, val\) and no classes; give one of them, such as .*val$"
+    ):
+        labelled_images(tmp_path, labels, 2)
+
+
+# ---- pictures without class folders
+
+
+def test_file_names_follow_the_same_rule(tmp_path):
+    for name in ("1_a.png", "1_b.png", "3_a.png"):
+        touch(tmp_path / name)
+    assert list(evaluated(tmp_path, ("1", "2", "3"), 3).values()) == [0, 0, 2]
+    assert list(evaluated(tmp_path, ("w", "x", "y", "z"), 4).values()) == [1, 1, 3]
+    with pytest.raises(UserError, match=r"the name '3' of pictures in .* names none of the network's 2 classes"):
+        labelled_images(tmp_path, ("x", "y"), 2)
+    touch(tmp_path / "01_a.png")
+    with pytest.raises(
+        UserError, match=r"the name '01' of pictures .* \(class numbers do not count, as the labels have"
+    ):
+        labelled_images(tmp_path, ("1", "2", "3"), 3)
+    touch(tmp_path / "ILSVRC2012_val_00000293_n01440764.JPEG")
+    with pytest.raises(UserError, match="JPEG says no class"):
+        labelled_images(tmp_path, ("w", "x", "y", "z"), 4)
+
+
+# ---- which files
+
+
+def dirty(root):
+    """Two classes with one picture each, and what systems and tools leave beside them."""
+    for name in ("cat/1.png", "dog/deep/UPPER.JPG"):
+        touch(root / name)
+    for name in (
+        ".hidden.png",
+        "._1.png",
+        "notes.txt",
+        "cat/._1.png",
+        "cat/.DS_Store",
+        "cat/.ipynb_checkpoints/1-checkpoint.png",
+        "cat/notes.txt",
+        "cat/png",
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/cat/1.png",
+        "dog/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+    ):
+        touch(root / name)
+    (root / "cat" / "folder.png").mkdir()
+    return root
+
+
+def test_hidden_files_count_nowhere(tmp_path):
+    for split in ("train", "val"):
+        dirty(tmp_path / split)
+    labels, held_out = trained(tmp_path)
+    root = tmp_path / "val"
+    pictures = {str(root / "cat" / "1.png"): 0, str(root / "dog" / "deep" / "UPPER.JPG"): 1}
+    assert labels == ("cat", "dog") and held_out == pictures
+    assert evaluated(root, labels, 2) == pictures
+    assert [str(root / name) for name in pictures_below(root)] == list(pictures)
+
+
+def test_an_empty_class_folder_is_a_class(tmp_path):
+    """Training counts it, so that position and refusal do not depend on which pictures are there."""
+    for name in ("a", "c"):
+        touch(tmp_path / name / "1.png")
+    (tmp_path / "b").mkdir()
+    assert list(evaluated(tmp_path, None, 3).values()) == [0, 2]
+    with pytest.raises(UserError, match=r"the folder 'b' of .* names none"):
+        labelled_images(tmp_path, ("a", "c"), 2)
+
+
+def test_pictures_beside_class_folders_are_refused(tmp_path):
+    for name in ("a/1.png", "b/1.png", "c.png"):
+        touch(tmp_path / name)
+    for use in (lambda: labelled_images(tmp_path, ("a", "b"), 2), lambda: open_data(Data(source=f"folder:{tmp_path}"))):
+        with pytest.raises(
+            UserError, match=r"beside class folders, such as c.png; move them away or into a class folder"
+        ):
+            use()
+
+
+def everywhere(root, message):
+    """One sentence from training, evaluation and prediction."""
+    for use in (
+        lambda: open_data(Data(source=f"folder:{root}")),
+        lambda: labelled_images(root, ("a", "b"), 2),
+        lambda: pictures_below(root),
+    ):
+        with pytest.raises(UserError, match=message):
+            use()
+
+
+def test_a_format_that_is_not_read_is_not_left_out_in_silence(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/2.HEIC", "b/deep/3.tif"):
+        touch(tmp_path / name)
+    everywhere(tmp_path, r"b.2.HEIC is a picture in a format that is not read \(2 such in .*\); convert to JPEG or PNG")
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../b", "../../outside"])
+def test_a_folder_that_is_read_twice_is_refused(tmp_path, target):
+    for name in ("in/a/1.png", "in/b/1.png"):
+        touch(tmp_path / name)
+    (tmp_path / "outside").symlink_to(tmp_path)
+    (tmp_path / "in" / "a" / "loop").symlink_to(target)
+    everywhere(
+        tmp_path / "in", r"is the same folder as .*, by a link, so its pictures would count twice; remove the link"
+    )
+
+
+def test_links_to_folders_and_pictures_elsewhere_are_followed(tmp_path):
+    for name in ("elsewhere/a/1.png", "elsewhere/a/deep/2.png", "in/b/1.png"):
+        touch(tmp_path / name)
+    (tmp_path / "in" / "a").symlink_to("../elsewhere/a")
+    (tmp_path / "in" / "b" / "2.png").symlink_to("../../elsewhere/a/1.png")
+    (tmp_path / "in" / "b" / "gone.png").symlink_to("nowhere.png")  # refused by whoever reads it
+    assert pictures_below(tmp_path / "in") == ["a/1.png", "a/deep/2.png", "b/1.png", "b/2.png", "b/gone.png"]
+
+
+@pytest.mark.parametrize("target", ["/nowhere/c", "c"])
+def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path, target):
+    for name in ("a/1.png", "b/1.png"):
+        touch(tmp_path / name)
+    (tmp_path / "c").symlink_to(target)
+    everywhere(tmp_path, rf"c is a link to {target}, which is not there; mend or remove it")
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    for name in ("a/1.png", "b/deep/1.png"):
+        touch(tmp_path / name)
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    everywhere(tmp_path, r"the folder .*deep cannot be read \(Permission denied\)")
+
+
+def test_names_that_cannot_be_labels_are_refused(tmp_path):
+    for name in (b"caf\xe9", b"dog"):
+        os.mkdir(os.path.join(os.fsencode(tmp_path), name))
+    with pytest.raises(UserError, match=r"the name of the folder .*caf\\udce9' is not UTF-8, so it names no class"):
+        class_folders(tmp_path)
+    os.rmdir(os.path.join(os.fsencode(tmp_path), b"caf\xe9"))
+    for spelling in ("NFC", "NFD"):
+        touch(tmp_path / unicodedata.normalize(spelling, "café") / "1.png")
+    with pytest.raises(UserError, match=r"has two folders named 'café' \(in two spellings of Unicode\); rename one"):
+        class_folders(tmp_path)
+
+
+def test_the_split_is_the_same_on_a_mac(tmp_path):
+    for spelling in ("NFC", "NFD"):
+        for i in range(20):
+            for name in ("é", "ea"):
+                touch(tmp_path / spelling / unicodedata.normalize(spelling, f"{name}/ü{i}.png"))
+    both = [open_data(Data(source=f"folder:{tmp_path / spelling}")) for spelling in ("NFC", "NFD")]
+    first, second = (
+        (splits.class_names, [unicodedata.normalize("NFC", x) for x in splits.eval.files], splits.eval.labels)
+        for splits in both
+    )
+    assert first == second and len(first[1]) == 4
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_a_format_that_pillow_reads(suffix):
+    formats = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF"}
+    Image.init()
+    assert Image.EXTENSION[suffix] == formats[suffix[1:]] and formats[suffix[1:]] in Image.OPEN
