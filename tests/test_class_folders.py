@@ -10,10 +10,13 @@ from PIL import Image
 
 from se_flax.class_folders import SUFFIXES, class_folders, pictures_below
 from se_flax.class_names import ClassNames
+from se_flax.cli import main
 from se_flax.cli.labelled import labelled_images
 from se_flax.errors import UserError
 from se_flax.labels import imagenet_labels
-from train.config import Data
+from train.config import Config, Data, Model, Optim, Parallel
+from train.loop import run
+from train.report import read_metrics
 from train.sources import open_data
 
 IMAGENET = tuple(label.name for label in imagenet_labels())
@@ -89,11 +92,68 @@ def test_some_of_the_folders_have_the_same_classes_as_all(tmp_path):
     assert evaluated(tmp_path / "val", labels, 12) == held_out
 
 
+@pytest.mark.parametrize("names", [SETS["from one"], SETS["twelve numbers"]], ids=["1 2 3", "0 1 10 11 2 ... 9"])
+def test_eval_counts_what_training_reported(names, tmp_path, capsys):
+    """Classes of different sizes: answers that were counted for other classes would come to other sums."""
+    data = tmp_path / "data"
+    for split, most in (("train", 4), ("val", 2)):
+        for i, name in enumerate(names):
+            for j in range(most + i):
+                touch(data / split / name / f"{j}.png")
+                colour = (20 * i, 255 - 20 * i, 60 * (i % 4))
+                Image.new("RGB", (8, 8), colour).save(data / split / name / f"{j}.png")
+    config = Config(
+        model=Model(name="seresnet20"),
+        data=Data(source=f"folder:{data}", image_size=8, batch_size=16, eval_crop_fraction=1.0),
+        optim=Optim(learning_rate=0.1, schedule="constant"),
+        parallel=Parallel(devices=1),
+        steps=25,
+        eval_every_epochs=100,
+        compilation_cache="",  # the test run's own, see conftest.py
+    )
+    outcome = run(config, tmp_path / "run")
+    result = outcome.result
+    assert result.count == sum(2 + i for i in range(len(names))) and result.top1 > result.count / len(names)
+    assert main(["eval", str(tmp_path / "run"), str(data / "val")]) == 0
+    out = capsys.readouterr().out
+    reported = {f"top-{name[3:]}": hits for name, hits in result.counts().items()}
+    counted = {
+        line.partition(":")[0]: int(line.split("(")[1].split()[0]) for line in out.splitlines() if "top-" in line
+    }
+    assert counted == reported
+    # Among at most five classes every answer is right within five.
+    assert list(reported) == (["top-1"] if len(names) <= 5 else ["top-1", "top-5"])
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (row,) = (row for row in rows if "eval_loss" in row)
+    assert {"top1", "top5"} & {key[5:] for key in row} == result.counts().keys()
+    assert ("top-5" in str(outcome)) == (len(names) > 5)
+    # Under other names for the same folders the run does not go on.
+    for split in ("train", "val"):
+        (data / split / names[-1]).rename(data / split / "0a")
+    other = sorted([*names[:-1], "0a"])
+    first = next(i for i, pair in enumerate(zip(sorted(names), other, strict=True)) if pair[0] != pair[1])
+    message = (
+        rf"a run on other classes \(class {first} is '{sorted(names)[first]}' there and '{other[first]}' here\); use"
+    )
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+
+
 # Letters with and without case and marks, digits of two scripts, symbols, punctuation, blanks, joiners.
 ALPHABET = "aAäÄéß\u017fİ\u0131\u03c3ςΣ猫अि10\u0663²+-\u2212_.,#!'/ \u200d\u0301"
 TEXT = st.text(ALPHABET, min_size=1, max_size=4)
 LABELS = st.lists(TEXT, min_size=1, max_size=8, unique_by=lambda x: unicodedata.normalize("NFC", x))
-WHICH = st.data()
+CHANGES = (str.upper, str.lower, str.title, lambda x: x.replace(" ", "_"), lambda x: x.partition(", ")[0], lambda x: x)
+
+
+@st.composite
+def labels_and_names(draw):
+    """Labels, and folders named by changed labels, by numbers, or anyhow."""
+    labels = draw(LABELS)
+    changed = st.builds(lambda change, label: change(label), st.sampled_from(CHANGES), st.sampled_from(labels))
+    numbers = st.integers(0, len(labels)).map(str)
+    one = draw(st.sampled_from([changed, changed, numbers, changed | numbers | TEXT]))
+    return labels, draw(st.lists(one.filter(bool), min_size=1, max_size=4, unique=True))
 
 
 @given(LABELS, st.sampled_from(["NFC", "NFD"]), st.randoms())
@@ -103,9 +163,10 @@ def test_a_label_is_its_class_whatever_else_it_could_mean(labels, spelling, rand
     assert mapped(labels, [unicodedata.normalize(spelling, labels[i]) for i in chosen]) == chosen
 
 
-@given(LABELS, st.lists(TEXT, min_size=1, max_size=5, unique=True), WHICH)
-@settings(max_examples=400, deadline=None)
-def test_what_is_no_label_is_near_one_label_or_a_number_or_refused(labels, names, data):
+@given(labels_and_names(), st.data())
+@settings(max_examples=500, deadline=None)
+def test_what_is_no_label_is_near_one_label_or_a_number_or_refused(labels_and_names, data):
+    labels, names = labels_and_names
     try:
         classes = mapped(labels, names)
     except UserError:
