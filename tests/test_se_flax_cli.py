@@ -1,6 +1,8 @@
 """The command `se-flax` as a person meets it: output, refusals, exit codes."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +106,35 @@ def test_eval_counts_every_picture_once(capsys, ref, photos, batch):
     status, out, _ = run(capsys, "eval", ref, photos, "--batch-size", batch)
     assert status == 0 and "top-1: 100.00 % (9 of 9)" in out
     assert "top-5" not in out  # of three classes
+
+
+def test_hidden_files_are_no_pictures(capsys, ref, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("._0.png", "red/._0.png", "red/.ipynb_checkpoints/0.png", "__MACOSX/red/0.png"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(b"no picture")
+    _, out, _ = run(capsys, "predict", ref, tmp_path / "photos", "--json")
+    assert len(json.loads(out)) == 9
+    assert "(9 of 9)" in run(capsys, "eval", ref, tmp_path / "photos")[1]
+
+
+def test_labels_that_are_numbers(capsys, ref, photos, tmp_path):
+    """The same network, its classes called 1, 2 and 3."""
+    loaded = se_flax.load_pretrained(ref)
+    dataclasses.replace(loaded, labels=("1", "2", "3")).save(tmp_path / "numbered")
+    dataclasses.replace(loaded, labels=None).save(tmp_path / "unnamed")
+    for number, name in enumerate(NAMES, 1):
+        shutil.copytree(photos / name, tmp_path / "data" / str(number))
+    assert "top-1: 100.00 % (9 of 9)" in run(capsys, "eval", tmp_path / "numbered", tmp_path / "data")[1]
+    status, out, err = run(capsys, "eval", tmp_path / "unnamed", tmp_path / "data", "--json")
+    assert status == 0 and json.loads(out)["top1_count"] == 9
+    assert "the network has no labels; the folders are its classes in sorted order: 1 = 0, 2 = 1, 3 = 2\n" in err
+    (tmp_path / "data" / "1").rename(tmp_path / "data" / "0")
+    status, _, err = run(capsys, "eval", tmp_path / "numbered", tmp_path / "data")
+    assert (
+        status == 1 and "the folder '0'" in err and "names none of the network's 3 classes (1 of 3 names do not)" in err
+    )
 
 
 def test_eval_finds_classes_by_file_name_too(capsys, ref, tmp_path):

@@ -154,7 +154,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
                 report.say(f"warning: {text}; an older one is used")
             report.say(f"resuming from step {restored.step:,}")
         elif loaded is not None:
-            for line in finetune.describe(config, loaded):
+            for line in (*finetune.describe(config, loaded), *finetune.describe_classes(loaded, splits.class_names)):
                 report.say(line)
         if primary:
             (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
