@@ -33,6 +33,7 @@ from typing import Any
 
 from benchmarks.machine import command_line, describe, record
 from benchmarks.worker import Worker
+from se_flax.class_folders import pictures_below
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
@@ -56,7 +57,7 @@ Round = dict[str, float]  # "cpu": seconds; "busy"
 
 def images_below(folder: Path) -> list[str]:
     """The JPEG files of a folder, sorted."""
-    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    return [str(folder / path) for path in pictures_below(folder) if path.lower().endswith((".jpg", ".jpeg"))]
 
 
 def start(name: str, python: str, files: list[str], options: argparse.Namespace) -> Worker:

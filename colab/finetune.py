@@ -57,6 +57,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from se_flax.class_folders import pictures_by_class
+
 if PHOTOS.endswith(".zip"):
     shutil.unpack_archive(PHOTOS, "photos")
     PHOTOS = "photos"
@@ -69,7 +71,7 @@ if not PHOTOS:
         for i in range(200):
             y, x = corners.integers(0, 427 - side), corners.integers(0, 640 - side)
             Image.fromarray(photograph[y : y + side, x : x + side]).save(Path(PHOTOS, name, f"{i:03}.png"))
-print({folder.name: len(list(folder.iterdir())) for folder in sorted(Path(PHOTOS).iterdir()) if folder.is_dir()})
+print({name: len(pictures) for name, pictures in pictures_by_class(PHOTOS).items()})
 
 # %% [markdown]
 # ## From which weights?
@@ -138,26 +140,27 @@ display(Display(str(WORKDIR / "curves.png")))
 # %% [markdown]
 # ## Look at what it does
 #
-# The finished run is a checkpoint. Below are sixteen pictures, most of them seen in training, with the answers; wrong
-# ones are red. Look at those before you believe a figure.
+# The finished run is a checkpoint. Below are sixteen of the pictures that were held out, with the answers; wrong ones
+# are red. Look at those before you believe a figure.
 
 # %%
 import jax
 import matplotlib.pyplot as plt
 
 import se_flax
+from train.sources import open_data
 
 loaded = se_flax.load_pretrained(WORKDIR)
-suffixes = (".jpg", ".jpeg", ".png", ".webp")
-paths = sorted(path for path in Path(PHOTOS).rglob("*") if path.suffix.lower() in suffixes)
-paths = [paths[i] for i in np.random.default_rng(1).permutation(len(paths))[:16]]
+held_out = open_data(config.data).eval
+chosen = np.random.default_rng(1).permutation(len(held_out))[:16]
+paths = [held_out.name(i) for i in chosen]
 logits = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, loaded.preprocess(paths)))
 
 figure, axes = plt.subplots(2, 8, figsize=(12, 3.6), layout="constrained")
-for ax, path, row in zip(axes.flat, paths, logits, strict=False):
-    answer = loaded.labels[row.argmax()]
+for ax, i, path, row in zip(axes.flat, chosen, paths, logits, strict=False):
+    answer = row.argmax()
     ax.imshow(Image.open(path))
-    ax.set_title(answer, fontsize=9, color="black" if answer == path.parent.name else "red")
+    ax.set_title(loaded.labels[answer], fontsize=9, color="black" if answer == held_out[i]["label"] else "red")
 for ax in axes.flat:
     ax.axis("off")
 figure.savefig("answers.png", dpi=110)

@@ -172,6 +172,19 @@ def test_the_table_has_mean_spread_and_the_papers_column(study):
     ]
 
 
+def test_among_at_most_five_classes_the_table_has_no_top5(study):
+    class FiveClasses(Training):
+        def __call__(self, config, folder):
+            outcome = super().__call__(config, folder)
+            outcome.result.top5 = None
+            return outcome
+
+    assert run_study(study, FiveClasses(), lambda line: None)
+    assert {row["top5_mean"] for row in table(study).values()} == {""}
+    (line,) = re.findall(r"^\| tanh .*$", (study.workdir / "table.md").read_text(), re.MULTILINE)
+    assert [cell.strip() for cell in line.strip("|").split("|")][2:5] == ["15.28 ± 5.89", "", "+0.00 ± 3.93"]
+
+
 def test_a_network_that_diverges_is_a_finding(study):
     training = Training(fail={("tanh", 1): "the loss became nan and the gradient's norm nan at step 8"})
     assert run_study(study, training, lambda line: None)

@@ -59,7 +59,7 @@ def a_checkpoint(name="seresnet20", preprocess=OURS, notes=(), variables=None, *
     """What `se_flax.load_pretrained` gives."""
     model = se_flax.create_model(name, num_classes=10, **attributes)
     return types.SimpleNamespace(
-        name=name, model=model, variables=variables or drawn(model), preprocess=preprocess, notes=notes
+        name=name, model=model, variables=variables or drawn(model), preprocess=preprocess, notes=notes, labels=None
     )
 
 
@@ -253,6 +253,19 @@ def test_what_differs_from_the_checkpoints_images_is_said():
         "data.std is (0.3, 0.2, 0.15) here and (0.3, 0.2, 0.1) in the checkpoint",
         "data.image_size is 16 here and 8 in the checkpoint",
     ]
+
+
+def test_a_classifier_of_as_many_other_classes_is_said():
+    loaded = a_checkpoint(variables={})
+    loaded.labels = ("cafe\N{COMBINING ACUTE ACCENT}", "dog")
+    assert list(finetune.describe_classes(loaded, ["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "dog"])) == []
+    (line,) = finetune.describe_classes(loaded, ["dog", "tea"])
+    assert (
+        "as it has 2 classes too, but others: class 0 is 'caf\N{LATIN SMALL LETTER E WITH ACUTE}' there and 'dog'"
+        in line
+    )
+    loaded.labels = None
+    assert list(finetune.describe_classes(loaded, ["dog", "tea"])) == []
 
 
 def arrays_of(workdir, step):

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,9 @@ from se_flax.analysis import (
 )
 from se_flax.attention import CBAM, ECA, EffectiveSE, GlobalContext, SqueezeExcite
 from se_flax.cli import main
+from se_flax.cli.gates import parse_groups
 from se_flax.errors import UserError
+from se_flax.labels import imagenet_labels
 
 SIDE = 16
 
@@ -327,7 +330,7 @@ def test_the_command_as_json_without_usefulness_or_groups_of_several(capsys, ref
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--classes", "gren"), "unknown class 'gren'; closest: green (a name, a WordNet id, a number or a range)"),
+        (("--classes", "gren"), "unknown class 'gren'; give a label or a class number, 0 to 3; closest: green"),
         (("--classes", "x=0-2", "blue"), "class 0 is in the groups 'x' and 'blue' of --classes; a class may be in one"),
         (("--classes", "x=0", "x=1"), "got two groups 'x' in --classes; give each a name of its own"),
         (("--classes", "0-4"), "got the classes 0-4; a range goes up and ends at 3 at most"),
@@ -339,6 +342,41 @@ def test_what_cannot_be_grouped_is_refused(capsys, ref, photos, tmp_path, words,
     status, _, err = command(capsys, ref, photos, "--output", tmp_path / "x", *words)
     assert status == 1 and message in err and err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def groups_of(labels, specs, present=None):
+    loaded = SimpleNamespace(labels=labels, model=SimpleNamespace(num_classes=len(labels)))
+    return parse_groups(specs, loaded, set(range(len(labels))) if present is None else present)
+
+
+def test_groups_take_labels_before_numbers():
+    labels = ("1", "10", "2", "a=b", "c, d", "e", "1-2")
+    assert groups_of(labels, ["10", "x=1,2", "a=b", "c, d", "e", "1-2"]) == {
+        "10": (1,),
+        "x": (0, 2),
+        "a=b": (3,),
+        "c": (4,),
+        "e": (5,),
+        "1-2": (6,),
+    }
+    assert groups_of(("1", "2", "3"), ["x=1-2"]) == {"x": (0, 1)}
+    with pytest.raises(UserError, match=r"unknown class '0'; give a label \(class numbers do not count"):
+        groups_of(("1", "2", "3"), ["0"])
+    # Without --classes the numbers of the chosen classes are numbers, whatever the labels are.
+    assert groups_of(("1", "2", "3"), None) == {"1": (0,), "2": (1,), "3": (2,)}
+
+
+def test_groups_of_imagenets_classes():
+    labels = tuple(label.name for label in imagenet_labels())
+    assert groups_of(labels, None) == {"goldfish": (1,), "pug": (254,), "airliner": (404,), "cliff": (972,)}
+    assert groups_of(labels, ["tench, Tinca tinca", "dogs=151-153", "birds=n01514668,hen"]) == {
+        "tench": (0,),
+        "dogs": (151, 152, 153),
+        "birds": (7, 8),
+    }
+    assert groups_of(labels, ["134", "517"]) == {"crane (134)": (134,), "crane (517)": (517,)}
+    with pytest.raises(UserError, match=r"the class 'crane' fits several classes: class 134 \('crane'\), class 517"):
+        groups_of(labels, ["crane"])
 
 
 def test_without_matplotlib_the_tables_are_written_and_one_sentence_says_so(capsys, monkeypatch, ref, photos, tmp_path):

@@ -184,6 +184,7 @@ def test_folder_errors(tmp_path):
     write(tmp_path / "one.png")
     with pytest.raises(UserError, match=r"one.png of data.source is a file; give the folder"):
         folder(tmp_path / "one.png")
+    (tmp_path / "one.png").unlink()
     write(tmp_path / "cat" / "1.png")
     with pytest.raises(UserError, match=r"has only one class folder \(cat\)"):
         folder(tmp_path)

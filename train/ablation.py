@@ -179,7 +179,8 @@ def run_study(study: Study, run: Callable[[Config, Path], Any], say: Callable[[s
             if not outcome.completed:
                 return False
             r = outcome.result
-            figures = {"count": r.count, "top1": r.top1, "top5": r.top5, "loss": r.loss}
+            figures = {"count": r.count, "top1": r.top1, "loss": r.loss}
+            figures |= {} if r.top5 is None else {"top5": r.top5}
         network = network_costs(config)
         seconds = round(time.monotonic() - started, 1)
         result = {**figures, **network, "seconds": seconds, "config": settings}

@@ -57,7 +57,7 @@ class Row:
     Attributes:
       cell: which.
       top1: errors by seed.
-      top5: likewise.
+      top5: likewise; none where there are no more than five classes.
       difference: of top-1 from the cell `none`, by seed.
       diverged: how many runs did.
       params: trainable.
@@ -84,7 +84,7 @@ def make_rows(cells: Sequence[Cell], seeds: Sequence[int], results: Results) -> 
 
     def error(name: str, seed: int, figure: str) -> float | None:
         result = results.get((name, seed))
-        if result is None or "diverged" in result:
+        if result is None or figure not in result:
             return None
         return 100 * (1 - result[figure] / result["count"])
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import se_flax
+from se_flax.class_folders import canonical
 from se_flax.errors import UserError
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
@@ -167,6 +168,24 @@ def describe(config: Config, loaded: Any) -> Iterator[str]:
         here = getattr(data, name)
         if _shown(here) != _shown(value):
             yield f"data.{name} is {_shown(here)} here and {_shown(value)} in the checkpoint"
+
+
+def describe_classes(loaded: Any, class_names: Sequence[str]) -> Iterator[str]:
+    """What a person should know about a classifier that was kept because the data has as many classes.
+
+    Args:
+      loaded: what `load` gave.
+      class_names: of the data.
+    """
+    # Without labels it was drawn anew, or nobody knows what it told apart.
+    pairs = enumerate(zip(map(canonical, loaded.labels or ()), map(canonical, class_names), strict=False))
+    other = next(((i, there, here) for i, (there, here) in pairs if there != here), None)
+    if other is not None:
+        i, there, here = other
+        yield (
+            f"the classifier starts from the checkpoint's, as it has {len(class_names)} classes too, but others: "
+            f"class {i} is {there!r} there and {here!r} here"
+        )
 
 
 def _pixels(config: Config, of: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -27,7 +27,7 @@ from train.report import Report
 from train.save_model import MODEL, save_model
 from train.sources import open_data
 from train.step import TrainState
-from train.validate import check_batch, check_classes, check_settings_of_run
+from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run
 
 # Losses are looked at this many steps late, so that the host does not wait for a step it has only just started.
 _LAG = 2
@@ -64,14 +64,8 @@ class Outcome:
             return f"{text}; checkpoint: {self.checkpoint}; run the same command to resume"
         text = f"done in {taken}"
         if self.result is not None:
-            r = self.result
-            text += f": top-1 {_share(r.top1, r.count)}, top-5 {_share(r.top5, r.count)}"
-            text += f", best top-1 {100 * self.best_top1:.2f} %"
+            text += f": {self.result}, best top-1 {100 * self.best_top1:.2f} %"
         return f"{text}; checkpoint: {self.checkpoint}"
-
-
-def _share(part: int, count: int) -> str:
-    return f"{100 * part / count:.2f} % ({part:,} of {count:,})"
 
 
 def run(config: Config, workdir: str | Path) -> Outcome:
@@ -107,6 +101,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     config = finetune.complete(config, saved["config"] if saved else None, loaded)
     if saved is not None:
         check_same_run(saved["config"], config, str(workdir))
+        check_same_classes(saved["class_names"], splits.class_names, str(workdir))
 
     per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
     total = config.steps or max(1, round(config.epochs * per_epoch))
@@ -140,6 +135,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         step=start,
         total=total,
         per_epoch=per_epoch,
+        num_classes=num_classes,
         loader=loader,
         batches_for_evaluation=batches_for_evaluation,
         train_step=replicas.spread(program.train_step, donate=True),
@@ -158,7 +154,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
                 report.say(f"warning: {text}; an older one is used")
             report.say(f"resuming from step {restored.step:,}")
         elif loaded is not None:
-            for line in finetune.describe(config, loaded):
+            for line in (*finetune.describe(config, loaded), *finetune.describe_classes(loaded, splits.class_names)):
                 report.say(line)
         if primary:
             (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
@@ -208,6 +204,7 @@ class _Trainer:
     step: int
     total: int
     per_epoch: float
+    num_classes: int
     loader: Any
     batches_for_evaluation: Callable[[], Iterator[Mapping[str, np.ndarray]]]
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -339,14 +336,15 @@ class _Trainer:
     def _evaluate(self, *, record: bool = True) -> None:
         self._look_at_losses(keep=0)
         begun = time.monotonic()
-        self.result = evaluate(self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas)
+        self.result = evaluate(
+            self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas, self.num_classes
+        )
         r = self.result
         self.best_top1 = max(self.best_top1, r.top1 / r.count)
         if record:
             self.report.write(self.step, self._epoch(self.step), r.metrics())
         self.report.say(
-            f"epoch {self._epoch(self.step):6.2f}: loss {r.loss:.4f}, top-1 {_share(r.top1, r.count)}, "
-            f"top-5 {_share(r.top5, r.count)} in {time.monotonic() - begun:.1f} s"
+            f"epoch {self._epoch(self.step):6.2f}: loss {r.loss:.4f}, {r} in {time.monotonic() - begun:.1f} s"
         )
         self.report.draw()
         self._start_clock()

@@ -48,7 +48,8 @@ def save_model(
     classes = config.model.num_classes or len(class_names)
     provenance: dict[str, Any] = {"data": data.source, "steps": step, "init_from": config.init_from or None}
     if result is not None:
-        provenance["evaluation"] = {"count": result.count, "top1_count": result.top1, "top5_count": result.top5}
+        counts = {f"{name}_count": hits for name, hits in result.counts().items()}
+        provenance["evaluation"] = {"count": result.count, **counts}
     try:
         se_flax.save_pretrained(
             folder,

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from se_flax.class_folders import SPLITS, SUFFIXES, canonical, class_folders, pictures_beside_folders, pictures_by_class
 from se_flax.errors import UserError, closest
 from train.config import Data
 from train.images import INTERPOLATIONS, TRAIN_CROPS
 
 KINDS = ("digits", "folder:<path>", "tfds:<name>")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-EVAL_FOLDERS = ("val", "valid", "validation", "test")
+EVAL_FOLDERS = SPLITS[1:]
 EVAL_SPLITS = ("test", "validation")
 
 
@@ -230,10 +230,11 @@ def _open_folder(root: Path, data: Data) -> DataSplits:
         raise UserError(f"the folder {root} of data.source does not exist; check the path.")
     if not root.is_dir():
         raise UserError(f"{root} of data.source is a file; give the folder that holds the class folders.")
-    folders = _folders(root)
+    folders = class_folders(root)
     if not (data.train_split or data.eval_split or _is_split(root / "train")):
         whole, names = _scan(root)
-        train, held_out = stratified_split(whole.labels, whole.files, data.eval_fraction, data.split_seed)
+        keys = [canonical(file) for file in whole.files]
+        train, held_out = stratified_split(whole.labels, keys, data.eval_fraction, data.split_seed)
         if not held_out:
             raise UserError(f"every class in {root} holds a single image, so none can be held out; add images.")
         return DataSplits(whole.subset(train), whole.subset(held_out), names)
@@ -253,52 +254,45 @@ def _open_folder(root: Path, data: Data) -> DataSplits:
     return DataSplits(train_source, eval_source, names)
 
 
-def _folders(path: Path) -> list[str]:
-    """Visible subfolders; tools leave hidden ones everywhere (`.ipynb_checkpoints`)."""
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _is_split(path: Path) -> bool:
     """Whether this holds class folders; a folder of images called `train` is the class of railway vehicles."""
-    return path.is_dir() and bool(_folders(path))
-
-
-def _images_below(path: Path) -> list[str]:
-    """Images at any depth, as sorted paths with forward slashes relative to `path`."""
-    found = []
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = "" if folder == str(path) else Path(folder).relative_to(path).as_posix() + "/"
-        found += [prefix + file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith(".")]
-    return sorted(found)
+    return path.is_dir() and bool(class_folders(path))
 
 
 def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[FolderSource, tuple[str, ...]]:
     """Lists class folders. With `class_names` given (those of training), a class may be absent but none may be new."""
-    folders = _folders(root)
+    # Names are compared and saved in one spelling, files are opened under the one that they have.
+    folders = {canonical(name): name for name in class_folders(root)}
     if not folders:
         raise UserError(f"{root} has no class folders; put the images of each class into a folder named after it.")
-    if class_names is not None and (unknown := sorted(set(folders) - set(class_names))):
+    if class_names is not None and (unknown := sorted(folders.keys() - set(class_names))):
         raise UserError(
             f"{root} has class folders that training does not have: {_listed(unknown)}; "
             "remove them or add them to the training images."
         )
-    images = {name: _images_below(root / name) for name in folders}
+    found = pictures_by_class(root)
+    images = {name: found[folder] for name, folder in folders.items()}
     if class_names is None:
         if empty := [name for name, files in images.items() if not files]:
             raise UserError(
-                f"empty class: no image ({', '.join(EXTENSIONS)}) in {_listed(str(root / name) for name in empty)}; "
+                f"empty class: no image ({', '.join(SUFFIXES)}) in {_listed(str(root / name) for name in empty)}; "
                 "add images or remove the folder."
             )
         if len(folders) < 2:
-            raise UserError(f"{root} has only one class folder ({folders[0]}); classification needs at least two.")
+            raise UserError(
+                f"{root} has only one class folder ({next(iter(folders))}); classification needs at least two."
+            )
     elif not any(images.values()):
         raise UserError(
-            f"no image ({', '.join(EXTENSIONS)}) in any class folder of {root}; there is nothing to evaluate."
+            f"no image ({', '.join(SUFFIXES)}) in any class folder of {root}; there is nothing to evaluate."
+        )
+    if beside := pictures_beside_folders(root):
+        raise UserError(
+            f"{root} holds images beside class folders, such as {beside[0]}; move them away or into a class folder."
         )
     names = class_names or tuple(folders)
     labels = {name: label for label, name in enumerate(names)}
-    rows = [(f"{name}/{file}", labels[name]) for name, files in images.items() for file in files]
+    rows = [(f"{folders[name]}/{file}", labels[name]) for name, files in images.items() for file in files]
     return FolderSource(str(root), tuple(file for file, _ in rows), tuple(label for _, label in rows)), names
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+from se_flax.class_folders import canonical
 from se_flax.errors import UserError
 from train import augment, optim
 from train.build import build_model
@@ -92,6 +94,30 @@ def check_classes(config: Config, class_names: tuple[str, ...], source: str) -> 
             f"set it to {found}, or to 0 to take the data's"
         )
     return found
+
+
+def check_same_classes(saved: Sequence[str], class_names: Sequence[str], workdir: str) -> None:
+    """Refuses to continue a run on data whose classes have other names or another order.
+
+    Args:
+      saved: names of the checkpoint's classes.
+      class_names: of the data now.
+      workdir: where the checkpoint lies, for the message.
+
+    Raises:
+      UserError: they differ, so that the network's answers would mean other classes than it learned.
+    """
+    there, here = [canonical(name) for name in saved], [canonical(name) for name in class_names]
+    if there != here:
+        first = next((i for i, pair in enumerate(zip(there, here, strict=False)) if pair[0] != pair[1]), None)
+        if first is None:
+            text = f"{len(there)} classes there and {len(here)} here"
+        else:
+            text = f"class {first} is {there[first]!r} there and {here[first]!r} here"
+        raise UserError(
+            f"{workdir} holds the checkpoint of a run on other classes ({text}); use another --workdir, or the class "
+            "folders of that run"
+        )
 
 
 def check_batch(config: Config, replicas: Replicas) -> None:

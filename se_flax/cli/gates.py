@@ -21,8 +21,9 @@ from se_flax.analysis import (
     gate_layers,
     usefulness,
 )
+from se_flax.class_names import ClassNames
 from se_flax.cli.images import add_common, load, padded_batches
-from se_flax.cli.labelled import known_classes, labelled_images, normal_name
+from se_flax.cli.labelled import labelled_images
 from se_flax.cli.tables import print_table
 from se_flax.errors import UserError, closest
 from se_flax.weights.pretrained import Pretrained
@@ -131,19 +132,19 @@ def parse_groups(specs: Sequence[str] | None, loaded: Pretrained, present: set[i
     Raises:
       UserError: an unknown class, a group without pictures, or a class in two groups.
     """
-    count = getattr(loaded.model, "num_classes", 0)
-    known = known_classes(loaded.labels, count)
+    names = ClassNames(loaded.labels, getattr(loaded.model, "num_classes", 0))
     if specs is None:
-        papers = [known.get(name, -1) for name in _PAPERS]
+        papers = [number for name in _PAPERS for number in names.named(name)]
         several = sorted(present)
         spread = np.unique(np.linspace(0, len(several) - 1, _MOST_DEFAULT).round().astype(int))
-        chosen = papers if present.issuperset(papers) else [several[i] for i in spread]
-        specs = [str(number) for number in chosen]
+        fitting = len(papers) == len(_PAPERS) and present.issuperset(papers)
+        chosen = papers if fitting else [several[i] for i in spread]
+        return {_class_name(number, loaded.labels): (number,) for number in chosen}
     groups: dict[str, tuple[int, ...]] = {}
     owner: dict[int, str] = {}
     for spec in specs:
-        name, equals, members = spec.rpartition("=")
-        numbers = list(dict.fromkeys(number for text in members.split(",") for number in _numbers(text, known, count)))
+        name, equals, members = ("", "", spec) if spec in (loaded.labels or ()) else spec.rpartition("=")
+        numbers = list(dict.fromkeys(_numbers(members, names)))
         name = name if equals else _class_name(numbers[0], loaded.labels) if len(numbers) == 1 else members
         if not present.intersection(numbers):
             raise UserError(f"got --classes {spec}, of which the data has no picture; name classes that it has")
@@ -159,22 +160,35 @@ def parse_groups(specs: Sequence[str] | None, loaded: Pretrained, present: set[i
     return groups
 
 
-def _numbers(text: str, known: Mapping[str, int], count: int) -> Iterable[int]:
-    span = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
-    if span:
+def _numbers(members: str, names: ClassNames) -> Iterable[int]:
+    """The classes of a group: one label as it is, or names, numbers and ranges with commas between them."""
+    if members in (names.labels or ()):
+        yield names.one(members)
+        return
+    for text in members.split(","):
+        span = re.fullmatch(r"\s*([0-9]{1,9})\s*-\s*([0-9]{1,9})\s*", text)
+        if span is None or names.named(text.strip()):
+            yield names.one(text)
+            continue
         first, last = int(span.group(1)), int(span.group(2))
-        if first > last or last >= count:
-            raise UserError(f"got the classes {text.strip()}; a range goes up and ends at {count - 1} at most")
-        return range(first, last + 1)
-    if normal_name(text) not in known:
-        raise UserError(
-            f"unknown class {text!r}; {closest(normal_name(text), known)} (a name, a WordNet id, a number or a range)"
-        )
-    return [known[normal_name(text)]]
+        if first > last or (names.numbers and last >= names.num_classes):
+            raise UserError(
+                f"got the classes {text.strip()}; a range goes up and ends at {names.num_classes - 1} at most"
+            )
+        yield from (names.one(str(number)) for number in range(first, last + 1))
 
 
 def _class_name(number: int, labels: Sequence[str] | None) -> str:
-    return labels[number].split(",")[0] if labels else f"class {number}"
+    """What a class is called in tables and pictures: by one name that no other class has."""
+    if not labels:
+        return f"class {number}"
+    name = _first_name(labels[number])
+    several = sum(_first_name(label) == name for label in labels) > 1
+    return f"{name} ({number})" if several else name
+
+
+def _first_name(label: str) -> str:
+    return label.split(", ")[0]
 
 
 def _chosen(layers: Sequence[str], patterns: Sequence[str] | None) -> list[str]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from se_flax.cli.labelled import EXTENSIONS, Example, labelled_images
+from se_flax.class_folders import SUFFIXES, pictures_below
+from se_flax.cli.labelled import Example, labelled_images
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
 from se_flax.weights.pretrained import Pretrained, load_pretrained
@@ -33,9 +34,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="exact accuracy on labelled pictures",
-        description="Exact top-1 and top-5 accuracy: every picture counts once. DATA holds one folder per class, named "
-        "by class name, WordNet id or number (as many folders as the network has classes may have any names: they "
-        "are numbered in sorted order); or pictures whose names begin with a WordNet id or a class number and _.",
+        description="Exact top-1 and, beyond five classes, top-5 accuracy: every picture counts once. DATA holds one "
+        "folder per class, named by label, WordNet id or class number (for a network without labels also all classes "
+        "in sorted order); or pictures whose names begin with a WordNet id or a class number and _.",
     )
     add_common(parser)
     parser.add_argument("data", metavar="DATA", help="folder of pictures")
@@ -90,12 +91,12 @@ class Accuracy:
     Attributes:
       count: pictures.
       top1: of them, those whose class has the highest logit.
-      top5: those whose class is among the five highest.
+      top5: those whose class is among the five highest; None where there are no more than five classes.
     """
 
     count: int
     top1: int
-    top5: int
+    top5: int | None
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -112,9 +113,10 @@ def evaluate(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = accuracy(loaded, examples, options.batch_size)
     seconds = time.perf_counter() - start
+    ranks = {"top1": result.top1} | ({} if result.top5 is None else {"top5": result.top5})
     if options.json:
-        figures = {"count": result.count, "top1_count": result.top1, "top5_count": result.top5}
-        shares = {"top1": result.top1 / result.count, "top5": result.top5 / result.count}
+        figures = {"count": result.count} | {f"{name}_count": hits for name, hits in ranks.items()}
+        shares = {name: hits / result.count for name, hits in ranks.items()}
         print(
             json.dumps({"model": loaded.name, **figures, **shares, "preprocess": loaded.preprocess.to_json()}, indent=2)
         )
@@ -122,8 +124,8 @@ def evaluate(options: argparse.Namespace) -> None:
     p = loaded.preprocess
     settings = f"{p.image_size} px ({p.interpolation}, crop {p.crop:g} {p.crop_mode})"
     print(f"{loaded.name} at {settings}, {result.count:,} pictures")
-    for word, hits in (("top-1", result.top1), ("top-5", result.top5)):
-        print(f"{word}: {100 * hits / result.count:.2f} % ({hits:,} of {result.count:,})")
+    for name, hits in ranks.items():
+        print(f"top-{name[3:]}: {100 * hits / result.count:.2f} % ({hits:,} of {result.count:,})")
     print(f"{seconds:.1f} s, {result.count / seconds:.1f} pictures/s")
 
 
@@ -138,11 +140,11 @@ def accuracy(loaded: Pretrained, examples: Sequence[Example], batch_size: int = 
     Returns:
       The counts.
     """
-    top1 = top5 = 0
+    top1 = top5 = classes = 0
     for example, logits in zip(examples, _logits(loaded, [e.path for e in examples], batch_size), strict=True):
         rank = int(np.argsort(-logits, kind="stable").tolist().index(example.label))
-        top1, top5 = top1 + (rank == 0), top5 + (rank < 5)
-    return Accuracy(len(examples), top1, top5)
+        top1, top5, classes = top1 + (rank == 0), top5 + (rank < 5), len(logits)
+    return Accuracy(len(examples), top1, top5 if classes > 5 else None)
 
 
 def load(options: argparse.Namespace) -> Pretrained:
@@ -204,7 +206,7 @@ def _pictures(names: Sequence[str]) -> Iterator[Path]:
                 raise UserError(f"{name}: no such file or folder")
             yield path
             continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        found = pictures_below(path)
         if not found:
-            raise UserError(f"{name} holds no pictures ({', '.join(EXTENSIONS)})")
-        yield from found
+            raise UserError(f"{name} holds no pictures ({', '.join(SUFFIXES)})")
+        yield from (path / picture for picture in found)

@@ -1,14 +1,14 @@
 """Which class each picture of a folder belongs to."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from se_flax.class_folders import SUFFIXES, are_splits, pictures_below, pictures_beside_folders, pictures_by_class
+from se_flax.class_names import ClassNames
 from se_flax.errors import UserError
-from se_flax.labels import imagenet_labels
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -22,62 +22,100 @@ class Example:
 def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) -> list[Example]:
     """Pictures under a folder with their classes.
 
+    What counts as a picture and as a class folder is the same as in training (`se_flax.class_folders`), and so are the
+    classes of folders that a network was trained on: they are its labels. A network without labels takes folders by
+    their class numbers, or as many folders as it has classes in sorted order, which one line on standard error says.
+
     Args:
       root: one folder per class; or pictures whose names begin with a WordNet id or a class number and `_`.
       labels: the network's class names, if known.
       num_classes: of the network.
 
     Returns:
-      Every picture once, sorted by path.
+      Every picture once, by folder and path.
 
     Raises:
-      UserError: no pictures, or a folder or file whose class is not one of the network's.
+      UserError: no pictures, or a folder or file whose class is not one of the network's, or not certain.
     """
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not paths:
-        raise UserError(f"{root} holds no pictures ({', '.join(EXTENSIONS)})")
-    known = known_classes(labels, num_classes)
-    flat = [path for path in paths if path.parent == root]
-    if flat and len(flat) < len(paths):
-        raise UserError(f"{root} holds pictures beside class folders, such as {flat[0].name}; move them away")
-    if flat:
-        return [Example(path, _by_file_name(path, known, num_classes)) for path in paths]
-    folders = sorted({path.relative_to(root).parts[0] for path in paths})
-    unknown = [folder for folder in folders if normal_name(folder) not in known]
-    if unknown and len(folders) == num_classes:
-        known = {normal_name(folder): i for i, folder in enumerate(folders)}
-    elif unknown:
+    if num_classes < 1:
+        raise UserError("this network has no classifier (num_classes=0), so its answers have no classes; give another")
+    names = ClassNames(labels, num_classes)
+    beside, folders = pictures_beside_folders(root), pictures_by_class(root)
+    if not beside and not any(folders.values()):
+        raise UserError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
+    if beside and any(folders.values()):
         raise UserError(
-            f"the folder {unknown[0]!r} of {root} names none of the network's {num_classes} classes "
-            f"({len(unknown)} of {len(folders)} folders do not); name folders by class name, WordNet id or class number"
+            f"{root} holds pictures beside class folders, such as {beside[0]}; move them away or into a class folder"
         )
-    return [Example(path, known[normal_name(path.relative_to(root).parts[0])]) for path in paths]
+    if beside:
+        return _by_file_name(root, names)
+    classes = _classes_of_folders(root, list(folders), names)
+    return [Example(root / name / path, classes[name]) for name, paths in folders.items() for path in paths]
 
 
-def known_classes(labels: Sequence[str] | None, num_classes: int) -> dict[str, int]:
-    """Class numbers by every name that a folder may have."""
-    known = {str(i): i for i in range(num_classes)}
-    for i, label in enumerate(labels or ()):
-        for name in (label, label.split(",")[0]):
-            known.setdefault(normal_name(name), i)
-    if labels is not None and tuple(labels) == tuple(label.name for label in imagenet_labels()):
-        known |= {label.wordnet_id: i for i, label in enumerate(imagenet_labels())}
-    return known
+def _classes_of_folders(root: Path, folders: Sequence[str], names: ClassNames) -> dict[str, int]:
+    """The class of every folder; no class has two."""
+
+    def describe(name: str) -> str:
+        return f"the folder {name!r} of {root}"
+
+    if are_splits(folders) and not any(map(names.named, folders)):
+        one = next((name for name in folders if name != "train"), folders[0])
+        raise UserError(
+            f"{root} holds splits ({', '.join(folders)}) and no classes; give one of them, such as {root / one}"
+        )
+    classes = _without_labels(root, folders, names) if names.labels is None else names.classes(folders, describe)
+    owner: dict[int, str] = {}
+    for name, number in classes.items():
+        if owner.setdefault(number, name) != name:
+            raise UserError(
+                f"the folders {owner[number]!r} and {name!r} of {root} are both {names.described(number)}; "
+                "leave one folder per class"
+            )
+    return classes
 
 
-def normal_name(name: str) -> str:
-    """A class's name as it is compared: lower case, words joined by _, numbers without leading zeros."""
-    text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return str(int(text)) if text.isdigit() else text
-
-
-def _by_file_name(path: Path, known: dict[str, int], num_classes: int) -> int:
-    number = re.match(r"(\d+)_", path.name)
-    wordnet = re.search(r"n\d{8}", path.name)
-    for text in (wordnet and wordnet.group(), number and str(int(number.group(1)))):
-        if text and text in known:
-            return known[text]
-    raise UserError(
-        f"{path} says no class: without class folders a picture's name begins with a WordNet id or with the number of "
-        f"its class, 0 to {num_classes - 1}, and _"
+def _without_labels(root: Path, folders: Sequence[str], names: ClassNames) -> dict[str, int]:
+    """By class numbers or by position; a network whose labels nobody knows has nothing else."""
+    by_number = {name: number for name in folders if (number := names.number(name)) is not None}
+    by_order = {name: i for i, name in enumerate(folders)}
+    if len(by_number) == len(folders):
+        other = next((name for name in folders if by_number[name] != by_order[name]), None)
+        if len(folders) == names.num_classes and other is not None:
+            width = len(str(names.num_classes - 1))
+            raise UserError(
+                f"the network has no labels, and the folder {other!r} of {root} is class {by_number[other]} by its "
+                f"number and class {by_order[other]} in sorted order; give the numbers {width} digits ({1:0{width}}), "
+                "so that both agree"
+            )
+        return by_number
+    if len(folders) != names.num_classes:
+        raise UserError(
+            f"the network has no labels and {names.num_classes} classes, and {root} has {len(folders)} folders; name "
+            f"folders by class number, 0 to {names.num_classes - 1}, or give one for every class, in the order of the "
+            "classes"
+        )
+    shown = [f"{name} = {i}" for name, i in by_order.items()]
+    shown = shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]]
+    print(
+        f"the network has no labels; the folders are its classes in sorted order: {', '.join(shown)}", file=sys.stderr
     )
+    return by_order
+
+
+def _by_file_name(root: Path, names: ClassNames) -> list[Example]:
+    """Classes from the pictures' names; several may say the same class."""
+    said: dict[str, str] = {}
+    for file in pictures_below(root):
+        wordnet, number = re.search(r"n[0-9]{8}", file), re.match(r"([0-9]+)_", file)
+        if wordnet and names.named(wordnet.group()):
+            said[file] = wordnet.group()
+        elif number:
+            said[file] = number.group(1)
+        else:
+            raise UserError(
+                f"{root / file} says no class: without class folders a picture's name begins with a WordNet id or with "
+                f"the number of its class, 0 to {names.num_classes - 1}, and _"
+            )
+    classes = names.classes(said.values(), lambda name: f"the name {name!r} of pictures in {root}")
+    return [Example(root / file, classes[name]) for file, name in said.items()]
