@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.bound import bound
 from se_flax.sharding import matched
@@ -40,7 +41,6 @@ def squeeze_activated(u: Array, factor: Array, offset: Array, act: Activation) -
     Returns:
       float32 [N, 1, 1, C].
     """
-    factor, offset = (x.reshape(1, 1, 1, -1) for x in (factor, offset))
     return jax.lax.platform_dependent(u, factor, offset, cpu=bound(_plain_squeeze, act), default=bound(_squeeze, act))
 
 
@@ -59,7 +59,7 @@ def gate_activated(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
       [N, H, W, C].
     """
     # One copy per image, so that the sums of the backward pass end before the images are added up.
-    factor, offset = (jnp.broadcast_to(x.reshape(1, 1, 1, -1), gates.shape) for x in (factor, offset))
+    factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
     return jax.lax.platform_dependent(
         u, factor, offset, gates, cpu=bound(_plain_gate, act, dtype), default=bound(_gate, act, dtype)
     )
@@ -77,8 +77,12 @@ def _with_slope(act: Activation, v: Array) -> tuple[Array, Array]:
     return jax.jvp(act, (v,), (jnp.ones_like(v),))
 
 
+def _affine(u: Array, factor: Array, offset: Array) -> Array:
+    return u.astype(jnp.float32) * broadcast_to_rank(factor, u.ndim) + broadcast_to_rank(offset, u.ndim)
+
+
 def _plain_squeeze(act: Activation, u: Array, factor: Array, offset: Array) -> Array:
-    return _mean(act(u.astype(jnp.float32) * factor + offset))
+    return _mean(act(_affine(u, factor, offset)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,16 +92,16 @@ def _squeeze(act: Activation, u: Array, factor: Array, offset: Array) -> Array:
 
 def _squeeze_forward(act: Activation, u: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
     wide = u.astype(jnp.float32)
-    z, slope = _with_slope(act, wide * factor + offset)
+    z, slope = _with_slope(act, _affine(u, factor, offset))
     return _mean(z), (u, factor, offset, _mean(slope), _mean(slope * wide))
 
 
 def _squeeze_backward(act: Activation, saved: Any, gradient: Array) -> tuple[Array, Array, Array]:
     u, factor, offset, slope, slope_u = saved
-    _, local = _with_slope(act, u.astype(jnp.float32) * factor + offset)
+    _, local = _with_slope(act, _affine(u, factor, offset))
     pixels = u.shape[1] * u.shape[2]
-    of_u = (gradient / pixels * factor * local).astype(u.dtype)
-    of_factor, of_offset = (jnp.sum(gradient * x, (0, 1, 2), keepdims=True) for x in (slope_u, slope))
+    of_u = (gradient / pixels * broadcast_to_rank(factor, u.ndim) * local).astype(u.dtype)
+    of_factor, of_offset = (jnp.sum(gradient * x, (0, 1, 2)) for x in (slope_u, slope))
     return matched(of_u, u), matched(of_factor, factor), matched(of_offset, offset)
 
 

@@ -144,7 +144,7 @@ class Coefficients(NamedTuple):
       x: what the norm was called with.
       factor: float32 [C]; None for the identity (a norm that was folded into its convolution).
       offset: likewise.
-      means: of every image over the spatial axes, float32 [N, 1, 1, C], where they were asked for.
+      means: of factor * x + offset over the spatial axes, float32 [N, 1, 1, C], where they were asked for.
     """
 
     x: Array | Product
@@ -190,6 +190,10 @@ class BatchNorm(nn.Module):
           The shape of x.
         """
         x, factor, offset, _ = self.coefficients(x, train=train)
+        return self.affine(x, factor, offset)
+
+    def affine(self, x: Array | Product, factor: Array | None, offset: Array | None) -> Array:
+        """The function factor * x + offset in this norm's dtype; for `factor` [C], or [N, 1, 1, C] with gates in it."""
         return affine(x, factor, offset, self.dtype or x.dtype)
 
     @nn.compact
@@ -199,7 +203,7 @@ class BatchNorm(nn.Module):
         Args:
           x: [..., C]; [N, H, W, C] with `per_image`. Or a convolution's deferred output.
           train: use and record the batch's statistics.
-          per_image: also give the means of every image, from the same pass over x.
+          per_image: also give every image's means after the norm, from the same pass over x.
 
         Returns:
           The coefficients, with x.
@@ -220,7 +224,8 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
-        return Coefficients(x, factor, gathered(bias - mean * factor), means)
+        offset = gathered(bias - mean * factor)
+        return Coefficients(x, factor, offset, None if means is None else means * factor + offset)
 
     def _batch_statistics(self, x: Array | Product, pooled: Array | None) -> tuple[Array, Array, int]:
         across = self.axis_name if not self.is_initializing() else None

@@ -17,7 +17,7 @@ from se_flax.activated import gate_activated
 from se_flax.attention import ChannelAttention
 from se_flax.layers import BatchNorm, Conv
 from se_flax.memory import computed_once
-from se_flax.pointwise import Product, affine
+from se_flax.pointwise import Product
 from se_flax.sharding import has_explicit_axes
 
 Array = jax.Array
@@ -65,8 +65,8 @@ def norm_act_attend(
         gates = attention.gates(attention.pool(u, factor, offset, act), base_channels=base_channels)
         return gate_activated(u, factor, offset, gates, act, dtype)
     assert means is not None
-    gates = attention.gates(means * factor + offset, base_channels=base_channels)
-    return affine(x, gates * factor, gates * offset, dtype)
+    gates = attention.gates(means, base_channels=base_channels)
+    return norm.affine(x, gates * factor, gates * offset)
 
 
 def conv_norm_attend(

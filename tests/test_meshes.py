@@ -155,7 +155,7 @@ def test_a_networks_gradients_are_those_of_one_device(name, axes, parameters):
     def logits(params, x):
         return model.apply({"params": params, **statistics}, x, train=True, mutable=["batch_stats"])[0]
 
-    check(logits, params, x, make_mesh(axes), parameters)
+    check(logits, params, x, make_mesh(axes), parameters, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -185,4 +185,4 @@ def test_a_fused_network_computes_and_differentiates(axes, name):
     model = se_flax.create_model(name, num_classes=8)
     (x,) = arrays((8, 32, 32, 3))
     fused, variables = se_flax.fuse(model, random_variables(model, x))
-    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4))
+    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4), tolerance=1e-3)
