@@ -17,6 +17,7 @@ from se_flax.activated import gate_activated, squeeze_activated
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
 from se_flax.native import native
+from se_flax.norms import check_spread
 from se_flax.pointwise import Product, affine, image_means, moments, product
 
 Array = jax.Array
@@ -167,6 +168,10 @@ class BatchNorm(nn.Module):
 
         Returns:
           The shape of x.
+
+        Raises:
+          UserError: training on a single value per channel: one image of one pixel, on all devices that share the
+            statistics.
         """
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
@@ -200,6 +205,13 @@ class BatchNorm(nn.Module):
         count = math.prod(x.shape[:-1])
         if across is not None:
             count *= jax.lax.axis_size(across)
+        check_spread(
+            self,
+            count,
+            "one value per channel (one image, one pixel)",
+            "train with more images per device and micro-batch, larger images, or statistics over all devices "
+            "(axis_name; in the training program parallel.batch_norm=global)",
+        )
         if not isinstance(x, Product) and x.size == x.shape[0] * x.shape[-1]:
             # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
             # second pass over a vector per image costs nothing.

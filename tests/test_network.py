@@ -6,13 +6,18 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 import se_flax
 from se_flax import UserError, zoo
+from se_flax.backbones import inception_resnet_v2
 from se_flax.backbones.resnet import stem_7x7
 from se_flax.network import Network, lies_in, reads_images
+from se_flax.weights import torch
+from se_flax.weights.pretrained import NATIVE
+from se_flax.weights.strict import classes_in
 from train.config import Optim
 from train.layers import frozen_parts, layer_depths, trace
 
@@ -70,7 +75,7 @@ def test_the_head_is_what_depends_on_the_classes(name):
 
 
 # Every kind of stem beside the families' first members.
-STEMS = dict.fromkeys(["seresnet50t", "legacy_senet154", "resnetrs50"], {"depths": (1,) * 4})
+STEMS = {name: {"depths": (1,) * 4} for name in ("seresnet50t", "legacy_senet154", "resnetrs50")}
 
 
 @pytest.mark.parametrize("name", [*BLOCKS, *STEMS])
@@ -162,6 +167,54 @@ def test_a_stem_of_ones_own_says_what_reads_the_images():
     assert model.head_path == ("fc",) and len(model.block_paths) == 8
     assert se_flax.create_model("resnet18", stem=reads_images("first")(bare)).stem_path == ("first",)
     assert se_flax.create_model("resnet18", stem=partial(partial(stem_7x7), act=jax.nn.silu)).stem_path == ("conv1",)
+
+
+# Small networks of the families whose classifier or stem is nested or has a name of its own.
+NESTED = {
+    "vgg11_bn": {"widths": (4,) * 5, "hidden": 8},
+    "inception_resnet_v2": {"layout": inception_resnet_v2.layout()[:2]},
+    "legacy_seresnet18": {"depths": (1,) * 4, "width": 8},
+    "test_efficientnet": {},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_weights_with_other_classes_and_channels_are_imported(name):
+    """The classifier is new, the stem is summed over the colours, and all else is as it was."""
+    model, shapes = traced(name, **NESTED[name])
+    rng = np.random.default_rng(0)
+    given = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    arrays = se_flax.to_timm(name, given)
+    with pytest.warns(UserWarning) as caught:
+        made = se_flax.from_timm(name, arrays, num_classes=5, in_channels=1, **NESTED[name])
+    assert [str(warning.message) for warning in caught] == [
+        f"{name}: the classifier was drawn anew for 5 classes (the checkpoint's: 1,000 classes)",
+        f"{name}: the stem was adapted from 3 channels to 1 (summed over the colours)",
+    ]
+    before, after = flatten_dict(given), flatten_dict(made)
+    assert before.keys() == after.keys()
+    stem = ("params", *model.stem_path, "kernel")
+    for path, value in after.items():
+        if lies_in(path[1:], model.head_path):
+            assert value.shape == (*before[path].shape[:-1], 5)
+        elif path == stem:
+            np.testing.assert_allclose(value, before[path].sum(2, keepdims=True), rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(value, before[path])
+    with pytest.warns(UserWarning, match=r"the classifier was left out \(the checkpoint's: 1,000 classes\)"):
+        made = se_flax.from_timm(name, arrays, num_classes=0, **NESTED[name])
+    assert flatten_dict(made).keys() == {path for path in before if not lies_in(path[1:], model.head_path)}
+
+
+@pytest.mark.parametrize("attributes", [{}, {"classifier": se_flax.CosineClassifier}], ids=["dense", "cosines"])
+@pytest.mark.parametrize("layout", [NATIVE, torch.LAYOUT], ids=["native", "torch"])
+def test_how_many_classes_a_file_has_shows_in_its_classifier(attributes, layout):
+    """In the kernel as well: a classifier of cosines has no bias."""
+    _, shapes = traced("resnet20", **attributes, num_classes=17)
+    arrays = {layout.key(path): np.zeros(layout.shape(path, x.shape)) for path, x in flatten_dict(shapes).items()}
+    assert classes_in("resnet20", arrays, layout, attributes) == 17
+    headless = {key: value for key, value in arrays.items() if "linear" not in key}
+    assert classes_in("resnet20", headless, layout, attributes) is None
 
 
 class Silent(nn.Module):
