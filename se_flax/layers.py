@@ -17,8 +17,9 @@ from se_flax.convolution import convolve
 from se_flax.errors import UserError
 from se_flax.functional import check_map
 from se_flax.native import native
+from se_flax.norms import check_spread
 from se_flax.pointwise import Product, affine, image_means, moments, product
-from se_flax.sharding import Dense, gathered
+from se_flax.sharding import gathered, own_dense
 
 Array = jax.Array
 Dtype = Any
@@ -188,6 +189,10 @@ class BatchNorm(nn.Module):
 
         Returns:
           The shape of x.
+
+        Raises:
+          UserError: training on a single value per channel: one image of one pixel, on all devices that share the
+            statistics.
         """
         x, factor, offset, _ = self.coefficients(x, train=train)
         return self.affine(x, factor, offset)
@@ -232,6 +237,13 @@ class BatchNorm(nn.Module):
         count = math.prod(x.shape[:-1])
         if across is not None:
             count *= jax.lax.axis_size(across)
+        check_spread(
+            self,
+            count,
+            "one value per channel (one image, one pixel)",
+            "train with more images per device and micro-batch, larger images, or statistics over all devices "
+            "(axis_name; in the training program parallel.batch_norm=global)",
+        )
         if not isinstance(x, Product) and x.size == x.shape[0] * x.shape[-1]:
             # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
             # second pass over a vector per image costs nothing.
@@ -333,8 +345,7 @@ def classify(
       Logits [N, num_classes], or the features.
     """
     x = nn.Dropout(drop_rate, deterministic=not train)(x)
-    classifier = Dense if classifier is nn.Dense else classifier
-    return classifier(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
+    return own_dense(classifier)(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
 
 
 def check_images(images: Array, channels: int) -> None:

@@ -75,7 +75,7 @@ class FromLinen(nnx.bridge.ToNNX):
           What the Linen module returns.
         """
         if self.to_nnx__has_modes and method is None and not self._pytree__state.initializing:
-            if kwargs.setdefault("train", self.to_nnx__train):
+            if self._trains(args, kwargs):
                 mutable = [name for name in from_nnx(self) if name != "params"] if mutable is None else mutable
             else:
                 rngs = {} if rngs is None else rngs  # draws nothing: None would take from the module's streams
@@ -84,6 +84,11 @@ class FromLinen(nnx.bridge.ToNNX):
         if before:
             self._update_in_place(before)
         return result
+
+    def _trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call trains; the mode goes into the keywords where the arguments do not say it."""
+        given = inspect.signature(type(self.to_nnx__module).__call__).bind_partial(None, *args, **kwargs).arguments
+        return bool(given["train"] if "train" in given else kwargs.setdefault("train", self.to_nnx__train))
 
     def _own(self) -> dict[str, Any]:
         """The Linen module's variables, by attribute."""

@@ -17,6 +17,26 @@ from se_flax.sharding import gathered
 Array = jax.Array
 
 
+def check_spread(module: nn.Module, count: int, values: str, remedy: str) -> None:
+    """Refuses statistics of a single value: it is its own mean, and a norm's output is its bias whatever the image.
+
+    Args:
+      module: the norm that is being called.
+      count: values that its mean and variance are taken of.
+      values: where there is one, in words.
+      remedy: what to do, in words.
+
+    Raises:
+      UserError: there is one value.
+    """
+    if count == 1 and not module.is_initializing():
+        where = f" at {'/'.join(module.path)}" if module.path else ""
+        raise UserError(
+            f"{type(module).__name__}{where} has {values} to normalise by, so that the difference from the mean, the "
+            f"variance and every gradient through them are zero; {remedy}"
+        )
+
+
 def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     """Mean and (biased) variance over the pixels and over each group of adjacent channels.
 
@@ -40,6 +60,13 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     return tuple(jnp.repeat(m[..., 0], group_size, axis=-1) for m in (mean, var))  # type: ignore[return-value]
 
 
+def _check_group(module: Any, x: Array) -> None:
+    pixels = x.shape[1] * x.shape[2]
+    check_spread(
+        module, pixels * module.group_size, "one value per group", "give larger images, or more channels per group"
+    )
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu and He 2018, section 3.1).
 
@@ -57,11 +84,23 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [N, H, W, C]; train: no effect. Returns: the shape of x."""
+        """Normalises.
+
+        Args:
+          x: [N, H, W, C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: groups that do not fit the channels, or hold a single value (one channel of a map of one pixel).
+        """
         del train
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
+        _check_group(self, x)
         mean, var = group_moments(x, self.group_size)
         y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.astype(self.dtype or x.dtype)
@@ -82,11 +121,23 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [..., C]; train: no effect. Returns: the shape of x."""
+        """Normalises.
+
+        Args:
+          x: [..., C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: a single channel.
+        """
         del train
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
+        check_spread(self, x.shape[-1], "one channel", "give a map of more channels, or leave the norm out")
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         var = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
@@ -116,7 +167,18 @@ class EvoNormS0(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [N, H, W, C]; train: no effect. Returns: the shape of x."""
+        """Normalises and activates.
+
+        Args:
+          x: [N, H, W, C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: as `GroupNorm`.
+        """
         del train
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
@@ -125,6 +187,7 @@ class EvoNormS0(nn.Module):
         y = x.astype(jnp.float32)
         if self.nonlinear:
             v = broadcast_to_rank(gathered(self.param("v", nn.initializers.ones_init(), shape, jnp.float32)), x.ndim)
+            _check_group(self, x)
             _, var = group_moments(x, self.group_size)
             y = y * jax.nn.sigmoid(y * v) * jax.lax.rsqrt(var + self.epsilon)
         return (y * scale + bias).astype(self.dtype or x.dtype)

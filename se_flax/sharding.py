@@ -84,3 +84,8 @@ class Dense(nn.Dense):
     def __call__(self, inputs: Array) -> Array:
         """Args: inputs [..., C]. Returns: [..., features]."""
         return super().__call__(gathered(inputs, -1))
+
+
+def own_dense(classifier: Any) -> Any:
+    """`Dense` in place of Flax's dense layer; any other class or partial as it is."""
+    return Dense if classifier is nn.Dense else classifier

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import flax.linen as nn
+from se_flax.network import Network
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Variant:
       weights: published checkpoints; `se_flax.get_variant` fills them in from `data/checkpoints.json`.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., Network]
     num_params: int
     input_size: int
     source: str

@@ -31,6 +31,7 @@ from se_flax.backbones import (
 )
 from se_flax.blocks import Placement
 from se_flax.errors import UserError, closest
+from se_flax.network import Network
 from se_flax.variant import Variant, published_weights
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -116,7 +117,7 @@ def _check_attention(attention: Any) -> None:
         )
 
 
-def create_model(name: str, **attributes: Any) -> nn.Module:
+def create_model(name: str, **attributes: Any) -> Network:
     """Builds a network.
 
     Args:

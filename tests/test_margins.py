@@ -10,9 +10,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax.traverse_util import flatten_dict
 
 import se_flax
+import train.loop
 from se_flax.errors import UserError
 from train import finetune
 from train.build import build_model, loss_margin
@@ -256,3 +259,52 @@ def test_a_dense_classifier_is_taken_over_without_its_bias(tmp_path):
     np.testing.assert_array_equal(
         loaded.variables["params"]["linear"]["kernel"], variables["params"]["linear"]["kernel"]
     )
+
+
+TINY_VGG = {"num_classes": 10, "widths": (4,) * 5, "hidden": 8}
+
+
+def tiny_vgg(monkeypatch):
+    """A VGG of a few parameters under the name of one of 133 million, whose classifier is one level down."""
+    original = se_flax.create_model
+    monkeypatch.setattr(se_flax, "create_model", lambda name, **given: original(name, **{**TINY_VGG, **given}))
+    monkeypatch.setattr(train.loop, "save_model", lambda *arguments: None)
+
+
+def test_margins_start_from_a_network_whose_classifier_is_nested(tmp_path, monkeypatch):
+    """And train that classifier alone, where they are told so."""
+    tiny_vgg(monkeypatch)
+    model = se_flax.create_model("vgg11_bn")
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables["params"]["head"]["fc"]["bias"] = jnp.ones(10)
+    se_flax.save_pretrained(tmp_path / "plain", "vgg11_bn", variables, arguments=TINY_VGG)
+    config = settings(
+        model=Model(),
+        init_from=str(tmp_path / "plain"),
+        data=Data(source="digits", image_size=32, batch_size=8, eval_batch_size=90),
+        optim=Optim(schedule="constant", train_only="head"),
+        loss=Loss(name="arcface", scale=16.0),
+        steps=2,
+        log_every_steps=1,
+    )
+    loaded = finetune.load(config, 10)
+    assert loaded.notes[-1] == "vgg11_bn: the classifier's bias was left out, as cosines have none"
+    outcome = run(config, tmp_path / "run")
+    assert outcome.completed
+    with ocp.StandardCheckpointer() as reader:
+        after = flatten_dict(reader.restore(tmp_path / "run" / "checkpoints" / "2" / "state")["params"])
+    before = flatten_dict(variables["params"])
+    assert before.keys() - after.keys() == {("head", "fc", "bias")}
+    assert {path for path, x in after.items() if not np.array_equal(x, before[path])} == {("head", "fc", "kernel")}
+
+
+def test_the_cross_entropy_starts_from_cosines_with_a_new_classifier(trained):
+    """Directions of classes are no dense layer: it is drawn anew, and a note says so."""
+    workdir, _ = trained
+    config = settings(init_from=str(workdir), loss=Loss())
+    loaded = finetune.load(config, 10)
+    assert loaded.notes == ("seresnet20: the classifier was drawn anew for 10 classes (the checkpoint's: 10 classes)",)
+    finetune.check_fit(config, build_model(config, 10), loaded)
+    assert loaded.variables["params"]["linear"].keys() == {"kernel", "bias"}
+    again = finetune.load(settings(init_from=str(workdir)), 10)
+    assert again.notes == () and again.variables["params"]["linear"].keys() == {"kernel"}

@@ -177,6 +177,25 @@ def test_any_linen_module_goes_over():
     np.testing.assert_array_equal(se_flax.to_nnx(model, variables)(x), model.apply(variables, x))
 
 
+class ByPosition(linen.Module):
+    @linen.compact
+    def __call__(self, x, train=False):
+        return linen.BatchNorm(not train)(x)
+
+
+def test_the_mode_may_be_given_by_position():
+    model, x = ByPosition(), images(4, 2)
+    module = se_flax.to_nnx(model, model.init(jax.random.key(0), x))
+    asked = [module(x), module(x, False), module(x, train=False)]
+    for y in asked:
+        np.testing.assert_allclose(y, x, rtol=1e-4)
+    module.train()
+    np.testing.assert_allclose(module(x, False), x, rtol=1e-4)
+    module.eval()
+    np.testing.assert_allclose(module(x, True).mean(0), np.zeros(2), atol=1e-6)
+    assert np.any(se_flax.from_nnx(module)["batch_stats"]["BatchNorm_0"]["mean"] != 0)  # recorded
+
+
 def test_refusals():
     with pytest.raises(UserError, match=r"got the class SqueezeExcite; give a Linen module, such as se_flax.create_"):
         se_flax.to_nnx(se_flax.SqueezeExcite)

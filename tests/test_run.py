@@ -258,7 +258,11 @@ def test_a_run_may_be_prolonged_and_spread_differently(config, uninterrupted, tm
     config.steps, config.parallel.devices, config.eval_every_epochs = STEPS + 2, 2, 100.0
     outcome = run(config, workdir)
     assert outcome.step == STEPS + 2
-    assert "resuming from step 12" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resuming from step 12" in said
+    assert (
+        "the run is 14 steps long now and was 12 when the checkpoint was written; the learning rate (constant)" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ import pytest
 
 import se_flax
 import train.loop
+from se_flax.errors import UserError
 from train import optim
 from train.config import (
     Optim,
 )
-from train.layers import NOTHING, frozen_parts, layer_depths, merge, split, trace
+from train.layers import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split, trace
 from train.parallel import make_replicas
 from train.step import init_state, make_train_step
 
@@ -60,32 +62,46 @@ GROUPS = {
 }
 
 
+def depths_of(name, side=32):
+    model = se_flax.create_model(name)
+    return layer_depths(model, trace(model, side)["params"])
+
+
+def by_part(depths):
+    """The depths that a network's part has, by the first name of the path."""
+    parts = {}
+    for path, depth in depths.items():
+        parts.setdefault(path[0], set()).add(depth)
+    return parts
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_layer_depths_count_blocks_from_the_classifier(name):
     groups = [[group] if isinstance(group, str) else group for group in GROUPS[name]]
     expected = {part: len(groups) - 1 - i for i, group in enumerate(groups) for part in group}
-    assert layer_depths(trace(se_flax.create_model(name), 32)["params"]) == expected
+    assert by_part(depths_of(name)) == {part: {depth} for part, depth in expected.items()}
 
 
 def test_the_order_is_that_of_the_calls_and_not_of_the_alphabet():
     shapes = trace(se_flax.create_model("efficientnet_b0"), 32)
     assert next(iter(shapes["params"])) == "conv_stem"
     assert min(shapes["params"]) == "blocks_0_0"
-    depths = layer_depths(trace(se_flax.create_model("resnet110"), 32)["params"])
-    assert depths["layer1_2"] == depths["layer1_10"] + 8  # "layer1_10" comes before "layer1_2" in the alphabet
+    depths = depths_of("resnet110")
+    second, tenth = (depths[f"layer1_{i}", "conv1", "kernel"] for i in (2, 10))
+    assert second == tenth + 8  # "layer1_10" comes before "layer1_2" in the alphabet
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------
 
-DEPTHS = {"conv1": 3, "layer1_0": 2, "layer2_0": 1, "fc": 0}
+PARTS = {("conv1",): 3, ("s1", "b1"): 2, ("s1", "b2"): 1, ("head", "fc"): 0}
+DEPTHS = {(*part, leaf): depth for part, depth in PARTS.items() for leaf in ("kernel", "bias")}
 
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    return {
-        name: {"kernel": jnp.float32(rng.normal(size=(3, 3, 2, 4))), "bias": jnp.float32(rng.normal(size=4))}
-        for name in DEPTHS
-    }
+    shapes = {"kernel": (3, 3, 2, 4), "bias": 4}
+    leaves = {path: jnp.float32(rng.normal(size=shapes[path[-1]])) for path in DEPTHS}
+    return flax.traverse_util.unflatten_dict(leaves)
 
 
 def updates_of(settings, steps=3):
@@ -105,23 +121,21 @@ def test_layer_rates_multiply_every_update_exactly(name):
     settings = Optim(name=name, weight_decay=0.05, clip_norm=1.0)
     plain = updates_of(settings)
     slowed = updates_of(dataclasses.replace(settings, layer_decay=0.7, backbone_multiplier=0.5))
-    factors = {"conv1": 0.5 * 0.7**3, "layer1_0": 0.5 * 0.7**2, "layer2_0": 0.5 * 0.7, "fc": 1.0}
-    for before, after in zip(plain, slowed, strict=True):
-        for part, factor in factors.items():
-            for leaf in ("kernel", "bias"):
-                np.testing.assert_array_equal(after[part][leaf], np.float32(factor) * np.asarray(before[part][leaf]))
+    factors = {("conv1",): 0.5 * 0.7**3, ("s1", "b1"): 0.5 * 0.7**2, ("s1", "b2"): 0.5 * 0.7, ("head", "fc"): 1.0}
+    for before, after in zip(map(flat, plain), map(flat, slowed), strict=True):
+        assert before.keys() == after.keys() == DEPTHS.keys()
+        for path, update in after.items():
+            np.testing.assert_array_equal(update, np.float32(factors[path[:-1]]) * before[path])
 
 
 def test_layer_rates_are_rates_in_the_formula_of_sgd():
     """theta - rate * factor * (g + decay * theta), in NumPy."""
     settings = Optim(name="sgd", momentum=0.0, nesterov=False, weight_decay=0.05, layer_decay=0.5)
     (updates,) = updates_of(settings, steps=1)
-    params, gradients = tree(0), tree(1)
-    for part, depth in DEPTHS.items():
-        rate = 0.1 * 0.5**depth
-        expected = -rate * (np.float64(gradients[part]["kernel"]) + 0.05 * np.float64(params[part]["kernel"]))
-        np.testing.assert_allclose(updates[part]["kernel"], expected, rtol=1e-6)
-        np.testing.assert_allclose(updates[part]["bias"], -rate * np.float64(gradients[part]["bias"]), rtol=1e-6)
+    params, gradients, updates = flat(tree(0)), flat(tree(1)), flat(updates)
+    for path, depth in DEPTHS.items():
+        decay = 0.05 * np.float64(params[path]) if path[-1] == "kernel" else 0.0
+        np.testing.assert_allclose(updates[path], -0.1 * 0.5**depth * (gradients[path] + decay), rtol=1e-6)
 
 
 def test_equal_rates_leave_the_optimizers_state_as_it_was():
@@ -165,8 +179,8 @@ def take_steps(settings, *, steps=2, devices=1, backend="shard_map", seed=0, **a
     """A few steps from `random_variables`; returns the states before and after and the last metrics."""
     model, rate = a_model(**attributes), optax.constant_schedule(0.1)
     shapes = trace(model, 8)
-    frozen = frozen_parts(settings, shapes)
-    optimizer = optim.make_optimizer(settings, rate, layer_depths(shapes["params"]))
+    frozen = frozen_parts(settings, model, shapes)
+    optimizer = optim.make_optimizer(settings, rate, layer_depths(model, shapes["params"]))
     replicas = make_replicas(backend, devices)
     state = init_state(
         model, optimizer, 8, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()
@@ -275,9 +289,122 @@ def test_frozen_batch_norms_keep_statistics_scale_and_bias():
 
 def test_split_and_merge_are_inverse_and_nothing_is_frozen_by_default():
     params = random_variables()["params"]
-    assert frozen_parts(Optim(), trace(a_model(), 8)) == NOTHING
-    frozen = frozen_parts(Optim(train_only="head"), trace(a_model(), 8)).params
+    assert frozen_parts(Optim(), a_model(), trace(a_model(), 8)) == NOTHING
+    frozen = frozen_parts(Optim(train_only="head"), a_model(), trace(a_model(), 8)).params
     trained, kept = split(params, frozen)
     assert set(flat(trained)) == HEAD and set(flat(kept)) == frozen
     jax.tree.map(np.testing.assert_array_equal, merge(trained, kept), params)
     assert split(params, frozenset()) == (params, {})
+
+
+# --- Evaluation mode --------------------------------------------------------------------------------------------------
+
+
+class ByPosition(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, scale=1.0):
+        return x * scale + 10.0 * train
+
+
+class TrainsByDefault(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=True):
+        return x + 10.0 * train
+
+
+class AnyKeyword(nn.Module):
+    @nn.compact
+    def __call__(self, x, *rest, **settings):
+        return x + 10.0 * settings["train"] + sum(rest)
+
+
+class ByMethod(nn.Module):
+    def add(self, x, train):
+        return x + 10.0 * train
+
+    @nn.compact
+    def __call__(self, x):
+        return self.add(x, True)
+
+
+class Calls(nn.Module):
+    """A network with one part, and a dropout of its own."""
+
+    call: object
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return self.call(x) + 100.0 * train
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x: ByPosition()(x, True), 0.0),
+        (lambda x: ByPosition()(x, True, 2.0), 0.0),
+        (lambda x: ByPosition()(x, train=True), 0.0),
+        (lambda x: TrainsByDefault()(x), 0.0),
+        (lambda x: AnyKeyword()(x, 1.0, train=True), 1.0),
+        (lambda x: ByMethod()(x), 0.0),
+    ],
+    ids=["position", "position before others", "keyword", "default", "any keyword", "method"],
+)
+def test_training_is_switched_off_however_a_module_is_told(call, expected):
+    """What a frozen part adds while training, 10, is not added; what the network itself adds, 100, is."""
+    x = jnp.zeros(())
+    network = Calls(call)
+    assert float(network.apply({}, x, train=True)) > 105
+    with evaluation_mode((nn.Module,)):
+        assert float(network.apply({}, x, train=True)) == 100 + expected
+    with evaluation_mode((nn.BatchNorm,)):  # none of these
+        assert float(network.apply({}, x, train=True)) > 105
+
+
+@pytest.mark.parametrize("given", [(False,), ()], ids=["given", "left out"])
+def test_the_batch_norm_of_flax_uses_its_running_statistics(given):
+    network = Calls(lambda x: nn.BatchNorm(name="bn")(x, *given))
+    x = jnp.linspace(1.0, 3.0, 8)[:, None]
+    variables = {"params": {"bn": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}}}
+    variables["batch_stats"] = {"bn": {"mean": jnp.full(1, 2.0), "var": jnp.full(1, 4.0)}}
+    with evaluation_mode((nn.BatchNorm,)):
+        y, updated = network.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, 100 + (np.asarray(x) - 2.0) / np.sqrt(4.0 + 1e-5), rtol=1e-6)
+    assert moved(variables["batch_stats"], updated["batch_stats"]) == set()
+
+
+class TrainsByAttribute(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return x + 10.0 * self.train
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [(TrainsByAttribute, "train", True), (nn.BatchNorm, "use_running_average", False)],
+    ids=["own", "batch norm"],
+)
+def test_a_mode_that_no_call_can_change_is_refused(part, name, value):
+    network = Calls(lambda x: part(**{name: value}, name="p")(x))
+    text = f"^{part.__name__} at p has the attribute {name}={value}, which freezing cannot change; let it take {name}"
+    with evaluation_mode((nn.Module,)), pytest.raises(UserError, match=text):
+        network.init(jax.random.key(0), jnp.zeros((2, 1)), train=True)
+
+
+def test_attention_that_takes_train_by_position_stays_frozen_in_a_step():
+    """The loss is that of the network without what the module adds while training."""
+
+    class Shift(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False, base_channels=None):
+            return x + 10.0 * train
+
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False, base_channels=None):
+            return Shift()(x, True)
+
+    settings = Optim(name="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, train_only="head")
+    plain = take_steps(settings, steps=1, attention=None)[2]["loss"]
+    assert float(take_steps(settings, steps=1, attention=Attention)[2]["loss"]) == pytest.approx(float(plain), rel=1e-6)

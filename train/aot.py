@@ -25,6 +25,7 @@ from train.config import Config, Data, Model, Optim
 from train.costs import Costs, compile_step
 from train.evaluate import padded_size
 from train.finetune import complete
+from train.length import total_steps
 from train.parallel import Replicas, make_replicas
 from train.program import Program, make_program
 from train.sources import open_data
@@ -228,7 +229,7 @@ def compile_run(
     check_settings_of_run(config)
     replicas = make_replicas(config.parallel.backend, config.parallel.devices, topology.devices)
     check_batch(config, replicas)
-    total = config.steps or max(1, round(config.epochs * _STEPS_PER_EPOCH))
+    total = total_steps(config.steps, config.epochs, _STEPS_PER_EPOCH)
     program = make_program(config, _classes(config), _STEPS_PER_EPOCH, total, model)
     lowered = (lower_eval_step if evaluation else lower_train_step)(config, program, replicas)
     return compile_step(lowered, topology.memory_bytes)

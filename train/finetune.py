@@ -16,7 +16,7 @@ from se_flax.class_folders import canonical
 from se_flax.errors import UserError
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
-from train.layers import layer_depths, trace
+from train.layers import trace
 
 # Attributes of the network that are the run's affair and not the checkpoint's.
 _OWN = ("num_classes", "classifier", "in_channels", "dtype", "drop_rate", "drop_path_rate", "parent", "name")
@@ -38,6 +38,8 @@ def load(config: Config, num_classes: int) -> Any:
       UserError: no such checkpoint, one of another network than `model.name`, or one that does not fit it.
     """
     name, attributes = config.model.name or None, attention_attributes(config)
+    if config.loss.name == "cross_entropy":  # a checkpoint's classifier of cosines is one of another kind
+        attributes["classifier"] = nn.Dense
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -53,19 +55,18 @@ def load(config: Config, num_classes: int) -> Any:
             f"init_from={config.init_from} holds {loaded.name}, but model.name is {config.model.name!r}; "
             "leave it empty (--config.model.name=) to take the checkpoint's network, or name another checkpoint"
         )
-    return loaded if config.loss.name == "cross_entropy" else _without_bias(loaded, config.data.image_size)
+    return loaded if config.loss.name == "cross_entropy" else _without_bias(loaded)
 
 
-def _without_bias(loaded: Any, image_size: int) -> Any:
+def _without_bias(loaded: Any) -> Any:
     """A classifier of cosines compares with the directions that a dense one had, and has no bias."""
-    depths = layer_depths(trace(loaded.model, image_size)["params"])
-    head = next(name for name, depth in depths.items() if depth == 0)
-    params = dict(loaded.variables["params"])
-    bias = params[head].get("bias", jnp.zeros(1))
-    params[head] = {"kernel": params[head]["kernel"]}
+    head = loaded.model.head_path
+    params = flax.traverse_util.flatten_dict(dict(loaded.variables["params"]))
+    bias = params.pop((*head, "bias"), jnp.zeros(1))
     note = f"{loaded.name}: the classifier's bias was left out, as cosines have none"
     notes = (*loaded.notes, note) if jnp.any(bias != 0) else loaded.notes
-    return dataclasses.replace(loaded, variables={**loaded.variables, "params": params}, notes=notes)
+    variables = {**loaded.variables, "params": flax.traverse_util.unflatten_dict(params)}
+    return dataclasses.replace(loaded, variables=variables, notes=notes)
 
 
 def complete(config: Config, saved: Mapping[str, Any] | None, loaded: Any) -> Config:

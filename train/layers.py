@@ -1,9 +1,9 @@
 """Which parts of a network a run trains, and how fast: from the classifier down to the stem."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from se_flax.errors import UserError
 from se_flax.layers import BatchNorm
+from se_flax.network import Network, Path, lies_in
 from train.config import Optim
 
 PyTree = Any
-Path = tuple[str, ...]
 
 
 def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
@@ -30,67 +31,90 @@ def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
       `{"params": ..., "batch_stats": ...}` of `jax.ShapeDtypeStruct`. The keys of `params` are in the order of the
       calls; anything that has been through a JAX transformation has them in the order of the alphabet.
     """
-    order: list[str] = []
+    order: list[Path] = []
 
     def init(key: jax.Array, images: jax.Array) -> PyTree:
         variables = model.init(key, images)
-        order.extend(variables["params"])
+        order.extend(flax.traverse_util.flatten_dict(variables["params"]))
         return variables
 
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
     shapes = jax.eval_shape(init, jax.random.key(0), images)
-    return {"batch_stats": {}, **shapes, "params": {name: shapes["params"][name] for name in order}}
+    params = flax.traverse_util.flatten_dict(shapes["params"])
+    in_order = flax.traverse_util.unflatten_dict({path: params[path] for path in order})
+    return {"batch_stats": {}, **shapes, "params": in_order}
 
 
-def layer_depths(params: Mapping[str, Any]) -> dict[str, int]:
-    """How far every part of a network is from its classifier.
-
-    A part that has parts of its own is a block (`layer3_1`, `blocks_2_0`), and every block is a group. What is called
-    before the first block is the stem, one group; a convolution or norm after a block belongs to that block; the dense
-    layer at the end is the head. timm groups parameters for its layer-wise rates in the same way.
+def declared(model: nn.Module, wanted_by: str) -> Network:
+    """The network, where it says what its parts are.
 
     Args:
-      params: a network's parameters, or their shapes, with the parts in the order in which they are called (`trace`).
+      model: any network.
+      wanted_by: the setting that asks.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not isinstance(model, Network):
+        raise UserError(
+            f"{wanted_by} needs to know the classifier and the blocks of {type(model).__name__}, which does not say; "
+            f"derive it from se_flax.network.Network, or leave {wanted_by} as it is by default"
+        )
+    return model
+
+
+def layer_depths(model: Network, params: Mapping[str, Any]) -> dict[Path, int]:
+    """How far every parameter of a network is from its classifier.
+
+    The network says where its classifier and its blocks are, and every block is a group. What is called before the
+    first block is the stem, one group; a convolution or norm after a block belongs to that block. timm groups
+    parameters for its layer-wise rates in the same way.
+
+    Args:
+      model: the network.
+      params: its parameters, or their shapes, in the order in which they are called (`trace`).
 
     Returns:
-      Depth by name of the part: 0 for the head, 1 for the last block, and so on to the stem.
+      Depth by path of the parameter: 0 for the classifier, 1 for the last block, and so on to the stem.
     """
-    dense = [name for name, part in params.items() if len(getattr(part.get("kernel"), "shape", ())) == 2]
-    groups: dict[str, int] = {}
+    numbers = {path: number for number, path in enumerate(model.block_paths, 1)}
+    depths: dict[Path, int] = {}
     group = 0
-    for name, part in params.items():
-        if groups and any(isinstance(inner, Mapping) for inner in part.values()):
-            group += 1
-        groups[name] = group
-    return {name: 0 if name in dense[-1:] else group + 1 - number for name, number in groups.items()}
+    for path in flax.traverse_util.flatten_dict(dict(params)):
+        above = (path[:length] for length in range(1, len(path)))
+        group = next((numbers[module] for module in above if module in numbers), group)
+        depths[path] = 0 if lies_in(path, model.head_path) else len(numbers) + 1 - group
+    return depths
 
 
-def layer_factors(settings: Optim, depths: Mapping[str, int]) -> dict[str, float]:
-    """What the learning rate of every part of the network is multiplied by.
+def layer_factors(settings: Optim, depths: Mapping[Path, int]) -> dict[Path, float]:
+    """What the learning rate of every parameter is multiplied by.
 
-    The head keeps its rate; a part at depth d has `backbone_multiplier * layer_decay**d` of it (Clark et al. 2020,
-    "ELECTRA", appendix A; Bao et al. 2021, "BEiT", appendix; there d counts Transformer layers). Weight decay that is
-    multiplied by the rate (AdamW's) is multiplied by this too, as in timm.
+    The classifier keeps its rate; a parameter at depth d has `backbone_multiplier * layer_decay**d` of it (Clark et al.
+    2020, "ELECTRA", appendix A; Bao et al. 2021, "BEiT", appendix; there d counts Transformer layers). Weight decay
+    that is multiplied by the rate (AdamW's) is multiplied by this too, as in timm.
 
     Args:
       settings: the run's `optim` section.
-      depths: by name of the part, from `layer_depths`.
+      depths: by path of the parameter, from `layer_depths`.
 
     Returns:
-      Factors by name of the part.
+      Factors by path of the parameter.
     """
     return {
-        name: settings.backbone_multiplier * settings.layer_decay**depth if depth else 1.0
-        for name, depth in depths.items()
+        path: settings.backbone_multiplier * settings.layer_decay**depth if depth else 1.0
+        for path, depth in depths.items()
     }
 
 
-def scale_parts(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of every part of the network by a factor of its own, see `layer_factors`."""
+def scale_layers(factors: Mapping[Path, float]) -> optax.GradientTransformation:
+    """Multiplies the update of every parameter by a factor of its own, see `layer_factors`."""
 
     def scale(updates: PyTree, params: PyTree) -> PyTree:
         del params
-        return {name: jax.tree.map(partial(jnp.multiply, factors[name]), part) for name, part in updates.items()}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.multiply(factors[tuple(key.key for key in path)], x), updates
+        )
 
     return optax.stateless(scale)
 
@@ -111,7 +135,7 @@ class Frozen:
 NOTHING = Frozen()
 
 
-def frozen_parts(settings: Optim, variables: Mapping[str, Any]) -> Frozen:
+def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]) -> Frozen:
     """What the settings freeze.
 
     `train_only="head"` freezes all but the classifier, and the frozen part runs in evaluation mode: batch norms use
@@ -121,19 +145,31 @@ def frozen_parts(settings: Optim, variables: Mapping[str, Any]) -> Frozen:
 
     Args:
       settings: the run's `optim` section.
-      variables: of the network, or their shapes, see `trace`.
+      model: the network.
+      variables: its variables, or their shapes.
 
     Returns:
       Paths of parameters and classes of modules.
+
+    Raises:
+      UserError: nothing would be left to train, or the network does not say where its classifier is.
     """
-    paths = flax.traverse_util.flatten_dict(dict(variables["params"]))
+    paths = frozenset(flax.traverse_util.flatten_dict(dict(variables["params"])))
     if settings.train_only == "head":
-        depths = layer_depths(variables["params"])
-        return Frozen(frozenset(path for path in paths if depths[path[0]] > 0), (nn.Module,))
-    if settings.freeze_batch_norm:
+        head = declared(model, "optim.train_only").head_path
+        frozen = Frozen(frozenset(path for path in paths if not lies_in(path, head)), (nn.Module,))
+    elif settings.freeze_batch_norm:
         norms = {path[:-1] for path in flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))}
-        return Frozen(frozenset(path for path in paths if path[:-1] in norms), (BatchNorm,))
-    return NOTHING
+        frozen = Frozen(frozenset(path for path in paths if path[:-1] in norms), (BatchNorm, nn.BatchNorm))
+    else:
+        frozen = NOTHING
+    if frozen.params == paths:
+        setting = "train_only='head'" if settings.train_only else "freeze_batch_norm=True"
+        raise UserError(
+            f"optim.{setting} freezes all {len(paths)} parameters of {type(model).__name__}, so that nothing would be "
+            "trained; leave the setting out, or give a network whose classifier has parameters"
+        )
+    return frozen
 
 
 def split(params: PyTree, frozen: frozenset[Path]) -> tuple[PyTree, PyTree]:
@@ -165,18 +201,55 @@ def merge(trained: PyTree, kept: PyTree) -> PyTree:
     return flax.traverse_util.unflatten_dict(flat)
 
 
+# How a Linen module is told that it is not being trained.
+_EVALUATION = {"train": False, "use_running_average": True}
+
+
 @contextmanager
 def evaluation_mode(modules: tuple[type[nn.Module], ...]) -> Iterator[None]:
-    """Calls the submodules of some classes with `train=False`, whatever the network passes them.
+    """Calls the submodules of some classes with `train=False`, whatever the network passes them and in whatever way.
+
+    The argument may be called `train`, or `use_running_average` as that of Flax's own batch norm, and may be given by
+    keyword, by position, or not at all.
 
     Args:
       modules: classes; the network itself is never meant.
+
+    Raises:
+      UserError: while a network is called: a submodule that has its mode as an attribute, where no call can change it.
     """
 
     def call(method: Any, args: Any, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        if "train" in kwargs and context.module.name is not None and isinstance(context.module, modules):
-            kwargs = {**kwargs, "train": False}
+        module = context.module
+        if isinstance(module, modules) and module.scope is not None and module.path:
+            args, kwargs = _in_evaluation(module, context.orig_method, args, kwargs)
         return method(*args, **kwargs)
 
     with nn.intercept_methods(call):
         yield
+
+
+def _in_evaluation(
+    module: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A method's arguments with the mode of evaluation in place of the one given."""
+    parameters = inspect.signature(method).parameters
+    by_position = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name, wanted in _EVALUATION.items():
+        attribute = getattr(module, name, None)
+        if attribute is (not wanted):
+            raise UserError(
+                f"{type(module).__name__} at {'/'.join(module.path)} has the attribute {name}={attribute}, which "
+                f"freezing cannot change; let it take {name} in the call"
+            )
+        if name in by_position[: len(args)]:
+            place = by_position.index(name)
+            args = (*args[:place], wanted, *args[place + 1 :])
+        elif name in kwargs or _is_needed(parameters.get(name), wanted, attribute):
+            kwargs = {**kwargs, name: wanted}
+    return args, kwargs
+
+
+def _is_needed(parameter: inspect.Parameter | None, wanted: bool, attribute: Any) -> bool:
+    """Whether a mode that was left out has to be given: neither its default nor an attribute is the wanted one."""
+    return parameter is not None and attribute is None and parameter.default is not wanted

@@ -20,6 +20,7 @@ from train.config import Config, check_same_run, flatten
 from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
 from train.evaluate import Result, evaluate, padded_size
 from train.layers import Frozen, split, trace
+from train.length import length_change, total_steps
 from train.parallel import Replicas, make_replicas
 from train.process import join_hosts, prepare_workdir, stop_signals, use_compilation_cache
 from train.program import make_program
@@ -104,7 +105,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         check_same_classes(saved["class_names"], splits.class_names, str(workdir))
 
     per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
-    total = config.steps or max(1, round(config.epochs * per_epoch))
+    total = total_steps(config.steps, config.epochs, per_epoch)
     program = make_program(config, num_classes, per_epoch, total)
     variables = None
     if saved is not None:  # `restore` fills them in, so nothing need be drawn
@@ -153,6 +154,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
             for text in restored.skipped:
                 report.say(f"warning: {text}; an older one is used")
             report.say(f"resuming from step {restored.step:,}")
+            if change := length_change(restored.run["config"], config, per_epoch, start):
+                report.say(change)
         elif loaded is not None:
             for line in (*finetune.describe(config, loaded), *finetune.describe_classes(loaded, splits.class_names)):
                 report.say(line)

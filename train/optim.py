@@ -15,7 +15,7 @@ import optax
 
 from se_flax.errors import UserError, closest
 from train.config import Optim
-from train.layers import layer_factors, scale_parts
+from train.layers import Path, layer_factors, scale_layers
 
 PyTree: TypeAlias = Any
 
@@ -90,10 +90,10 @@ def check(settings: Optim) -> None:
         raise UserError(
             f"optim.train_only is {settings.train_only!r}; it must be 'head', or empty to train every parameter"
         )
-    slowed = [name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1]
+    slowed = by_layer(settings)
     if settings.train_only and slowed:
         raise UserError(
-            f"optim.train_only is 'head' and optim.{slowed[0]} is {getattr(settings, slowed[0])}, which slows down "
+            f"optim.train_only is 'head' and optim.{slowed} is {getattr(settings, slowed)}, which slows down "
             "layers that do not move at all; leave one of the two out"
         )
 
@@ -337,8 +337,13 @@ OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTran
 }
 
 
+def by_layer(settings: Optim) -> str:
+    """The setting that gives layers rates of their own; empty where all have one rate."""
+    return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
+
+
 def make_optimizer(
-    settings: Optim, schedule: optax.Schedule, depths: Mapping[str, int] | None = None
+    settings: Optim, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
 ) -> optax.GradientTransformation:
     """The optimizer that the settings name, with clipping before it and weight decay inside it.
 
@@ -360,8 +365,7 @@ def make_optimizer(
     Args:
       settings: the run's `optim` section.
       schedule: learning rate by number of updates, from `schedule`.
-      depths: by name of the network's part, from `train.layers.layer_depths`; only `layer_decay` and
-        `backbone_multiplier` need them.
+      depths: by path of the parameter, from `train.layers.layer_depths`; only where `by_layer` says so.
 
     Returns:
       A transformation whose `update` needs the parameters as its third argument.
@@ -373,10 +377,10 @@ def make_optimizer(
     optimizer = OPTIMIZERS[settings.name](settings, schedule, _all if settings.decay_norm_and_bias else kernels)
     if settings.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
-    if settings.layer_decay != 1 or settings.backbone_multiplier != 1:
+    if by_layer(settings):
         if depths is None:
-            raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parts")
-        optimizer = optax.chain(optimizer, scale_parts(layer_factors(settings, depths)))
+            raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parameters")
+        optimizer = optax.chain(optimizer, scale_layers(layer_factors(settings, depths)))
     return optimizer
 
 

@@ -11,7 +11,7 @@ import optax
 from train import optim
 from train.build import build_model, loss_margin
 from train.config import Config
-from train.layers import Frozen, frozen_parts, layer_depths, trace
+from train.layers import Frozen, declared, frozen_parts, layer_depths, trace
 from train.step import TrainState, init_state, make_eval_step, make_train_step
 
 
@@ -59,8 +59,10 @@ def make_program(
     model = build_model(config, num_classes) if model is None else model
     rate = optim.schedule(config.optim, per_epoch, total)
     shapes = trace(model, config.data.image_size)
-    frozen = frozen_parts(config.optim, shapes)
-    optimizer = optim.make_optimizer(config.optim, rate, layer_depths(shapes["params"]))
+    frozen = frozen_parts(config.optim, model, shapes)
+    slowed = optim.by_layer(config.optim)
+    depths = layer_depths(declared(model, f"optim.{slowed}"), shapes["params"]) if slowed else None
+    optimizer = optim.make_optimizer(config.optim, rate, depths)
     pixels = {"mean": config.data.mean, "std": config.data.std}
     train_step = make_train_step(
         model,

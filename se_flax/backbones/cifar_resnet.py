@@ -16,12 +16,13 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import BasicBlock, ModuleDef, Placement, PreActBottleneck, pad_channels, project_linear
 from se_flax.layers import BatchNorm, Conv, check_images, classify
+from se_flax.network import Network, Path, numbered_blocks
 from se_flax.variant import Variant
 
 Array = jax.Array
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
     """3x3 stem at full resolution, three stages whose width doubles while their map halves, mean, classifier.
 
     Attributes:
@@ -70,6 +71,21 @@ class CifarResNet(nn.Module):
     zero_init_last: bool = False
     in_channels: int = 3
     dtype: Any = None
+
+    @property
+    def head_path(self) -> Path:
+        """Torch's `linear`."""
+        return ("linear",)
+
+    @property
+    def stem_path(self) -> Path:
+        """The 3x3 convolution in front."""
+        return ("conv1",)
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """The residual blocks."""
+        return numbered_blocks((self.depth,) * 3)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
@@ -125,7 +141,7 @@ class CifarResNet(nn.Module):
             x,
             self.classifier,
             self.num_classes,
-            name="linear",
+            name=self.head_path[-1],
             kernel_init=nn.initializers.he_normal(),
             drop_rate=0.0 if self.drop_in_blocks else self.drop_rate,
             train=train,

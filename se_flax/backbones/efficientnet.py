@@ -29,6 +29,7 @@ from se_flax.mobile_layout import (
     separable,
     start_with_space_to_depth,
 )
+from se_flax.network import Network, Path, numbered_blocks
 from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
 from se_flax.variant import Variant
 
@@ -69,7 +70,7 @@ def attention_by_stage(
     ]
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Network):
     """Stem of stride 2, stages of mobile blocks, 1x1 convolution, mean, classifier.
 
     Attributes:
@@ -113,6 +114,22 @@ class EfficientNet(nn.Module):
 
     ATTENTION_BY_STAGE: ClassVar[bool] = True
 
+    @property
+    def head_path(self) -> Path:
+        """Torch's `classifier`."""
+        return ("classifier",)
+
+    @property
+    def stem_path(self) -> Path:
+        """The strided 3x3 convolution in front."""
+        return ("conv_stem",)
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """The mobile blocks."""
+        depths = [sum(row.repeats for row in stage) for stage in self.layout]
+        return numbered_blocks(depths, "blocks_{}_{}", first=0)
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
         """Classifies images.
@@ -137,7 +154,7 @@ class EfficientNet(nn.Module):
             x,
             self.classifier,
             self.num_classes,
-            name="classifier",
+            name=self.head_path[-1],
             kernel_init=init,
             drop_rate=self.drop_rate,
             train=train,

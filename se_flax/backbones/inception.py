@@ -18,6 +18,7 @@ from se_flax.blocks import ModuleDef
 from se_flax.blocks_inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.network import Network, Path
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -25,7 +26,7 @@ Layout = tuple[tuple[Unit | Mixed | Pool, ...], ...]
 """What a network consists of, one group per resolution."""
 
 
-class Inception(nn.Module):
+class Inception(Network):
     """A chain of units, poolings and modules of parallel branches; mean, classifier.
 
     Attributes:
@@ -57,6 +58,25 @@ class Inception(nn.Module):
     smallest: int = 1
     classifier_name: str = "fc"
     dtype: Any = None
+
+    @property
+    def head_path(self) -> Path:
+        """What `classifier_name` says."""
+        return (self.classifier_name,)
+
+    @property
+    def stem_path(self) -> Path:
+        """The convolution of the first unit."""
+        return (next(entry.name for entry in self.layout[0] if isinstance(entry, Unit)), "conv")
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """Every module of branches, and what comes first at every resolution but the stem's.
+
+        So the units at one resolution are a block where no module comes before them, as in timm.
+        """
+        groups = [[entry for entry in group if isinstance(entry, Unit | Mixed)] for group in self.layout[1:]]
+        return tuple((e.name,) for group in groups for i, e in enumerate(group) if i == 0 or isinstance(e, Mixed))
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:

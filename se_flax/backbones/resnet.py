@@ -18,6 +18,7 @@ from se_flax.backbones import pruned_widths
 from se_flax.blocks import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.network import Network, Path, first_layer, numbered_blocks, reads_images
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -48,6 +49,7 @@ def attention_stages(stages: Sequence[int] | None, count: int) -> frozenset[int]
     return frozenset(stages)
 
 
+@reads_images("conv1")
 def stem_7x7(
     x: Array, features: int, *, conv: ModuleDef, norm: ModuleDef, act: Callable[[Array], Array], train: bool
 ) -> Array:
@@ -70,6 +72,7 @@ def stem_7x7(
     return act(norm(name="bn1")(x, train=train))
 
 
+@reads_images("conv1_0")
 def deep_stem(
     x: Array,
     features: int,
@@ -134,7 +137,7 @@ def conv_pooling(x: Array, *, conv: ModuleDef, norm: ModuleDef, act: Callable[[A
     return act(norm(name="maxpool_1")(x, train=train))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Residual network for 224-pixel images: stem, pooling, four stages, mean, classifier.
 
     Attributes:
@@ -144,7 +147,8 @@ class ResNet(nn.Module):
       attention: attention class or partial in every block of `stages`; None for none.
       stages: which stages carry it, in the paper's numbers (2 to 5); None for all.
       placement: where in a block it sits, see `blocks.Placement`.
-      stem: from the images to half their size: `stem_7x7`, or a partial of `deep_stem`.
+      stem: from the images to half their size: `stem_7x7`, or a partial of `deep_stem`; one of your own says by
+        `reads_images` which of its layers the images go to.
       pool: between the stem and the first stage: `max_pooling`, `mean_pooling`, `conv_pooling`, or None.
       strides: of the stages. (1, 2, 2, 1) keeps the last stage at twice the usual resolution.
       downsample: shortcut where a block changes the shape: `project` or a partial of it.
@@ -194,6 +198,21 @@ class ResNet(nn.Module):
     attention_name: str = "se"
     classifier_name: str = "fc"
     dtype: Any = None
+
+    @property
+    def head_path(self) -> Path:
+        """What `classifier_name` says."""
+        return (self.classifier_name,)
+
+    @property
+    def stem_path(self) -> Path:
+        """What the stem declares."""
+        return first_layer(self.stem)
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """The residual blocks."""
+        return numbered_blocks(self.depths)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:

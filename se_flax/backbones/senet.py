@@ -15,6 +15,7 @@ import jax
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
 from se_flax.blocks import Block, Bottleneck, ModuleDef, Placement
+from se_flax.network import reads_images
 from se_flax.norm_attention import norm_act_attend
 from se_flax.variant import Variant
 
@@ -47,6 +48,7 @@ class CaffeStem(nn.Module):
         return x
 
 
+@reads_images("layer0", "conv1")
 def caffe_stem(
     x: Array, features: int, *, train: bool, widths: tuple[int, ...] = (64,), kernel_size: int = 7, **parts: Any
 ) -> Array:

@@ -20,6 +20,7 @@ from se_flax.backbones.resnet import attention_stages
 from se_flax.blocks import Block, ModuleDef, Placement
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.network import Network, Path, numbered_blocks
 from se_flax.norm_attention import norm_act_attend
 from se_flax.sharding import gathered
 from se_flax.variant import Variant
@@ -73,7 +74,7 @@ class ShuffleUnit(Block):
         return self.attend(self.act(jnp.concatenate([x, y], -1) if strided else x + y), Placement.POST, train)
 
 
-class ShuffleNet(nn.Module):
+class ShuffleNet(Network):
     """3x3 convolution and max-pooling, three stages of units, mean, classifier.
 
     Attributes:
@@ -112,6 +113,21 @@ class ShuffleNet(nn.Module):
     drop_path_rate: float = 0.0
     in_channels: int = 3
     dtype: Any = None
+
+    @property
+    def head_path(self) -> Path:
+        """Torch's `fc`."""
+        return ("fc",)
+
+    @property
+    def stem_path(self) -> Path:
+        """The 3x3 convolution in front."""
+        return ("conv1",)
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """The units."""
+        return numbered_blocks(self.depths)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
@@ -160,7 +176,9 @@ class ShuffleNet(nn.Module):
             features.append(x)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(x, self.classifier, self.num_classes, name="fc", drop_rate=self.drop_rate, train=train)
+        x = classify(
+            x, self.classifier, self.num_classes, name=self.head_path[-1], drop_rate=self.drop_rate, train=train
+        )
         return (x, features) if return_features else x
 
     def _check_groups(self) -> None:

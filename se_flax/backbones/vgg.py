@@ -14,6 +14,8 @@ from se_flax.backbones.inception import check_side
 from se_flax.blocks import ModuleDef
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
+from se_flax.network import Network, Path
+from se_flax.sharding import own_dense
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -99,7 +101,7 @@ class Classifier(nn.Module):
         return self.classifier(self.features, kernel_init=self.kernel_init, name="fc")(x)
 
 
-class VGG(nn.Module):
+class VGG(Network):
     """Five groups of 3x3 convolutions with a max-pooling after each, two hidden layers, classifier.
 
     Attributes:
@@ -130,6 +132,30 @@ class VGG(nn.Module):
     in_channels: int = 3
     dtype: Any = None
 
+    @property
+    def head_path(self) -> Path:
+        """Torch's `head.fc`."""
+        return ("head", "fc")
+
+    @property
+    def stem_path(self) -> Path:
+        """The first convolution."""
+        return ("features_0",)
+
+    @property
+    def block_paths(self) -> tuple[Path, ...]:
+        """Every layer but the first and the last is a block: a convolution with its norm, a hidden layer."""
+        convolutions = [(f"features_{number}",) for group in self._numbers() for number in group]
+        return (*convolutions[1:], ("pre_logits", "fc1"), ("pre_logits", "fc2"))
+
+    def _numbers(self) -> list[list[int]]:
+        """Torch's numbers of the convolutions in every group.
+
+        Torch counts convolution, norm, activation and pooling in one list.
+        """
+        before = [3 * sum(self.depths[:group]) + group for group in range(len(self.depths))]
+        return [[start + 3 * i for i in range(depth)] for start, depth in zip(before, self.depths, strict=True)]
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
         """Classifies images.
@@ -155,24 +181,21 @@ class VGG(nn.Module):
         norm = partial(self.norm, dtype=self.dtype)
 
         x = images.astype(self.dtype or images.dtype)
-        # Torch counts convolution, norm, activation and pooling in one list.
-        features, index = [], 0
-        for group, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
-            for i in range(depth):
-                x = conv(width, 3, name=f"features_{index}")(x)
-                x = self.act(norm(name=f"features_{index + 1}")(x, train=train))
-                index += 3
+        features = []
+        for group, (numbers, width) in enumerate(zip(self._numbers(), self.widths, strict=True), start=1):
+            for i, number in enumerate(numbers):
+                x = conv(width, 3, name=f"features_{number}")(x)
+                x = self.act(norm(name=f"features_{number + 1}")(x, train=train))
                 if self.attention is not None:
                     x = self.attention(name=f"se{group}_{i}")(x, train=train)
             features.append(x)
             x = max_pool(x, 2, 2, 0)
-            index += 1
         features.append(x)
 
         x = HiddenLayers(self.hidden, conv, self.act, self.drop_rate, name="pre_logits")(x, train=train)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        classifier = partial(Classifier, classifier=self.classifier)
-        x = classify(x, classifier, self.num_classes, name="head", drop_rate=self.drop_rate, train=train)
+        classifier = partial(Classifier, classifier=own_dense(self.classifier))
+        x = classify(x, classifier, self.num_classes, name=self.head_path[0], drop_rate=self.drop_rate, train=train)
         return (x, features) if return_features else x
 
 

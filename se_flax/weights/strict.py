@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_flax.errors import UserError
+from se_flax.network import Network, Path, lies_in
 from se_flax.weights.report import mismatch_report
 from se_flax.zoo import create_model, get_variant
 
-Path = tuple[str, ...]
 Shape = tuple[int, ...]
 
 
@@ -90,19 +90,15 @@ def import_variables(
     attributes = {**attributes, **{key: value for key, value in requested.items() if value is not None}}
     model = create_model(name, **attributes)
     shapes = variable_shapes(model, size)
-    head: set[Path] = set()
-    if num_classes is not None:
-        head = _depends_on(name, attributes, "num_classes", 1000 if num_classes != 1000 else 999, shapes)
-    stem: set[Path] = set()
-    if in_channels is not None:
-        stem = _depends_on(name, attributes, "in_channels", 3 if in_channels != 3 else 1, shapes)
+    head = {} if num_classes is None else _head(model, size, shapes)
+    stem = set() if in_channels is None else {path for path in shapes if lies_in(path[1:], model.stem_path)}
 
     targets = {layout.key(path): path for path in shapes}
     given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
     wanted = {path: tuple(layout.shape(path, leaf.shape)) for path, leaf in shapes.items()}
     fits = {path for key, path in targets.items() if given.get(key) == wanted[path]}
     # A classifier is one thing: a bias that happens to fit is of no use without its kernel.
-    redrawn = head & shapes.keys() if head - fits else set()
+    redrawn = head.keys() & shapes.keys() if head.keys() - fits else set()
     adapted = {
         path: _with_channels(shapes[path].shape, 3)
         for path in (stem & shapes.keys()) - fits
@@ -130,10 +126,10 @@ def import_variables(
             value = adapt_channels(value, shapes[path].shape[-2])
         flat[path] = jnp.asarray(value, shapes[path].dtype)
     notes = []
-    if redrawn or any(layout.key(path) in given for path in head - fits):
+    if redrawn or any(layout.key(path) in given for path in head.keys() - fits):
         flat.update(_draw(model, size, redrawn) if redrawn else {})
-        biases = [given[key] for key in map(layout.key, head) if len(given.get(key, ())) == 1]
-        before = f"{biases[0][0]:,} classes" if biases else "none"
+        classes = _classes(head, arrays, layout)
+        before = f"{classes:,} classes" if classes else "none"
         after = f"drawn anew for {num_classes:,} classes" if redrawn else "left out"
         notes.append(f"{name}: the classifier was {after} (the checkpoint's: {before})")
     if adapted:
@@ -152,12 +148,10 @@ def classes_in(name: str, arrays: Mapping[str, Any], layout: Layout, attributes:
       attributes: likewise.
 
     Returns:
-      Length of the classifier's bias; None without one.
+      Width of the classifier there; None without one, or with one of another shape.
     """
-    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
-    head = _depends_on(name, attributes, "num_classes", 999, shapes)
-    found = [np.shape(arrays[layout.key(path)]) for path in head if layout.key(path) in arrays]
-    return next((shape[0] for shape in found if len(shape) == 1), None)
+    model, size = create_model(name, **attributes), get_variant(name).input_size
+    return _classes(_head(model, size, variable_shapes(model, size)), arrays, layout)
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
@@ -182,12 +176,21 @@ def _with_channels(shape: Shape, channels: int) -> Shape:
     return (*shape[:-2], channels, shape[-1]) if len(shape) == 4 else shape
 
 
-def _depends_on(
-    name: str, attributes: Mapping[str, Any], attribute: str, other: int, shapes: Mapping[Path, Any]
-) -> set[Path]:
-    """Variables that exist or have their shape because of an attribute's value."""
-    changed = variable_shapes(create_model(name, **{**attributes, attribute: other}), get_variant(name).input_size)
-    return {p for p in shapes.keys() | changed.keys() if p not in shapes or p not in changed or shapes[p] != changed[p]}
+def _head(model: Network, size: int, shapes: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Shapes of the classifier's variables, as one of a single class where the network has none."""
+    if not getattr(model, "num_classes", 1):
+        shapes = variable_shapes(model.clone(num_classes=1), size)
+    return {path: leaf for path, leaf in shapes.items() if lies_in(path[1:], model.head_path)}
+
+
+def _classes(head: Mapping[Path, Any], arrays: Mapping[str, Any], layout: Layout) -> int | None:
+    """Width of the classifier in some arrays; its kernel or bias must be one of that width in their layout."""
+    for path, leaf in head.items():
+        given = tuple(np.shape(arrays[layout.key(path)])) if layout.key(path) in arrays else ()
+        for classes in given:
+            if tuple(layout.shape(path, (*leaf.shape[:-1], classes))) == given:
+                return classes
+    return None
 
 
 def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:
