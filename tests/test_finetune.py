@@ -206,7 +206,7 @@ def digits_result(variables, preprocess):
 
     data = dataclasses.replace(make_config().data, interpolation=preprocess.interpolation)
     splits = open_data(data)
-    batches = list(eval_batches(splits, data, batch_size=360, bad=BadImages(splits)))
+    batches = list(eval_batches(splits, data, batch_size=360, bad=BadImages(splits, data)))
     images = np.concatenate([b["image"][b["mask"]] for b in batches])
     labels = np.concatenate([b["label"][b["mask"]] for b in batches])
     model = se_flax.create_model("seresnet20", num_classes=10)
