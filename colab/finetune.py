@@ -90,7 +90,8 @@ if SMALL:
 
     small = se_flax.create_model("seresnet20")
     start = jax.jit(small.init)(jax.random.key(0, impl="rbg"), np.zeros((1, 16, 16, 3), np.float32))
-    se_flax.save_pretrained("start", "seresnet20", start, overwrite=True)
+    prepare = se_flax.Preprocess(image_size=32, crop=1.0)
+    se_flax.save_pretrained("start", "seresnet20", start, preprocess=prepare, overwrite=True)
     REF = "start"
 
 # %% [markdown]

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,9 @@ CROP_MODES = ("center", "squash")
 COLOR_ORDERS = ("rgb", "bgr")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+SETTINGS = ("image_size", "crop", "crop_mode", "interpolation", "mean", "std")
+"""What a checkpoint says of its images; what it leaves out is assumed."""
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -50,6 +53,7 @@ class Preprocess:
       input_max: what a full channel is before the mean is taken off: 1, or 255 for networks trained on bytes.
       exif_orientation: turn a picture as its EXIF data say (a phone's photograph); False takes it as it is stored, as
         torchvision and timm do.
+      assumed: names of the settings that the checkpoint does not say; `load_pretrained` fills them in and says so.
     """
 
     image_size: int = 224
@@ -61,6 +65,7 @@ class Preprocess:
     color_order: str = "rgb"
     input_max: float = 1.0
     exif_orientation: bool = True
+    assumed: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name, given, allowed in (
@@ -88,6 +93,9 @@ class Preprocess:
             )
         if not isinstance(self.exif_orientation, bool):
             raise UserError(f"got exif_orientation={self.exif_orientation!r}; give True or False")
+        for name in self.assumed:
+            if name not in SETTINGS:
+                raise UserError(f"got assumed={self.assumed}, and there is no setting {name!r}; allowed: {SETTINGS}")
 
     @property
     def resize(self) -> int:
@@ -208,7 +216,8 @@ class Preprocess:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file beside the weights."""
-        return asdict(self)
+        data = asdict(self)
+        return data if self.assumed else {key: value for key, value in data.items() if key != "assumed"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocess":
@@ -222,12 +231,17 @@ class Preprocess:
             if name not in names:
                 raise UserError(f"unknown preprocessing setting {name!r}; {closest(str(name), names)}")
         try:
-            lists = {name: tuple(float(x) for x in data[name]) for name in ("mean", "std") if name in data}
+            lists: dict[str, Any] = {n: tuple(float(x) for x in data[n]) for n in ("mean", "std") if n in data}
+            lists |= {name: tuple(map(str, data[name])) for name in ("assumed",) if name in data}
             return cls(**{**data, **lists})
         except (TypeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the preprocessing {dict(data)!r} cannot be used: {error}") from error
+
+    def words(self, names: Iterable[str] = SETTINGS) -> str:
+        """Some of the settings as one writes them: `image_size=224, crop=0.875`."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @classmethod
     def of(cls, weights: Weights, *, test_size: bool = False) -> "Preprocess":
