@@ -54,7 +54,7 @@ PHOTOS = ""  # @param {type: "string"}
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 if PHOTOS.endswith(".zip"):
@@ -157,7 +157,7 @@ logits = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, loaded.preproc
 figure, axes = plt.subplots(2, 8, figsize=(12, 3.6), layout="constrained")
 for ax, path, row in zip(axes.flat, paths, logits, strict=False):
     answer = loaded.labels[row.argmax()]
-    ax.imshow(Image.open(path))
+    ax.imshow(ImageOps.exif_transpose(Image.open(path)))
     ax.set_title(answer, fontsize=9, color="black" if answer == path.parent.name else "red")
 for ax in axes.flat:
     ax.axis("off")
