@@ -54,7 +54,7 @@ PHOTOS = ""  # @param {type: "string"}
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from se_flax.class_folders import pictures_by_class
@@ -92,7 +92,8 @@ if SMALL:
 
     small = se_flax.create_model("seresnet20")
     start = jax.jit(small.init)(jax.random.key(0, impl="rbg"), np.zeros((1, 16, 16, 3), np.float32))
-    se_flax.save_pretrained("start", "seresnet20", start, overwrite=True)
+    prepare = se_flax.Preprocess(image_size=32, crop=1.0)
+    se_flax.save_pretrained("start", "seresnet20", start, preprocess=prepare, overwrite=True)
     REF = "start"
 
 # %% [markdown]
@@ -159,7 +160,7 @@ logits = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, loaded.preproc
 figure, axes = plt.subplots(2, 8, figsize=(12, 3.6), layout="constrained")
 for ax, i, path, row in zip(axes.flat, chosen, paths, logits, strict=False):
     answer = row.argmax()
-    ax.imshow(Image.open(path))
+    ax.imshow(ImageOps.exif_transpose(Image.open(path)))
     ax.set_title(loaded.labels[answer], fontsize=9, color="black" if answer == held_out[i]["label"] else "red")
 for ax in axes.flat:
     ax.axis("off")

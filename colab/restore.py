@@ -82,13 +82,13 @@ UPLOAD = False  # @param {type: "boolean"}
 
 import io
 
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn import datasets
 
 if UPLOAD and IN_COLAB:
     from google.colab import files
 
-    pictures = {name: Image.open(io.BytesIO(data)) for name, data in files.upload().items()}
+    pictures = {name: ImageOps.exif_transpose(Image.open(io.BytesIO(data))) for name, data in files.upload().items()}
 elif SMALL:  # what the small network knows: a three and an eight
     grey = (datasets.load_digits().images * (255 / 16)).astype("uint8")
     pictures = {"three": Image.fromarray(grey[3]), "eight": Image.fromarray(grey[8])}

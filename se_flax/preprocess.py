@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,12 +11,24 @@ import numpy as np
 from PIL import Image
 
 from se_flax.errors import UserError, closest
-from se_flax.images import INTERPOLATIONS, UnreadableImage, centre_crop, open_image, resized, to_rgb
+from se_flax.images import (
+    INTERPOLATIONS,
+    ExtremeShape,
+    UnreadableImage,
+    centre_crop,
+    open_image,
+    resized,
+    to_rgb,
+)
 from se_flax.variant import Weights
 
 CROP_MODES = ("center", "squash")
 COLOR_ORDERS = ("rgb", "bgr")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+SETTINGS = ("image_size", "crop", "crop_mode", "interpolation", "mean", "std")
+"""What a checkpoint says of its images; what it leaves out is assumed."""
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -25,9 +37,10 @@ ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 class Preprocess:
     """Resize, crop and normalisation that belong to a checkpoint.
 
-    An image is decoded, brought to `resize` pixels by `interpolation`, its centre of `image_size` pixels is cut out,
-    its values are scaled to [0, `input_max`], and `(value - mean) / std` goes to the network: timm's evaluation
-    transform (`timm/data/transforms_factory.py`, `transforms_imagenet_eval`), with Pillow's antialiased resize.
+    An image is decoded, set upright, brought to `resize` pixels by `interpolation`, its centre of `image_size` pixels
+    is cut out, its values are scaled to [0, `input_max`], and `(value - mean) / std` goes to the network: timm's
+    evaluation transform (`timm/data/transforms_factory.py`, `transforms_imagenet_eval`), with Pillow's antialiased
+    resize.
 
     Attributes:
       image_size: side of what the network gets, in pixels.
@@ -38,6 +51,9 @@ class Preprocess:
       std: likewise.
       color_order: `rgb` or `bgr`.
       input_max: what a full channel is before the mean is taken off: 1, or 255 for networks trained on bytes.
+      exif_orientation: turn a picture as its EXIF data say (a phone's photograph); False takes it as it is stored, as
+        torchvision and timm do.
+      assumed: names of the settings that the checkpoint does not say; `load_pretrained` fills them in and says so.
     """
 
     image_size: int = 224
@@ -48,6 +64,8 @@ class Preprocess:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     color_order: str = "rgb"
     input_max: float = 1.0
+    exif_orientation: bool = True
+    assumed: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name, given, allowed in (
@@ -67,6 +85,17 @@ class Preprocess:
             raise UserError(f"got mean={self.mean}, std={self.std}, input_max={self.input_max}; give finite numbers")
         if min(self.std) <= 0 or self.input_max <= 0:
             raise UserError(f"got std={self.std} and input_max={self.input_max}; both must be greater than 0")
+        largest = (self.input_max + max(map(abs, self.mean))) / min(self.std)
+        if largest > _FLOAT32[1] or self.input_max / max(self.std) < _FLOAT32[0]:
+            raise UserError(
+                f"got mean={self.mean}, std={self.std}, input_max={self.input_max}; (value - mean) / std must be a "
+                "number that float32 holds"
+            )
+        if not isinstance(self.exif_orientation, bool):
+            raise UserError(f"got exif_orientation={self.exif_orientation!r}; give True or False")
+        for name in self.assumed:
+            if name not in SETTINGS:
+                raise UserError(f"got assumed={self.assumed}, and there is no setting {name!r}; allowed: {SETTINGS}")
 
     @property
     def resize(self) -> int:
@@ -90,7 +119,7 @@ class Preprocess:
           float32 `[N, image_size, image_size, channels]`; N is 1 for a single image.
 
         Raises:
-          UserError: no such file, not an image, or an array of another shape or dtype.
+          UserError: no such file, not an image, one whose shape is too extreme, or an array of another shape or dtype.
         """
         if isinstance(images, np.ndarray) and images.ndim == 4:
             items: list[ImageLike] = list(images)
@@ -125,18 +154,18 @@ class Preprocess:
             if array.shape[:2] == (self.image_size, self.image_size):
                 return array
             image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-        try:
-            picture = to_rgb(_opened(image), _MODES[self.channels])
-        except UnreadableImage as error:
-            named = str(image) if isinstance(image, str | os.PathLike) else "the image"
-            raise UserError(f"{named} cannot be read as an image: {error}; {_ACCEPTED}") from error
+        named = str(image) if isinstance(image, str | os.PathLike) else "the image"
         resample, side = INTERPOLATIONS[self.interpolation], self.resize
-        if self.crop_mode == "squash":
-            picture = resized(picture, (side, side), resample)
-        else:
+        try:
+            picture = to_rgb(_opened(image), _MODES[self.channels], exif_orientation=self.exif_orientation)
             least = min(picture.size)
-            picture = resized(picture, (side * picture.width // least, side * picture.height // least), resample)
-        return np.atleast_3d(centre_crop(picture, self.image_size))
+            squash = self.crop_mode == "squash"
+            size = (side, side) if squash else (side * picture.width // least, side * picture.height // least)
+            return np.atleast_3d(centre_crop(resized(picture, size, resample), self.image_size))
+        except ExtremeShape as error:
+            raise UserError(f"{named} cannot be used: {error}; crop it first") from error
+        except UnreadableImage as error:
+            raise UserError(f"{named} cannot be read as an image: {error}; {_ACCEPTED}") from error
 
     def _check_array(self, array: np.ndarray) -> None:
         if array.ndim != 3 or array.shape[-1] != self.channels or 0 in array.shape:
@@ -187,7 +216,8 @@ class Preprocess:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file beside the weights."""
-        return asdict(self)
+        data = asdict(self)
+        return data if self.assumed else {key: value for key, value in data.items() if key != "assumed"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Preprocess":
@@ -201,12 +231,17 @@ class Preprocess:
             if name not in names:
                 raise UserError(f"unknown preprocessing setting {name!r}; {closest(str(name), names)}")
         try:
-            lists = {name: tuple(float(x) for x in data[name]) for name in ("mean", "std") if name in data}
+            lists: dict[str, Any] = {n: tuple(float(x) for x in data[n]) for n in ("mean", "std") if n in data}
+            lists |= {name: tuple(map(str, data[name])) for name in ("assumed",) if name in data}
             return cls(**{**data, **lists})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the preprocessing {dict(data)!r} cannot be used: {error}") from error
+
+    def words(self, names: Iterable[str] = SETTINGS) -> str:
+        """Some of the settings as one writes them: `image_size=224, crop=0.875`."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @classmethod
     def of(cls, weights: Weights, *, test_size: bool = False) -> "Preprocess":

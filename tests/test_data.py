@@ -326,7 +326,7 @@ def damaged(tmp_path):
 
 def test_unreadable_images_are_replaced_or_left_out(damaged):
     splits = open_data(damaged)
-    bad = BadImages(splits)
+    bad = BadImages(splits, damaged)
     assert bad.report() is None
     stream = all_numbers(take(one(splits, damaged, bad=bad), 4))
     good = [i for i in range(20) if i not in (3, 4, 19)]
@@ -339,14 +339,14 @@ def test_unreadable_images_are_replaced_or_left_out(damaged):
     assert bad.eval == {3, 4, 19}
     report = bad.report()
     assert report.startswith("3 of 20 training images could not be read and were replaced: ")
-    assert f"{Path('a', '3.png')} (not an image that Pillow knows), " in report
+    assert f"{Path('a', '3.png')} (not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image), " in report
     assert "; 3 of 20 evaluation images could not be read and were left out: " in report
 
 
 def test_an_unreadable_image_is_an_error_by_default(damaged):
     data = replace(damaged, bad_images="error")
     splits = open_data(data)
-    message = r"[ab]/\d.png could not be read \(not an image that Pillow knows\); .*--config.data.bad_images=skip"
+    message = r"[ab]/\d.png could not be read \(not a JPEG, .* image\); .*--config.data.bad_images=skip"
     with pytest.raises(UserError, match=message):
         take(one(splits, data), 4)
     with pytest.raises(UserError, match=r"a/3.png could not be read"):
@@ -356,7 +356,7 @@ def test_an_unreadable_image_is_an_error_by_default(damaged):
 def test_a_vanished_file_is_unreadable(damaged):
     splits = open_data(damaged)
     Path(splits.train.name(0)).unlink()
-    bad = BadImages(splits)
+    bad = BadImages(splits, damaged)
     list(eval_batches(splits, damaged, process_index=0, process_count=1, bad=bad))
     assert "0.png (No such file or directory)" in bad.report()
 
@@ -375,7 +375,7 @@ def test_nothing_but_damage_ends_in_an_error(damaged):
 def test_workers_change_nothing(damaged):
     damaged = replace(damaged, image_size=3, train_crop="random_resized")
     splits = open_data(damaged)
-    bad, bad_with_workers = BadImages(splits), BadImages(splits)
+    bad, bad_with_workers = BadImages(splits, damaged), BadImages(splits, damaged)
     expected = take(one(splits, damaged, bad=bad), 9)
     loader = one(splits, replace(damaged, workers=2), bad=bad_with_workers)
     try:
@@ -392,7 +392,9 @@ def test_errors_in_workers_arrive_whole(damaged):
     data = replace(damaged, bad_images="error", workers=1)
     loader = one(open_data(data), data)
     try:
-        with pytest.raises(UserError, match=r"could not be read \(not an image that Pillow knows\)"):
+        with pytest.raises(
+            UserError, match=r"could not be read \(not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image\)"
+        ):
             take(loader, 4)
     finally:
         loader.close()

@@ -264,13 +264,15 @@ def test_the_command(loaded, tmp_path, capsys):
     ],
 )
 def test_the_documented_server_sees_what_the_package_sees(format, loaded, tmp_path):
-    """Each program of the page runs as it stands, without this package, on a picture that needs resizing."""
+    """Each program of the page runs as it stands, without this package, on a picture to be turned and resized."""
     section = DOCS.read_text().split(f"## {format}")[1]
     program = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
     assert "se_flax" not in program and len(program.splitlines()) <= 24
     se_flax.export_pretrained(tmp_path / "served", loaded, format=format)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "cat.png", exif=exif)
     (tmp_path / "serve.py").write_text(program)
     run = subprocess.run(
         [sys.executable, "serve.py", "cat.png"], cwd=tmp_path, capture_output=True, text=True, timeout=240

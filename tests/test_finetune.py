@@ -206,7 +206,7 @@ def digits_result(variables, preprocess):
 
     data = dataclasses.replace(make_config().data, interpolation=preprocess.interpolation)
     splits = open_data(data)
-    batches = list(eval_batches(splits, data, batch_size=360, bad=BadImages(splits)))
+    batches = list(eval_batches(splits, data, batch_size=360, bad=BadImages(splits, data)))
     images = np.concatenate([b["image"][b["mask"]] for b in batches])
     labels = np.concatenate([b["label"][b["mask"]] for b in batches])
     model = se_flax.create_model("seresnet20", num_classes=10)
@@ -246,12 +246,13 @@ def test_a_run_starts_from_the_loaded_weights(small, tmp_path, capsys, ema_decay
 def test_what_differs_from_the_checkpoints_images_is_said():
     config = make_config()
     config.data.std, config.data.image_size = (0.3, 0.2, 0.15), 16
-    loaded = a_checkpoint(variables={})
+    loaded = a_checkpoint(variables={}, preprocess=dataclasses.replace(OURS, exif_orientation=False))
     assert list(finetune.describe(finetune.complete(config, None, loaded), loaded)) == [
         "starting from mine (seresnet20)",
         "images: mean (0.3, 0.4, 0.5), std (0.3, 0.2, 0.15), bicubic",
         "data.std is (0.3, 0.2, 0.15) here and (0.3, 0.2, 0.1) in the checkpoint",
         "data.image_size is 16 here and 8 in the checkpoint",
+        "data.exif_orientation is True here and False in the checkpoint",
     ]
 
 

@@ -165,7 +165,7 @@ def test_random_box_falls_back_to_the_centre(width, height, expected):
     ("given", "reason"),
     [
         (b"", "the file is empty"),
-        (b"no image at all", "not an image that Pillow knows"),
+        (b"no image at all", "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image"),
         (encoded(noise(30, 30), "JPEG")[:-400], "truncated"),
         (encoded(noise(30, 30), "PNG")[:-400], "truncated|broken"),
         (np.zeros((4, 4, 3), np.float32), r"uint8 \[H, W, 1 or 3\] is needed, not float32"),
@@ -292,10 +292,10 @@ def test_the_generator_is_used_alike_whatever_decodes(packages):
     [
         (encoded(noise(90, 90), "JPEG")[:-2], "truncated"),
         (encoded(noise(90, 90), "JPEG")[:-900], "truncated"),
-        (b"\xff\xd8\xff\xd9", "not an image that Pillow knows|cannot|truncated|broken"),
-        (b"\xff\xd8" + bytes(100) + b"\xff\xd9", "not an image that Pillow knows"),
+        (b"\xff\xd8\xff\xd9", "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image|cannot|truncated|broken"),
+        (b"\xff\xd8" + bytes(100) + b"\xff\xd9", "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image"),
         (b"\xff\xd8\xff\xc0\x00\x0b\x08\x00\x20\x00\x20\x01\x01\x11\x00\xff\xd9", "truncated|broken|cannot"),
-        (b"\xff\xd8\xff\xc0\xff\xd9", "not an image that Pillow knows|Truncated|truncated"),
+        (b"\xff\xd8\xff\xc0\xff\xd9", "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image|Truncated|truncated"),
     ],
 )
 def test_a_damaged_jpeg_is_named_whatever_decodes(packages, given, reason):

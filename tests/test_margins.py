@@ -251,7 +251,8 @@ def test_a_dense_classifier_is_taken_over_without_its_bias(tmp_path):
     plain = se_flax.create_model("seresnet20", num_classes=10)
     variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     variables["params"]["linear"]["bias"] = jnp.ones(10)
-    se_flax.save_pretrained(tmp_path / "plain", "seresnet20", variables)
+    prepare = se_flax.Preprocess(image_size=8, crop=1.0)
+    se_flax.save_pretrained(tmp_path / "plain", "seresnet20", variables, preprocess=prepare)
     config = settings(init_from=str(tmp_path / "plain"))
     loaded = finetune.load(config, 10)
     assert loaded.notes[-1] == "seresnet20: the classifier's bias was left out, as cosines have none"

@@ -24,6 +24,7 @@ from se_flax.norms import GroupNorm
 from se_flax.weights import locate
 
 NAME = "seresnet20"
+PREPARE = Preprocess(image_size=32, crop=1.0, interpolation="bilinear")
 
 
 def flat(variables):
@@ -56,7 +57,7 @@ def saved(variables, tmp_path):
         tmp_path / "mine",
         NAME,
         variables,
-        preprocess=Preprocess(image_size=32, crop=1.0, interpolation="bilinear"),
+        preprocess=PREPARE,
         labels=[f"class {i}" for i in range(10)],
         provenance={"recipe": "configs/cifar10.py"},
     )
@@ -67,7 +68,7 @@ def test_a_saved_network_comes_back_bit_by_bit(saved, variables):
     loaded = load_pretrained(saved)
     assert_same_bits(loaded.variables, variables)
     assert loaded.name == NAME and loaded.notes == ()
-    assert loaded.preprocess == Preprocess(image_size=32, crop=1.0, interpolation="bilinear")
+    assert loaded.preprocess == PREPARE
     assert loaded.labels == tuple(f"class {i}" for i in range(10))
     assert loaded.provenance == {"recipe": "configs/cifar10.py"}
     images = loaded.preprocess(np.zeros((2, 32, 32, 3), np.uint8))
@@ -80,7 +81,7 @@ def test_what_was_spread_over_devices_comes_back_on_one(variables, tmp_path):
     assert jax.device_count() == 8
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-    save_pretrained(tmp_path / "eight", NAME, jax.device_put(variables, everywhere))
+    save_pretrained(tmp_path / "eight", NAME, jax.device_put(variables, everywhere), preprocess=PREPARE)
     loaded = load_pretrained(tmp_path / "eight")
     assert_same_bits(loaded.variables, variables)
     assert {len(x.devices()) for x in jax.tree.leaves(loaded.variables)} == {1}
@@ -96,7 +97,7 @@ def test_arguments_travel_with_the_weights(tmp_path):
         "dtype": jnp.bfloat16,
     }
     variables = draw(**arguments)
-    save_pretrained(tmp_path / "eca", NAME, variables, arguments=arguments)
+    save_pretrained(tmp_path / "eca", NAME, variables, arguments=arguments, preprocess=PREPARE.for_channels(1))
     loaded = load_pretrained(tmp_path / "eca")
     assert_same_bits(loaded.variables, variables)
     assert loaded.model.num_classes == 7 and loaded.model.in_channels == 1 and loaded.model.dtype == jnp.bfloat16
@@ -109,13 +110,13 @@ def test_arguments_travel_with_the_weights(tmp_path):
 def test_another_norm_travels_too(tmp_path):
     norm = functools.partial(se_flax.BatchNorm, epsilon=1e-3, axis_name="data")
     variables = draw(norm=norm)
-    save_pretrained(tmp_path / "norm", NAME, variables, arguments={"norm": norm})
+    save_pretrained(tmp_path / "norm", NAME, variables, arguments={"norm": norm}, preprocess=PREPARE)
     loaded = load_pretrained(tmp_path / "norm")
     # The axis belongs to the program that trained.
     assert loaded.model.norm.func is se_flax.BatchNorm and loaded.model.norm.keywords == {"epsilon": 1e-3}
     group = functools.partial(GroupNorm, group_size=4)
     variables = draw(norm=group)
-    save_pretrained(tmp_path / "group", NAME, variables, arguments={"norm": group})
+    save_pretrained(tmp_path / "group", NAME, variables, arguments={"norm": group}, preprocess=PREPARE)
     assert_same_bits(load_pretrained(tmp_path / "group").variables, variables)
 
 
@@ -141,7 +142,7 @@ def test_nothing_is_overwritten_unasked(saved, variables):
     with pytest.raises(UserError, match="exists already; choose another folder, or pass overwrite=True"):
         save_pretrained(saved, NAME, variables)
     changed = jax.tree.map(lambda x: x + 1, variables)
-    save_pretrained(saved, NAME, changed, overwrite=True)
+    save_pretrained(saved, NAME, changed, preprocess=PREPARE, overwrite=True)
     assert_same_bits(load_pretrained(saved).variables, changed)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]  # nothing temporary stays
 
@@ -273,8 +274,9 @@ def test_files_by_their_names(variables, tmp_path):
     np.savez(tmp_path / "weights.npz", **state)
     np.savez(tmp_path / "seresnet20.npz", **flat(variables))
     for file in ("seresnet20-8efdb4bb.safetensors", "seresnet20.npz"):
-        assert_same_bits(load_pretrained(tmp_path / file).variables, variables)
-    assert_same_bits(load_pretrained(str(tmp_path / "weights.npz"), name=NAME).variables, variables)
+        assert_same_bits(load_pretrained(tmp_path / file, preprocess=PREPARE).variables, variables)
+    loaded = load_pretrained(str(tmp_path / "weights.npz"), name=NAME, preprocess=PREPARE)
+    assert_same_bits(loaded.variables, variables)
     with pytest.raises(UserError, match=r"weights.npz does not say which network it holds; pass name=\.\.\."):
         load_pretrained(tmp_path / "weights.npz")
     with pytest.raises(UserError, match="does not fit seresnet32"):
@@ -283,7 +285,7 @@ def test_files_by_their_names(variables, tmp_path):
 
 def test_a_bare_orbax_folder(saved, variables, tmp_path):
     shutil.copytree(saved / "variables", tmp_path / "bare")
-    assert_same_bits(load_pretrained(tmp_path / "bare", name=NAME).variables, variables)
+    assert_same_bits(load_pretrained(tmp_path / "bare", name=NAME, preprocess=PREPARE).variables, variables)
     with pytest.raises(UserError, match=r"holds neither se_flax.json .* say which network it is: name="):
         load_pretrained(tmp_path / "bare")
 
@@ -375,7 +377,7 @@ def test_imagenets_names():
 def test_a_bare_file_says_its_classes_by_its_classifier(tmp_path):
     few = draw(num_classes=4)
     np.savez(tmp_path / "seresnet20.npz", **se_flax.to_timm(NAME, few))
-    loaded = load_pretrained(tmp_path / "seresnet20.npz")
+    loaded = load_pretrained(tmp_path / "seresnet20.npz", preprocess=PREPARE)
     assert loaded.model.num_classes == 4 and loaded.arguments == {"num_classes": 4}
     assert_same_bits(loaded.variables, few)
 

@@ -60,6 +60,7 @@ class Data:
         1.0  # centre crop of image_size out of a short side image_size / fraction; 1: plain resize
     )
     interpolation: str = ""  # bilinear | bicubic; empty: that of init_from, or bilinear
+    exif_orientation: bool = True  # turn images as their EXIF data say; False: as they are stored (torchvision, timm)
     batch_size: int = 128  # global: over all devices and hosts
     eval_batch_size: int = 0  # 0: batch_size
     workers: int = 0  # processes that decode; 0: in this process, with threads

@@ -10,7 +10,6 @@ The worker processes are spawned: a script of its own that uses `workers > 0` ne
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -18,8 +17,8 @@ import numpy as np
 from absl import flags
 
 from se_flax.errors import UserError
-from train.config import INTERPOLATION, Data
-from train.images import UnreadableImage, eval_image, train_image
+from train.config import Data
+from train.examples import PrepareEval, PrepareTrain, why_bad
 from train.sources import DataSplits, Source, open_data
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-_MOST_IN_A_ROW = 100  # so many unreadable images in a row are no accident
 _MOST_NAMED = 10
 _BUFFER_BYTES = 2**30  # decoded batches waiting in this process
 _EVAL_IMAGES_PER_WORKER = 5000  # below, starting a process costs more than it saves
@@ -64,8 +62,8 @@ class BadImages:
       eval: indices into the evaluation split.
     """
 
-    def __init__(self, splits: DataSplits):
-        self._splits = splits
+    def __init__(self, splits: DataSplits, data: Data):
+        self._splits, self._data = splits, data
         self.train: set[int] = set()
         self.eval: set[int] = set()
 
@@ -83,7 +81,11 @@ class BadImages:
             if not indices:
                 continue
             # The reasons are found again here: the ones met in worker processes stayed there.
-            named = [f"{source.name(index)} ({_why_bad(source, index)})" for index in sorted(indices)[:_MOST_NAMED]]
+            training = what == "training"
+            named = [
+                f"{source.name(index)} ({why_bad(source, index, self._data, training)})"
+                for index in sorted(indices)[:_MOST_NAMED]
+            ]
             more = f" and {len(indices) - _MOST_NAMED:,} more" if len(indices) > _MOST_NAMED else ""
             lines.append(
                 f"{len(indices):,} of {len(source):,} {what} images could not be read and were {done}: "
@@ -205,7 +207,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
 
     def by_number(self) -> grain.MapDataset:
         """The batches from the present position on, each made when it is asked for, in the caller's thread."""
-        prepare = _PrepareTrain(self._source, self._data)
+        prepare = PrepareTrain(self._source, self._data)
         stream = grain.MapDataset.range(len(self._source)).seed(self._seed).shuffle().repeat().random_map(prepare)
         return _host_batches(stream[self._position :], self._batch_size, *self._process)
 
@@ -260,7 +262,7 @@ def eval_batches(
     num_examples = len(splits.eval)
     padded = math.ceil(num_examples / batch_size) * batch_size
     batches = _host_batches(
-        grain.MapDataset.range(padded).map(_PrepareEval(splits.eval, data)), batch_size, index, count
+        grain.MapDataset.range(padded).map(PrepareEval(splits.eval, data)), batch_size, index, count
     )
     workers = min(data.workers, num_examples // count // _EVAL_IMAGES_PER_WORKER)
 
@@ -318,82 +320,3 @@ def _collect(batch: Batch, num_examples: int, found: set[int] | None) -> None:
     if found is not None:
         for first, length in zip(index[skipped > 0].tolist(), skipped[skipped > 0].tolist(), strict=True):
             found.update((first + step) % num_examples for step in range(length))
-
-
-def _read(source: Source, index: int) -> dict[str, Any]:
-    try:
-        return source[index]
-    except OSError as error:  # only these: a wrong label is no damage of the image
-        raise UnreadableImage(error.strerror or str(error)) from error
-
-
-@dataclass(frozen=True)
-class _PrepareTrain:
-    """Index and random numbers to a finished example. `skipped` images from `index` on were unreadable."""
-
-    source: Source
-    data: Data
-
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        data, total = self.data, len(self.source)
-        for skipped in range(min(total, _MOST_IN_A_ROW)):
-            at = (index + skipped) % total
-            try:
-                example = _read(self.source, at)
-                image = train_image(
-                    example["image"],
-                    rng,
-                    size=data.image_size,
-                    crop=data.train_crop,
-                    scale=data.crop_scale,
-                    ratio=data.crop_ratio,
-                    interpolation=data.interpolation or INTERPOLATION,
-                )
-            except UnreadableImage as error:
-                _forgive(error, self.source, at, data)
-                continue
-            label = np.int32(example["label"])
-            return {"image": image, "label": label, "index": np.int64(index), "skipped": np.int64(skipped)}
-        raise UserError(
-            f"{min(total, _MOST_IN_A_ROW)} images in a row from {self.source.name(index)} on could not be read; "
-            "check the data."
-        )
-
-
-@dataclass(frozen=True)
-class _PrepareEval:
-    """Index to a finished example; beyond the end, and where an image is unreadable, zeros that are masked."""
-
-    source: Source
-    data: Data
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        size, skipped = self.data.image_size, 0
-        image, label, good = np.zeros((size, size, 3), np.uint8), 0, False
-        if index < len(self.source):
-            try:
-                example = _read(self.source, index)
-                fraction, interpolation = self.data.eval_crop_fraction, self.data.interpolation or INTERPOLATION
-                image = eval_image(example["image"], size=size, crop_fraction=fraction, interpolation=interpolation)
-                label, good = example["label"], True
-            except UnreadableImage as error:
-                _forgive(error, self.source, index, self.data)
-                skipped = 1
-        notes = {"index": np.int64(index), "skipped": np.int64(skipped)}
-        return {"image": image, "label": np.int32(label), "mask": np.bool_(good), **notes}
-
-
-def _forgive(error: UnreadableImage, source: Source, index: int, data: Data) -> None:
-    if data.bad_images == "error":
-        raise UserError(
-            f"{source.name(index)} could not be read ({error}); mend or remove it, or let a run pass over such images "
-            "with --config.data.bad_images=skip."
-        ) from error
-
-
-def _why_bad(source: Source, index: int) -> str:
-    try:
-        eval_image(_read(source, index)["image"], size=8)
-    except UnreadableImage as error:
-        return str(error)
-    return "readable by now"

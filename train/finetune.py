@@ -165,7 +165,8 @@ def describe(config: Config, loaded: Any) -> Iterator[str]:
     yield f"images: mean {_shown(data.mean)}, std {_shown(data.std)}, {data.interpolation}"
     mean, std = _pixels(config, of)
     there = {"mean": mean, "std": std, "interpolation": of.interpolation, "image_size": of.image_size}
-    for name, value in {**there, "eval_crop_fraction": of.crop}.items():
+    there |= {"eval_crop_fraction": of.crop, "exif_orientation": of.exif_orientation}
+    for name, value in there.items():
         here = getattr(data, name)
         if _shown(here) != _shown(value):
             yield f"data.{name} is {_shown(here)} here and {_shown(value)} in the checkpoint"

@@ -20,8 +20,10 @@ from PIL import Image
 from se_flax.images import (
     INTERPOLATIONS,
     UnreadableImage,
+    check_resize,
     damage_is_unreadable,
     open_image,
+    orientation,
     resized,
     short_side_and_centre,
     to_rgb,
@@ -59,6 +61,7 @@ def train_image(
     scale: tuple[float, ...] = (0.08, 1.0),
     ratio: tuple[float, ...] = (0.75, 4.0 / 3.0),
     interpolation: str = "bilinear",
+    exif_orientation: bool = True,
 ) -> np.ndarray:
     """One training image.
 
@@ -75,25 +78,31 @@ def train_image(
       scale: `random_resized`: least and greatest share of the area.
       ratio: `random_resized`: least and greatest width / height.
       interpolation: `bilinear` or `bicubic`, both antialiased.
+      exif_orientation: turn the image as its EXIF data say.
 
     Returns:
       uint8 `[size, size, 3]`.
 
     Raises:
-      UnreadableImage: when it cannot be decoded.
+      UnreadableImage: when it cannot be decoded, or its shape is too extreme.
     """
     if crop == "random_resized":
-        return _random_resized(image, rng, size, scale, ratio, interpolation)
+        return _random_resized(image, rng, size, scale, ratio, interpolation, exif_orientation)
     opened = open_image(image)
     resample = INTERPOLATIONS[interpolation]
-    rgb = to_rgb(_shrunk(opened, _shrink_factor(min(opened.size), size)))
+    rgb = to_rgb(_shrunk(opened, _shrink_factor(min(opened.size), size)), exif_orientation=exif_orientation)
     if crop == "center":
         return short_side_and_centre(rgb, size, size, resample)
     return np.asarray(resized(rgb, (size, size), resample))
 
 
 def eval_image(
-    image: bytes | np.ndarray, *, size: int, crop_fraction: float = 1.0, interpolation: str = "bilinear"
+    image: bytes | np.ndarray,
+    *,
+    size: int,
+    crop_fraction: float = 1.0,
+    interpolation: str = "bilinear",
+    exif_orientation: bool = True,
 ) -> np.ndarray:
     """One evaluation image, decoded at full size: nothing is approximated here.
 
@@ -104,14 +113,15 @@ def eval_image(
         passes bit by bit). Less than 1 resizes the short side to `size / crop_fraction`, rounded down, and crops the
         centre.
       interpolation: `bilinear` or `bicubic`, both antialiased.
+      exif_orientation: turn the image as its EXIF data say.
 
     Returns:
       uint8 `[size, size, 3]`.
 
     Raises:
-      UnreadableImage: when it cannot be decoded.
+      UnreadableImage: when it cannot be decoded, or its shape is too extreme.
     """
-    rgb = to_rgb(open_image(image))
+    rgb = to_rgb(open_image(image), exif_orientation=exif_orientation)
     resample = INTERPOLATIONS[interpolation]
     if crop_fraction == 1.0:
         return np.asarray(resized(rgb, (size, size), resample))
@@ -156,21 +166,24 @@ def _random_resized(
     scale: tuple[float, ...],
     ratio: tuple[float, ...],
     interpolation: str,
+    exif_orientation: bool,
 ) -> np.ndarray:
-    """Draws the box, decodes what it needs, scales. The box is in pixels of the full size, whatever the decoder."""
-    frame, opened = _jpeg_frame(image), None
-    if frame is not None:
-        _, width, height = frame
-    else:
-        opened = open_image(image)
-        width, height = opened.size
+    """Draws the box, decodes what it needs, scales. The box is in pixels of the full size, upright."""
+    frame = _jpeg_frame(image)
+    # FF E1 begins the segment of a JPEG that may hold EXIF; among the pixels' data the two bytes cannot stand.
+    read_header = frame is None or (exif_orientation and isinstance(image, bytes) and b"\xff\xe1" in image)
+    opened = open_image(image) if read_header else None
+    turn = orientation(opened) if opened is not None and exif_orientation else 1
+    width, height = frame[1:] if frame is not None else opened.size  # type: ignore[union-attr]
+    if turn >= 5:
+        width, height = height, width
     box = random_box(rng, width, height, scale, ratio)
     factor = _shrink_factor(min(box[2] - box[0], box[3] - box[1]), size)
     window = None
     if isinstance(image, bytes) and frame is not None:
-        window = _window_of_jpeg(image, frame, box, factor)
+        window = _window_of_jpeg(image, frame, box, factor, turn)
     if window is None:
-        rgb = to_rgb(_shrunk(opened or open_image(image), factor))
+        rgb = to_rgb(_shrunk(opened or open_image(image), factor), exif_orientation=exif_orientation)
         return _scaled(rgb.crop(_coarser(box, rgb.width / width, rgb.height / height)), size, interpolation)
     return _scaled(window, size, interpolation)
 
@@ -188,7 +201,7 @@ def _shrink_factor(side: int, size: int) -> int:
 
 def _shrunk(image: Image.Image, factor: int) -> Image.Image:
     """Asks the JPEG decoder for fewer pixels; no other format can."""
-    if factor > 1 and image.format == "JPEG":
+    if factor > 1 and image.format in ("JPEG", "MPO"):  # MPO: a JPEG with further ones behind it, as phones write
         with damage_is_unreadable():
             image.draft(None, (image.width // factor, image.height // factor))
     return image
@@ -214,7 +227,7 @@ def _jpeg_frame(image: bytes | np.ndarray) -> Frame | None:
     return None
 
 
-def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int) -> np.ndarray | None:
+def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int, turn: int) -> np.ndarray | None:
     """Decodes the rows down to the end of the box and cuts the box out; None: let Pillow try.
 
     Rows are stored from top to bottom, so a header that says fewer of them ends the decoding there, and what comes
@@ -224,31 +237,64 @@ def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int) -> np.ndar
     Args:
       jpeg: the file.
       frame: of `_jpeg_frame`.
-      box: in pixels of the full size.
+      box: in pixels of the full size, upright.
       factor: of `_shrink_factor`.
+      turn: orientation, see `se_flax.images.ORIENTATIONS`.
 
     Returns:
-      uint8 `[height, width, 3]`, a view.
+      uint8 `[height, width, 3]`, upright, a view.
     """
     at, width, height = frame
-    rows = min(height, box[3] + _CONTEXT_ROWS * factor)
+    wide, high = (math.ceil(side / factor) for side in (width, height))
+    across, down = wide / width, high / height
+    coarse = _coarser(box, across, down) if turn < 5 else _coarser(box, down, across)
+    left, upper, right, lower = _as_stored(coarse, turn, wide, high)
+    rows = min(height, (lower + _CONTEXT_ROWS) * factor)
+    high = math.ceil(rows / factor)
     cut = bytearray(jpeg)
     cut[at : at + 2] = rows.to_bytes(2, "big")
-    wide, high = (math.ceil(side / factor) for side in (width, rows))
     least = {"min_height": high, "min_width": wide} if factor > 1 else {}
     try:
         # Not strict: what is left over is reported as damage, and Pillow bears the same damage as simplejpeg does then.
         pixels = simplejpeg.decode_jpeg(cut, "RGB", strict=False, **least)
-    except ValueError:
+    except Exception:  # Pillow's verdict counts
         return None
     if pixels.shape[:2] != (high, wide):
         return None
-    left, upper, right, lower = _coarser(box, wide / width, math.ceil(height / factor) / height)
-    return pixels[upper:lower, left:right]
+    return _upright(pixels[upper:lower, left:right], turn)
+
+
+# Each orientation is a change of the axes (from 5 on), then a mirroring of columns, of rows, or of both.
+_MIRRORED_COLUMNS, _MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)
+
+
+def _as_stored(box: Box, turn: int, width: int, height: int) -> Box:
+    """Where a box of the upright image lies in the image as it is stored, which is `width` x `height`."""
+    if turn >= 5:
+        width, height = height, width
+    left, upper, right, lower = box
+    if turn in _MIRRORED_COLUMNS:
+        left, right = width - right, width - left
+    if turn in _MIRRORED_ROWS:
+        upper, lower = height - lower, height - upper
+    return (upper, left, lower, right) if turn >= 5 else (left, upper, right, lower)
+
+
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """The same as `Image.transpose` with `ORIENTATIONS[turn]`, as a view."""
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in _MIRRORED_COLUMNS:
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if turn in _MIRRORED_ROWS else pixels
 
 
 def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """The window as uint8 `[size, size, 3]`, antialiased; one of that size untouched."""
+    """The window as uint8 `[size, size, 3]`, antialiased; one of that size untouched.
+
+    Raises:
+      UnreadableImage: its shape is too extreme.
+    """
     if cykooz_resizer is None or interpolation != "bilinear":
         # Cubic weights overshoot, and cykooz_resizer, which scales columns before rows, cuts that off elsewhere.
         image = window if isinstance(window, Image.Image) else Image.fromarray(window)
@@ -258,6 +304,7 @@ def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> 
     if height == width == size:
         return pixels
     kind = cykooz_resizer.PixelType.U8x3
+    check_resize((width, height), (size, size))
     source = cykooz_resizer.ImageData(width, height, kind, pixels.tobytes())
     target = cykooz_resizer.ImageData(size, size, kind)
     # A resizer of its own: two threads may not share one.

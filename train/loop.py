@@ -114,7 +114,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         finetune.check_fit(config, program.model, loaded)
         variables = finetune.as_arrays(loaded.variables)
     state = replicas.replicate(program.init(variables=variables))
-    bad = BadImages(splits)
+    bad = BadImages(splits, config.data)
     loader = train_loader(splits, config.data, seed=config.seed, bad=bad)
     restored = checkpoints.restore(state)
     if restored is not None:

@@ -44,6 +44,7 @@ def save_model(
         interpolation=data.interpolation,
         mean=data.mean,
         std=data.std,
+        exif_orientation=data.exif_orientation,
     )
     classes = config.model.num_classes or len(class_names)
     provenance: dict[str, Any] = {"data": data.source, "steps": step, "init_from": config.init_from or None}

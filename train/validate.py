@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from se_flax.class_folders import canonical
 from se_flax.errors import UserError
+from se_flax.preprocess import Preprocess
 from train import augment, optim
 from train.build import build_model
-from train.config import NETWORK, Config
+from train.config import IMAGENET_MEAN, IMAGENET_STD, NETWORK, Config
 from train.layers import trace
 from train.parallel import Replicas
 from train.sources import check_settings
@@ -49,6 +50,10 @@ def check_settings_of_run(config: Config) -> None:
     for name, pixel in {"mean": config.data.mean, "std": config.data.std}.items():
         if pixel and (len(pixel) != 3 or (name == "std" and min(pixel) <= 0)):
             raise UserError(f"got data.{name}={pixel}; three numbers (red, green, blue) are expected, std positive")
+    try:  # what a finished run is saved with must be good before it begins
+        Preprocess(mean=config.data.mean or IMAGENET_MEAN, std=config.data.std or IMAGENET_STD)
+    except UserError as error:
+        raise UserError(f"data.mean and data.std cannot be used: {error}") from error
     for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
         if not 0.0 <= value < 1.0:
             raise UserError(f"got model.{name}={value}; a probability below 1 is allowed")

@@ -1,12 +1,11 @@
 """`se-flax export`: a checkpoint as a network for serving."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
 from se_flax.export import FORMATS, export_pretrained
-from se_flax.weights.pretrained import load_pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -23,8 +22,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--format", choices=tuple(FORMATS), default="stablehlo", help="(default: stablehlo)")
     parser.add_argument("--name", help="the network, for a file whose name does not say it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
-    parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
+    add_preprocessing(parser)
     parser.add_argument("--no-fuse", action="store_true", help="leave the batch norms beside their convolutions")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")
     parser.set_defaults(run=export)
@@ -36,12 +34,9 @@ def export(options: argparse.Namespace) -> None:
     Raises:
       UserError: no such checkpoint, DST is taken, or a package is missing.
     """
-    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
-    given = {"image_size": options.image_size, "crop": options.crop}
-    preprocess = replace(loaded.preprocess, **{key: value for key, value in given.items() if value is not None})
     written = export_pretrained(
         options.target,
-        replace(loaded, preprocess=preprocess),
+        load_checkpoint(options),
         format=options.format,
         fuse=not options.no_fuse,
         overwrite=options.overwrite,

@@ -8,10 +8,11 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
 from se_flax.errors import UserError
-from se_flax.weights.files import write_arrays
+from se_flax.weights.description import beside, write_described
 from se_flax.weights.keras import to_keras
-from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.weights.pretrained import Pretrained
 from se_flax.weights.torch import to_timm
 
 
@@ -33,8 +34,8 @@ def add_commands(commands: Any) -> None:
         "convert",
         help="a checkpoint from one format to another",
         description="Reads any checkpoint and writes it anew. DST without a suffix is a folder for load_pretrained "
-        "(variables, preprocessing, labels, provenance, digests); .safetensors and .npz hold the arrays alone, under "
-        "the names that --layout says.",
+        "(variables, preprocessing, labels, provenance, digests). .safetensors and .npz hold the arrays under the "
+        "names that --layout says; what belongs to them stands in the header or, for .npz, in DST.json.",
     )
     parser.add_argument("ref", metavar="SRC", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
     parser.add_argument("target", metavar="DST", help="a new folder, or a .safetensors or .npz file")
@@ -43,6 +44,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="timm", help="names in the file (default: timm)")
     parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is drawn anew")
     parser.add_argument("--in-channels", type=int, help="another number of image channels: the stem is adapted")
+    add_preprocessing(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     parser.set_defaults(run=convert)
 
@@ -56,18 +58,14 @@ def convert(options: argparse.Namespace) -> None:
     target = Path(options.target).expanduser()
     if target.suffix not in ("", ".safetensors", ".npz") and not target.is_dir():
         raise UserError(f"{target} is neither a folder nor a .safetensors or .npz file; choose one of these")
-    if target.exists() and not options.overwrite:
-        raise UserError(f"{target} exists already; choose another name, or pass --overwrite to replace it")
-    loaded = load_pretrained(
-        options.ref,
-        name=options.name,
-        revision=options.revision,
-        num_classes=options.num_classes,
-        in_channels=options.in_channels,
-    )
+    written = (target, beside(target)) if target.suffix == ".npz" else (target,)
+    taken = next((path for path in written if path.exists()), None)
+    if taken is not None and not options.overwrite:
+        raise UserError(f"{taken} exists already; choose another name, or pass --overwrite to replace it")
+    loaded = load_checkpoint(options, num_classes=options.num_classes, in_channels=options.in_channels)
     if target.suffix in (".safetensors", ".npz"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(target, LAYOUTS[options.layout](loaded.name, loaded.variables))
+        write_described(target, LAYOUTS[options.layout](loaded.name, loaded.variables), loaded.describe())
     else:
         loaded.save(target, overwrite=options.overwrite)
     print(f"{target}: {_summary(loaded)}")

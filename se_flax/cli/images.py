@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from se_flax.class_folders import SUFFIXES, pictures_below
+from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
 from se_flax.cli.labelled import Example, labelled_images
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
-from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.weights.pretrained import Pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -48,10 +49,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
     parser.add_argument("--name", help="the network, for a file whose name does not say it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
-    parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
-    parser.add_argument("--crop-mode", choices=("center", "squash"), help="squash takes all of a picture")
-    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize")
+    add_preprocessing(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
@@ -156,15 +154,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     if options.batch_size < 1:
         raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
     keep_memory()
-    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
-    changes = {
-        "image_size": options.image_size,
-        "crop": options.crop,
-        "crop_mode": options.crop_mode,
-        "interpolation": options.interpolation,
-    }
-    preprocess = replace(loaded.preprocess, **{key: value for key, value in changes.items() if value is not None})
-    return replace(loaded, preprocess=preprocess)
+    return load_checkpoint(options)
 
 
 def _logits(loaded: Pretrained, paths: Sequence[Path], batch_size: int) -> Iterator[np.ndarray]:

@@ -120,20 +120,23 @@ def _identify(path: Path, closing: contextlib.ExitStack) -> tuple[Source, _Reade
     return Source(path, info.st_size, closing), reader
 
 
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+def write_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes arrays to a file, whole or not at all: an older file stays until the new one is complete.
 
     Args:
       path: ends in `.safetensors` or `.npz`.
       arrays: arrays by name, also those of an open file. bfloat16, which NumPy's format lacks, becomes float32 in it.
+      metadata: text for the header of a `.safetensors` file; NumPy's format has no place for it.
 
     Raises:
       UserError: another suffix, a name or dtype that would not be read back, a full disk, a folder that is missing or
         may not be written.
     """
     path = Path(path)
-    writer = {".safetensors": _write_safetensors, ".npz": _write_npz}.get(path.suffix.lower())
-    if writer is None:
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", ".npz"):
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; arrays are written to .safetensors or .npz")
     try:
         check_count(len(arrays))
@@ -145,10 +148,30 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
                 raise Refused(f"array {name!r} has dtype {value.dtype}; allowed: {', '.join(DTYPES)}")
     except Refused as error:
         raise UserError(f"{path} cannot be written: {error}") from error
+    with replacing(path) as stream:
+        if suffix == ".npz":
+            _write_npz(stream, values)
+        else:
+            stream.write(safetensors.numpy.save(values, None if metadata is None else dict(metadata)))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside the wanted one, which takes its place when the block ends well.
+
+    Args:
+      path: the wanted one; what is there is replaced.
+
+    Yields:
+      The file to write into.
+
+    Raises:
+      UserError: a full disk, a folder that is missing or may not be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as stream:
-            writer(stream, values)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())  # a crash after the renaming must not leave an empty file
         os.replace(temporary, path)
@@ -159,10 +182,6 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _write_safetensors(stream: IO[bytes], values: dict[str, np.ndarray]) -> None:
-    stream.write(safetensors.numpy.save(values))
 
 
 def _write_npz(stream: IO[bytes], values: dict[str, np.ndarray]) -> None:

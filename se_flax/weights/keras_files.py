@@ -1,10 +1,12 @@
 """Files of keras.applications: which network they hold and what it expects of an image."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from se_flax.preprocess import Preprocess
+from se_flax.variant import published_weights
 
 _IMAGENET = Preprocess()
 _HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -31,6 +33,7 @@ _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
         for ours, theirs in (("100", "22410"), ("075", "224075"), ("minimal_100", "minimalistic22410"))
     ),
 )
+NETWORKS = frozenset(ours for ours, *_ in _NETWORKS)
 _SUFFIXES = (".h5", ".hdf5", ".npz", ".keras")
 
 
@@ -47,13 +50,25 @@ def network(path: Path) -> str | None:
     return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else None
 
 
+def named_by_keras(arrays: Iterable[str]) -> bool:
+    """Whether arrays have the names that Keras gives: `stem_conv/kernel`. Ours begin with `params/`, timm's have no /.
+
+    Args:
+      arrays: their names.
+    """
+    names = list(arrays)
+    return any("/" in name for name in names) and not any(name.startswith("params/") for name in names)
+
+
 def preprocess(name: str) -> Preprocess:
     """What keras.applications does to an image before this network.
 
-    Resize and crop are not Keras's business; they are timm's for the same weights: bicubic, 0.875.
+    Resize and crop are not Keras's business; they are those of the network's first published checkpoint: timm's for the
+    same weights.
 
     Args:
       name: one that `network` returned.
     """
     side, base = next((side, base) for ours, _, side, base in _NETWORKS if ours == name)
-    return replace(base, image_size=side)
+    timm = next((Preprocess.of(weights) for weights in published_weights().get(name, ())), base)
+    return replace(base, image_size=side, crop=timm.crop, crop_mode=timm.crop_mode, interpolation=timm.interpolation)

@@ -1,6 +1,5 @@
 """From what a person calls a checkpoint to its file, network and preprocessing."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,15 +9,16 @@ from typing import Any
 
 from se_flax.errors import UserError, closest
 from se_flax.labels import imagenet_labels
-from se_flax.preprocess import Preprocess
+from se_flax.preprocess import SETTINGS, Preprocess
 from se_flax.variant import Weights
-from se_flax.weights import arguments, hub, keras_files
+from se_flax.weights import description, hub, keras_files
+from se_flax.weights.description import completed, network_name, read_json
+from se_flax.weights.files import open_arrays
 from se_flax.zoo import VARIANTS, get_variant
 
 OWN = "se_flax.json"
-FORMAT = 1
 SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin")
-_MAX_JSON = 16 << 20  # labels of 21,843 classes take one megabyte
+_KERAS_SUFFIXES = (".npz", ".h5", ".hdf5", ".safetensors")
 # What timm's `model_args` may hold that changes nothing in evaluation.
 _HARMLESS = {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "scriptable", "exportable"}
 
@@ -30,9 +30,10 @@ class Source:
     Attributes:
       name: the network.
       arrays: file or folder that holds them.
-      preprocess: what belongs to it.
+      preprocess: what belongs to it; what nothing says is marked as assumed.
       arguments: for `create_model`, where it differs from the network's default.
       labels: names of the classes; None where nothing says.
+      labels_assumed: they are ImageNet's because the network was made for it.
       provenance: where it came from.
       digests: SHA-256 by relative path of the files under `arrays`, where they are recorded.
       bare: there is nothing but the arrays; how many classes they have shows in the classifier.
@@ -46,6 +47,7 @@ class Source:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] | None = None
     bare: bool = False
+    labels_assumed: bool = False
 
 
 def locate(
@@ -124,30 +126,12 @@ def published(ref: str) -> tuple[str, Weights]:
 
 
 def default_preprocess(name: str, weights: Weights | None = None) -> Preprocess:
-    """That of a checkpoint, else of the network's first one, else ImageNet's usual at the network's size."""
-    rows = [weights] if weights else list(get_variant(name).weights)
-    return Preprocess.of(rows[0]) if rows else Preprocess(image_size=get_variant(name).input_size)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file that nobody trusts.
-
-    Raises:
-      UserError: it is too large, or not a JSON object.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_JSON + 1)
-        if len(raw) > _MAX_JSON:
-            raise UserError(f"{path} has more than {_MAX_JSON >> 20} MB; this is not a checkpoint's description")
-        data = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not readable JSON ({error}); save or download the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__} instead of an object; save or download it again")
-    return data
+    """That of a checkpoint; else, marked as assumed, of the network's first one, or ImageNet's at its own size."""
+    if weights is not None:
+        return Preprocess.of(weights)
+    rows = get_variant(name).weights
+    guess = Preprocess.of(rows[0]) if rows else Preprocess(image_size=get_variant(name).input_size)
+    return replace(guess, assumed=SETTINGS)
 
 
 def _folder(path: Path, name: str | None) -> Source:
@@ -164,34 +148,28 @@ def _folder(path: Path, name: str | None) -> Source:
             f"{path} holds neither {OWN} (save_pretrained) nor {hub.CONFIG} with {hub.ARRAYS[0]} (timm); "
             "for a bare Orbax checkpoint say which network it is: name=..."
         )
-    return Source(name, path, default_preprocess(name), provenance={"source": str(path)}, bare=True)
+    return _bare(path, name, default_preprocess(name))
 
 
 def _own(path: Path, name: str | None) -> Source:
-    data = read_json(path / OWN)
     where = path / OWN
-    if data.get("format") != FORMAT:
-        raise UserError(f"{where} has format {data.get('format')!r}; this version reads {FORMAT}")
-    architecture = _text(data, "architecture", where)
+    data = read_json(where)
+    if "format" not in data:
+        raise UserError(f"{where} has format None; this version reads {description.FORMAT}")
+    said, digests = description.from_json(data, str(where)), data.get("digests")
+    architecture = network_name(said.architecture, where)
     _check_same_network(name, architecture, where)
-    given, labels, digests = data.get("arguments", {}), data.get("labels"), data.get("digests")
-    if not isinstance(given, dict) or not isinstance(digests, dict) or not isinstance(data.get("preprocess"), dict):
+    if said.preprocess is None or "arguments" not in data or not isinstance(digests, dict):
         raise UserError(f"{where} lacks arguments, preprocess or digests; save the checkpoint again")
-    return Source(
-        architecture,
-        path / "variables",
-        Preprocess.from_json(data["preprocess"]),
-        {str(key): arguments.from_json(value) for key, value in given.items()},
-        tuple(map(str, labels)) if isinstance(labels, list) else None,
-        data["provenance"] if isinstance(data.get("provenance"), dict) else {},
-        digests,
-    )
+    preprocess = completed(said.preprocess, default_preprocess(architecture))
+    arrays = path / "variables"
+    return Source(architecture, arrays, preprocess, said.arguments, said.labels, said.provenance, digests)
 
 
 def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights | None) -> Source:
     """A folder or repository that timm wrote: `config.json` beside the weights."""
     data = read_json(config)
-    architecture = _text(data, "architecture", config)
+    architecture = network_name(data.get("architecture"), config)
     _check_same_network(name, architecture, config)
     cfg = data["pretrained_cfg"] if isinstance(data.get("pretrained_cfg"), dict) else data
     given: dict[str, Any] = {}
@@ -207,63 +185,100 @@ def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights 
     names = tuple(map(str, labels)) if isinstance(labels, list) and len(labels) == classes else None
     if names is None and classes == 1000:
         names = tuple(label.name for label in imagenet_labels())
-    return Source(
-        architecture, arrays, _timm_preprocess(cfg, config, default_preprocess(architecture, weights)), given, names
-    )
+    return Source(architecture, arrays, _timm_preprocess(cfg, config, architecture, weights), given, names)
 
 
-def _timm_preprocess(cfg: Mapping[str, Any], where: Path, default: Preprocess) -> Preprocess:
-    size = cfg.get("input_size", [3, default.image_size, default.image_size])
-    if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
-        raise UserError(f"{where} has input_size {size!r}; [channels, side, side] is needed")
-    return Preprocess.from_json(
-        {
-            "image_size": size[1],
-            "crop": cfg.get("crop_pct", default.crop),
-            "crop_mode": cfg.get("crop_mode", default.crop_mode),
-            "interpolation": cfg.get("interpolation", default.interpolation),
-            "mean": cfg.get("mean", default.mean),
-            "std": cfg.get("std", default.std),
-        }
-    )
+# timm's names of the settings, and what timm takes where a description leaves one out (`timm/models/_pretrained.py`).
+_TIMM = {"crop": "crop_pct", "crop_mode": "crop_mode", "interpolation": "interpolation", "mean": "mean", "std": "std"}
+
+
+def _timm_preprocess(cfg: Mapping[str, Any], where: Path, name: str, weights: Weights | None) -> Preprocess:
+    said: dict[str, Any] = {"crop_mode": "center"}  # older descriptions do not know another one
+    said |= {ours: cfg[theirs] for ours, theirs in _TIMM.items() if cfg.get(theirs) is not None}
+    size = cfg.get("input_size")
+    if size is not None:
+        if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
+            raise UserError(f"{where} has input_size {size!r}; [channels, side, side] is needed")
+        said["image_size"] = size[1]
+    side = default_preprocess(name).image_size
+    return completed(said, Preprocess.of(weights) if weights else Preprocess(image_size=side, assumed=SETTINGS))
 
 
 def _file(path: Path, name: str | None) -> Source:
-    """A bare file: the network is given, or read off the file's name."""
-    provenance = {"source": str(path)}
+    """A file of arrays, with what it says of itself."""
+    found = description.of_file(path)
+    if found is None:
+        return _bare_file(path, name)
+    said, where = found
+    if said.architecture is not None:
+        if name not in (None, said.architecture):
+            raise UserError(f"{where} describes {said.architecture}, not {name}; leave the name away")
+        name = said.architecture
+    source = _bare_file(path, name)
+    return replace(
+        source,
+        preprocess=source.preprocess if said.preprocess is None else completed(said.preprocess, source.preprocess),
+        arguments=said.arguments,
+        labels=said.labels if said.says_labels else source.labels,
+        labels_assumed=not said.says_labels,
+        provenance=said.provenance or source.provenance,
+    )
+
+
+def _bare_file(path: Path, name: str | None) -> Source:
+    """A file that says nothing; the network is given, or read off the file's name.
+
+    Its preprocessing is that of the published checkpoint that the file's name says, as timm writes them; else Keras's,
+    where the arrays have Keras's names; else that of the network's first checkpoint. The second is certain only where
+    the file's name is Keras's too, the third never.
+    """
     keras = keras_files.network(path)
-    if keras is not None and name in (None, keras):
-        return Source(keras, path, keras_files.preprocess(keras), {}, _imagenet(), provenance, bare=True)
-    weights: Weights | None = None
+    name = name or keras or _longest_name(path)
     if name is None:
-        stem = path.name.partition(".safetensors")[0]
-        head, _, tag = stem.partition(".")
-        name = _longest_name(head)
-        if name is None:
-            raise UserError(f"{path} does not say which network it holds; pass name=..., one of se_flax.list_models()")
-        weights = next((w for w in get_variant(name).weights if tag.startswith(w.tag)), None)
+        raise UserError(f"{path} does not say which network it holds; pass name=..., one of se_flax.list_models()")
+    weights = _published_in(path, name)
     preprocess = default_preprocess(name, weights)
+    if weights is None and name in keras_files.NETWORKS and path.suffix.lower() in _KERAS_SUFFIXES:
+        with open_arrays(path) as arrays:
+            if keras_files.named_by_keras(arrays):
+                preprocess = replace(keras_files.preprocess(name), assumed=() if keras == name else SETTINGS)
+    return _bare(path, name, preprocess)
+
+
+def _bare(path: Path, name: str, preprocess: Preprocess) -> Source:
     imagenet = get_variant(name).attributes().get("num_classes", 1000) == 1000
-    return Source(name, path, preprocess, {}, _imagenet() if imagenet else None, provenance, bare=True)
+    labels = _imagenet() if imagenet else None
+    return Source(name, path, preprocess, {}, labels, {"source": str(path)}, bare=True, labels_assumed=True)
 
 
 def _imagenet() -> tuple[str, ...]:
     return tuple(label.name for label in imagenet_labels())
 
 
-def _longest_name(stem: str) -> str | None:
-    """The longest network's name that the file's name is or begins with (`seresnet50_ra-8efdb4bb` -> `seresnet50`)."""
-    stem = stem.replace("-", "_").lower()
-    fitting = [name for name in VARIANTS if stem == name or stem.startswith(name + "_")]
-    return max(fitting, key=len, default=None)
+def _longest_name(path: Path) -> str | None:
+    """The longest network's name that the file's name is or begins with (`seresnet50_ra2-8efdb4bb.pth`)."""
+    stem = _stem(path).partition(".")[0]
+    return max((name for name in VARIANTS if stem == name or stem.startswith(name + "_")), key=len, default=None)
 
 
-def _text(data: Mapping[str, Any], key: str, where: Path) -> str:
-    value = data.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{where} has {key}={value!r}; the name of a network is needed")
-    get_variant(value)
-    return value
+def _published_in(path: Path, name: str) -> Weights | None:
+    """The checkpoint of a network that a file's name says.
+
+    timm writes `seresnet50.ra2_in1k.safetensors`, in older releases `seresnet50_ra2-c3c1a7f2.pth`: a tag, or its
+    beginning where it is the only one of the network that begins so.
+    """
+    stem = _stem(path)
+    if not stem.startswith((name + "_", name + ".")):
+        return None
+    first = len(name) + 1
+    word = re.split(r"[.-]", path.name.lower()[first:])[0].replace("-", "_")
+    tags = {w.tag: w for w in get_variant(name).weights}
+    begun = [w for tag, w in tags.items() if word and tag.startswith(word + "_")]
+    return tags.get(word) or (begun[0] if len(begun) == 1 else None)
+
+
+def _stem(path: Path) -> str:
+    return path.name.lower().replace("-", "_").removesuffix(path.suffix.lower())
 
 
 def _check_same_network(name: str | None, architecture: str, where: Path) -> None:

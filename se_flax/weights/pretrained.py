@@ -17,11 +17,10 @@ import numpy as np
 from se_flax.errors import UserError
 from se_flax.folders import check_free, written_whole
 from se_flax.preprocess import Preprocess
-from se_flax.version import __version__
-from se_flax.weights import arguments as argument_json
-from se_flax.weights import keras, torch
+from se_flax.weights import keras, keras_files, torch
+from se_flax.weights.description import Description, completed
 from se_flax.weights.files import open_arrays
-from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
+from se_flax.weights.locate import OWN, Source, default_preprocess, locate
 from se_flax.weights.strict import Layout, classes_in, import_variables
 from se_flax.zoo import create_model
 
@@ -53,6 +52,12 @@ class Pretrained:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def describe(self) -> Description:
+        """What is saved beside the variables, whatever they are converted to."""
+        return Description(
+            self.name, self.arguments, self.preprocess.to_json(), self.labels, provenance=self.provenance
+        )
+
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Saves all of it; see `save_pretrained`."""
         save_pretrained(folder, self, overwrite=overwrite)
@@ -64,6 +69,7 @@ def load_pretrained(
     name: str | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **attributes: Any,
@@ -79,6 +85,9 @@ def load_pretrained(
       num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; a warning
         and `notes` say so.
       in_channels: another number of image channels than 3 adapts the stem; a warning and `notes` say so.
+      preprocess: how images are prepared, or single settings of it by name (`{"image_size": 224}`), instead of what the
+        checkpoint says. Where neither says it, that of a published checkpoint of the network is assumed; a warning and
+        `notes` say so, and `preprocess.assumed` names the settings.
       revision: branch, tag or commit on the hub.
       cache_dir: of downloads, instead of the hub's own (`HF_HOME`).
       **attributes: further arguments for `create_model`, such as `dtype` or `drop_path_rate`.
@@ -105,19 +114,23 @@ def load_pretrained(
         variables, notes = import_variables(
             source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
         )
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+    prepare = _prepare(source, preprocess)
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     given |= {key: value for key, value in requested.items() if value is not None}
     model = create_model(source.name, **given)
     channels = getattr(model, "in_channels", 3)
-    kept = source.labels is not None and len(source.labels) == getattr(model, "num_classes", 0)
+    prepare = prepare.for_channels(channels) if channels in (1, 4) else prepare
+    labels = _labels(source, getattr(model, "num_classes", 0), num_classes)
+    if prepare.assumed:
+        notes = (*notes, _assumption(os.fspath(ref), prepare, labels is not None and source.labels_assumed))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return Pretrained(
         source.name,
         model,
         variables,
-        source.preprocess.for_channels(channels) if channels in (1, 4) else source.preprocess,
-        source.labels if kept else None,
+        prepare,
+        labels,
         given,
         source.provenance,
         notes,
@@ -126,11 +139,37 @@ def load_pretrained(
 
 def _layout(source: Source, arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
     """Whose names the arrays have, and the arrays by those names."""
-    if any(key.startswith("params/") for key in arrays):
-        return arrays, NATIVE
-    if any("/" in key for key in arrays):
+    if keras_files.named_by_keras(arrays):
         return keras.by_layer(source.name, arrays), keras.layout(source.name)
-    return arrays, torch.LAYOUT
+    return arrays, NATIVE if any("/" in key for key in arrays) else torch.LAYOUT
+
+
+def _prepare(source: Source, given: Preprocess | Mapping[str, Any] | None) -> Preprocess:
+    if isinstance(given, Preprocess):
+        return given
+    said = given or {}
+    prepare = completed(said, source.preprocess)
+    return replace(prepare, assumed=tuple(name for name in prepare.assumed if name not in said))
+
+
+def _labels(source: Source, classes: int, asked: int | None) -> tuple[str, ...] | None:
+    """The classes' names; those of another classifier belong to nobody."""
+    if source.labels is None or len(source.labels) == classes:
+        return source.labels
+    if asked is None and not source.labels_assumed:
+        raise UserError(
+            f"{source.arrays} has {classes} classes and is described with {len(source.labels)} labels; mend the "
+            "description, or leave the labels out of it"
+        )
+    return None
+
+
+def _assumption(subject: str, prepare: Preprocess, imagenet: bool) -> str:
+    labels = "; its 1,000 classes are taken for ImageNet's" if imagenet else ""
+    return (
+        f"{subject} does not say how its images are prepared; assumed: {prepare.words(prepare.assumed)}{labels}; pass "
+        "preprocess= (--image-size, --crop, --mean, ...) where that is wrong"
+    )
 
 
 def save_pretrained(
@@ -154,7 +193,7 @@ def save_pretrained(
       model: what `load_pretrained` returned; or a network's name, with what follows.
       variables: `{"params": ..., "batch_stats": ...}`.
       arguments: what `create_model` was given beside the name.
-      preprocess: None is that of the network's published weights.
+      preprocess: None assumes that of the network's published weights; a warning says so, now and when it is loaded.
       labels: the classes' names in the order of the logits.
       provenance: JSON-able notes on where the weights came from.
       overwrite: replace a checkpoint that is there already.
@@ -188,19 +227,13 @@ def save_pretrained(
     check_free(folder, overwrite, sign=OWN, what="a saved checkpoint")
     host = jax.tree.map(np.asarray, dict(loaded.variables))
     _check_variables(loaded, host)
-    description = {
-        "format": FORMAT,
-        "se_flax": __version__,
-        "architecture": loaded.name,
-        "arguments": {key: argument_json.to_json(value) for key, value in loaded.arguments.items()},
-        "preprocess": loaded.preprocess.to_json(),
-        "labels": list(loaded.labels) if loaded.labels is not None else None,
-        "provenance": dict(loaded.provenance),
-    }
+    description = loaded.describe().to_json()
     with written_whole(folder) as building:
         _save_orbax(building / "variables", host)
         description["digests"] = digests(building / "variables")
         (building / OWN).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    if preprocess is None and isinstance(model, str):
+        warnings.warn(_assumption(str(folder), loaded.preprocess, False), stacklevel=2)
 
 
 def digests(folder: Path) -> dict[str, str]:
