@@ -14,7 +14,16 @@ CROSS_ENTROPY = "cross-entropy"
 _MIXED = ("mixup", "CutMix")
 _TRAINING = {"color": "tab:blue", "alpha": 0.8, "lw": 1.2}
 _HELD_OUT = {"color": "tab:orange", "marker": "o", "ms": 3.5, "lw": 1.6, "label": "held-out data"}
-_DIGITS = ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
+_DIGITS = (
+    (1, 2, 3, 4, 5, 6, 7, 8, 9),
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+    (1, 1.5, 2, 3, 4, 6, 8),
+    (1, 2, 3, 4, 6, 8),
+    (1, 2, 3, 5),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)
 _TITLE = 50  # letters that the title of one of two columns has room for
 _GAP = 0.1  # of the axis: what a label takes, and as much again, where two panels share the figure's height
 

@@ -172,6 +172,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         if primary:
             (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
         completed = trainer.train()
+        report.draw()  # with what was recorded after the last evaluation
         checkpoints.close()
         if completed and primary:
             save_model(
