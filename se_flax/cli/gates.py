@@ -23,7 +23,7 @@ from se_flax.analysis import (
 )
 from se_flax.cli.images import add_common, load, padded_batches
 from se_flax.cli.labelled import known_classes, labelled_images, normal_name
-from se_flax.cli.tables import print_table
+from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
 from se_flax.weights.pretrained import Pretrained
 
@@ -266,7 +266,7 @@ def _print(loaded: Pretrained, rows: Sequence[Mapping[str, Any]], groups: Mappin
     """The table for a terminal."""
     p = loaded.preprocess
     print(f"{loaded.name} at {p.image_size} px, {pictures:,} pictures")
-    print("groups: " + ", ".join(f"{name} ({count})" for name, count in groups.items()) + "\n")
+    print(wrapped("groups: " + ", ".join(f"{name} ({count})" for name, count in groups.items())) + "\n")
     head = ["layer", "channels", "mean", "std", "between", "chance", "closed %", "open %", "dead %", "saturated %"]
     answered = rows[-1]["top1"] is not None
     table = [tuple(head + (["top-1", "lost", "gained", "loss"] if answered else []))]

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from se_flax.cli.labelled import EXTENSIONS, Example, labelled_images
+from se_flax.cli.layout import wrapped
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
 from se_flax.weights.pretrained import Pretrained, load_pretrained
@@ -78,7 +79,7 @@ def predict(options: argparse.Namespace) -> None:
         if not options.json:
             print(path)
             for share, i, label in best:
-                print(f"  {100 * share:5.1f} %  {label or f'class {i}'}", flush=True)
+                print(wrapped(f"  {100 * share:5.1f} %  {label or f'class {i}'}", indent=" " * 11), flush=True)
     if options.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
 
