@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from se_flax.analysis import (
     EVERY_LAYER,
@@ -84,14 +85,18 @@ def gates(options: argparse.Namespace) -> None:
     groups = parse_groups(options.classes, loaded, set(labels))
     statistics = GateStatistics(layers, labels, groups, closed=options.closed, open=options.open)
 
-    def batches(title: str) -> Iterable[tuple[np.ndarray, int]]:
-        return padded_batches(loaded, [example.path for example in examples], options.batch_size, title)
-
-    found = collect(loaded.model, loaded.variables, batches("gates"), statistics)
+    paths = [example.path for example in examples]
+    batches = padded_batches(loaded, paths, options.batch_size, "gates")
+    found = collect(loaded.model, loaded.variables, batches, statistics)
     answers: dict[str, Answers] = {}
     if not options.no_usefulness:
         means = {name: layer.mean for name, layer in found.items()}
-        answers = usefulness(loaded.model, loaded.variables, means, batches("usefulness"), labels)
+        batches = padded_batches(loaded, paths, options.batch_size, bar=False)
+        # The longest part by far: its bar moves with every pass of a batch.
+        passes = len(layers) + 2
+        title = f"gates replaced, {passes} passes"
+        with tqdm(total=passes * len(paths), unit=" pictures", desc=title, disable=None, leave=False) as bar:
+            answers = usefulness(loaded.model, loaded.variables, means, batches, labels, bar.update)
 
     target.mkdir(parents=True, exist_ok=True)
     rows = layer_rows(found, answers)

@@ -174,27 +174,28 @@ def _logits(loaded: Pretrained, paths: Sequence[Path], batch_size: int) -> Itera
 
 
 def padded_batches(
-    loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None
+    loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None, *, bar: bool = True
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Reads pictures, with a progress bar; every batch has the same size, so that a network is compiled once.
+    """Reads pictures; every batch has the same size, so that a network is compiled once.
 
     Args:
       loaded: whose preprocessing they get.
       paths: the pictures.
       batch_size: pictures at a time.
-      title: in front of the bar.
+      title: in front of the progress bar.
+      bar: whether there is one, where the pictures are more than a batch.
 
     Yields:
       float32 [B, H, W, C] and the number of pictures in it; the rest are zeros.
     """
     size = min(batch_size, len(paths))
-    quiet = None if len(paths) > size else True
-    with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as bar:
+    quiet = None if bar and len(paths) > size else True  # None: where there is a terminal
+    with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as shown:
         for start in range(0, len(paths), size):
             batch = loaded.preprocess(paths[start : start + size])
             count = len(batch)
             yield np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]), count
-            bar.update(count)
+            shown.update(count)
 
 
 def _pictures(names: Sequence[str]) -> Iterator[Path]:
