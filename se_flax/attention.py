@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
+from se_flax.bound import Function
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
 from se_flax.norms import LayerNorm
@@ -279,9 +280,13 @@ def norm_attend(
       [N, H, W, C].
     """
     if isinstance(norm, BatchNorm) and getattr(attention, "from_mean", False):
-        return norm(
-            x, train=train, gate=partial(attention.gates, base_channels=base_channels), act=act, squeezed=squeezed
-        )
+        functions = {
+            "gate": partial(attention.gates, base_channels=base_channels),
+            "act": act,
+            "squeezed": squeezed,
+        }
+        given = {name: Function(function) for name, function in functions.items() if function is not None}
+        return norm(x, train=train, **given)
     x = norm(x, train=train)
     return attention(x if act is None else act(x), train=train, base_channels=base_channels)
 
@@ -335,6 +340,7 @@ class GlobalContext(nn.Module):
     def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
         """Args: x [N, H, W, C]; base_channels: what the width is a share of. Returns: [N, H, W, C] of x's dtype."""
         del train
+        x = jnp.asarray(x)
         n, h, w, channels = x.shape
         share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
         hidden = F.reduced_width(base_channels or channels, **share, rounding=self.rounding)

@@ -168,7 +168,7 @@ def squeeze(x: Array, kind: str | Elementwise = "mean") -> Array:
     Returns:
       float32 descriptor [N, 1, 1, C]; [N, H, W, C] for `none`.
     """
-    return lookup(SQUEEZES, kind, "squeeze")(x)
+    return lookup(SQUEEZES, kind, "squeeze")(jnp.asarray(x))
 
 
 def excite(
@@ -195,11 +195,12 @@ def excite(
     Returns:
       float32 gate [..., C].
     """
-    hidden = jnp.matmul(z.astype(jnp.float32), reduce_kernel.astype(jnp.float32), precision=_PRECISION)
+    z, reduce_kernel, expand_kernel = (jnp.asarray(a, jnp.float32) for a in (z, reduce_kernel, expand_kernel))
+    hidden = jnp.matmul(z, reduce_kernel, precision=_PRECISION)
     if reduce_bias is not None:
         hidden = hidden + reduce_bias
     hidden = lookup(ACTIVATIONS, activation, "activation")(hidden)
-    logits = jnp.matmul(hidden, expand_kernel.astype(jnp.float32), precision=_PRECISION)
+    logits = jnp.matmul(hidden, expand_kernel, precision=_PRECISION)
     if expand_bias is not None:
         logits = logits + expand_bias
     return lookup(GATES, gate, "gate")(logits)
@@ -215,7 +216,8 @@ def scale(x: Array, gate: Array) -> Array:
     Returns:
       [N, H, W, C] of the map's dtype.
     """
-    return x * gate.astype(x.dtype)
+    x = jnp.asarray(x)
+    return x * jnp.asarray(gate, x.dtype)
 
 
 def eca_kernel_size(channels: int, gamma: float = 2.0, b: float = 1.0) -> int:
@@ -247,7 +249,7 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
       float32 [..., C].
     """
     size = kernel.shape[0]
-    z = z.astype(jnp.float32)
+    z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel)
     padded = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(size // 2, size // 2)])
     # k is 3 to 9: a sum of shifted slices beats a one-channel convolution on every backend.
     out = jnp.zeros_like(z) if bias is None else jnp.broadcast_to(bias, z.shape).astype(jnp.float32)
@@ -278,6 +280,7 @@ def channel_gate_mean_max(
     Returns:
       float32 gate [N, 1, 1, C].
     """
+    x = jnp.asarray(x)
     both = jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
     paths = excite(both, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
     return lookup(GATES, gate, "gate")(jnp.sum(paths, axis=0))
@@ -292,5 +295,6 @@ def spatial_descriptor(x: Array) -> Array:
     Returns:
       float32 [N, H, W, 2]; the maximum comes first, as in the authors' code.
     """
+    x = jnp.asarray(x)
     maximum = jnp.max(x, axis=-1, keepdims=True).astype(jnp.float32)
     return jnp.concatenate([maximum, jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)], axis=-1)

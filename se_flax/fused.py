@@ -45,7 +45,7 @@ class FoldedNorm(BatchNorm):
         """
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
-        x = x.written() if isinstance(x, Product) else x
+        x = x.written() if isinstance(x, Product) else jnp.asarray(x)
         if self.is_initializing() or self.has_variable("params", "scale"):
             return super().__call__(x, gate=gate, act=act)
         if gate is not None:

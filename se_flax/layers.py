@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.activated import gate_activated, squeeze_activated
+from se_flax.bound import Function
 from se_flax.convolution import convolve
 from se_flax.errors import UserError
 from se_flax.native import native
@@ -80,25 +81,26 @@ class Conv(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: Array, *, dtype: Dtype = None, deferred: bool = False) -> Any:
+    def __call__(self, x: Array, *, in_float32: bool = False, deferred: bool = False) -> Any:
         """Convolves.
 
         Args:
           x: [N, H, W, C].
-          dtype: of this call's arithmetic alone.
+          in_float32: this call's arithmetic is in float32, whatever the module's.
           deferred: a training `BatchNorm` alone will read the output. It can do without a 1x1 convolution's where that
             has more channels than the input, and takes a `pointwise.Product` in its place.
 
         Returns:
           [N, h, w, features], or the product.
         """
+        x = jnp.asarray(x)
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         kernel = self.param("kernel", self.kernel_init, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         padding = self.padding
         if padding == "symmetric":
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in size]
-        dtype = dtype or self.dtype or x.dtype
+        dtype = jnp.float32 if in_float32 else self.dtype or x.dtype
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         if deferred and self._widens(x):
             return product(x, kernel[0, 0])
@@ -165,9 +167,12 @@ class BatchNorm(nn.Module):
             folded away (`fused.FoldedNorm`) takes them there: training makes that pass anyway, and the multiply-adds of
             a network as it is are those that papers count.
 
+        Under `nn.tabulate` a function is to be given as a `bound.Function`.
+
         Returns:
           The shape of x.
         """
+        x = x if isinstance(x, Product) else jnp.asarray(x)
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
@@ -187,6 +192,7 @@ class BatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
         if gate is not None and act is not None:
+            act = act.function if isinstance(act, Function) else act
             y = x.written() if isinstance(x, Product) else x
             gates = gate(squeeze_activated(y, factor, offset, act))
             return gate_activated(y, factor, offset, gates, act, self.dtype or x.dtype)
@@ -303,12 +309,15 @@ def classify(
     return classifier(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
 
 
-def check_images(images: Array, channels: int) -> None:
+def check_images(images: Array, channels: int) -> Array:
     """Refuses anything but float NHWC images.
 
     Args:
       images: what the network was called with.
       channels: how many channels it expects.
+
+    Returns:
+      The images as an array of JAX's: NumPy's float64 is its float32, unless `jax_enable_x64` is set.
 
     Raises:
       UserError: wrong rank, channel count or dtype.
@@ -333,3 +342,4 @@ def check_images(images: Array, channels: int) -> None:
             f"got images of dtype {images.dtype}; a network takes normalised floats: divide by 255, subtract the "
             "mean and divide by the standard deviation of its checkpoint"
         )
+    return jnp.asarray(images)

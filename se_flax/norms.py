@@ -28,6 +28,7 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     Raises:
       UserError: the groups do not fit the channels.
     """
+    x = jnp.asarray(x)
     n, h, w, channels = x.shape
     if group_size < 1 or channels % group_size:
         raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
@@ -57,6 +58,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [N, H, W, C]; train: no effect. Returns: the shape of x."""
         del train
+        x = jnp.asarray(x)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         mean, var = group_moments(x, self.group_size)
@@ -81,6 +83,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [..., C]; train: no effect. Returns: the shape of x."""
         del train
+        x = jnp.asarray(x)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
@@ -114,6 +117,7 @@ class EvoNormS0(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Args: x [N, H, W, C]; train: no effect. Returns: the shape of x."""
         del train
+        x = jnp.asarray(x)
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)

@@ -157,7 +157,7 @@ def _by_layer(found: Mapping[str, LayerGates], answers: Mapping[str, Answers], s
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
         top = axis.dataLim.y1 or 1.0
-        ticks = np.asarray(MaxNLocator(5).tick_values(0, top))
+        ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, top))
         axis.set_yticks(ticks[ticks <= 1.02 * top])
         axis.set_ylim(0, 1.3 * top)  # with room for the legend
         axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")

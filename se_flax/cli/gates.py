@@ -60,7 +60,11 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--closed", type=float, default=0.1, help="gates below count as closed (default: 0.1)")
     parser.add_argument("--open", type=float, default=0.9, help="gates above count as open (default: 0.9)")
-    parser.add_argument("--no-usefulness", action="store_true", help="leave out the accuracy with replaced gates")
+    parser.add_argument(
+        "--no-usefulness",
+        action="store_true",
+        help="leave out the accuracy with replaced gates, which takes a pass over the pictures for each layer",
+    )
     parser.set_defaults(run=gates)
 
 
