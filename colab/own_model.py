@@ -184,7 +184,7 @@ print(f"loss {first:.2f} -> {last:.2f}")
 # %%
 variables = se_flax.from_nnx(model.se)
 x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 32)), jnp.float32)
-difference = jnp.abs(se_flax.SqueezeExcite(reduction=4).apply(variables, x) - model.se(x)).max()
+difference = jnp.abs(jax.jit(se_flax.SqueezeExcite(reduction=4).apply)(variables, x) - model.se(x)).max()
 print(jax.tree.map(jnp.shape, variables), "largest difference:", float(difference))
 
 # %% [markdown]
@@ -236,11 +236,12 @@ print("all-reduce operations: forward", forward, "- with gradients", backward)
 mesh = jax.make_mesh((2, 4), ("data", "channels"), axis_types=(AxisType.Auto,) * 2)
 maps = np.random.default_rng(0).normal(size=(8, 4, 4, 64)).astype(np.float32)
 layer = se_flax.SqueezeExcite(reduction=4)
-variables = layer.init(jax.random.key(0), maps)
+variables = jax.jit(layer.init)(jax.random.key(0), maps)
 cut = jax.device_put(maps, NamedSharding(mesh, PartitionSpec("data", None, None, "channels")))
-out = jax.jit(layer.apply)(variables, cut)
+apply = jax.jit(layer.apply)
+out = apply(variables, cut)
 print("on each device:", out.addressable_shards[0].data.shape, "of", out.shape)
-print("largest difference:", float(np.abs(np.asarray(out) - np.asarray(layer.apply(variables, maps))).max()))
+print("largest difference:", float(np.abs(np.asarray(out) - np.asarray(apply(variables, maps))).max()))
 
 # %% [markdown]
 # A whole training run is spread over all devices, and over the hosts of a pod, without any of this: [the notebook on

@@ -2,7 +2,7 @@
 
 model = se_flax.create_model("seresnet50", num_classes=10)
 variables = jax.jit(model.init)(key, images)
-logits = model.apply(variables, images)
+logits = jax.jit(model.apply)(variables, images)
 """
 
 import importlib

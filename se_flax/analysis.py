@@ -319,8 +319,11 @@ def usefulness(
     means: Mapping[str, np.ndarray],
     batches: Batches,
     labels: Sequence[int],
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Answers]:
     """How much a network loses when the gates of a layer are constant.
+
+    Every image passes through the network once for each layer, and twice more.
 
     Args:
       model: the network.
@@ -328,6 +331,7 @@ def usefulness(
       means: by layer, [channels]: its gates' mean over the data set.
       batches: the images.
       labels: their classes.
+      progress: called after every pass of a batch with the number of its images.
 
     Returns:
       The answers by the layer whose gates were replaced by their means; under `UNCHANGED` those of the network as it
@@ -358,6 +362,7 @@ def usefulness(
             into.gained += int(((own != truth) & (best == truth)).sum())
             into.changed += int((own != best).sum())
             into.loss += float(losses.sum())
+            progress(count)
     for into in answers.values():
         into.loss /= max(into.count, 1)
     return answers

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from se_flax import functional as F
 from se_flax.activated import squeeze_activated
+from se_flax.bound import Function
 from se_flax.errors import UserError
 from se_flax.layers import BatchNorm, Conv
 from se_flax.norms import LayerNorm
@@ -67,7 +68,7 @@ class ChannelAttention(Attention):
     squeezes_mean: ClassVar[Any] = True
 
     def pool(
-        self, x: Array, factor: Array | None = None, offset: Array | None = None, act: F.Elementwise | None = None
+        self, x: Array, factor: Array | None = None, offset: Array | None = None, act: Function | None = None
     ) -> Array:
         """Mean over the spatial axes of x, or of act(factor * x + offset).
 
@@ -75,14 +76,14 @@ class ChannelAttention(Attention):
           x: map [N, ..., C].
           factor: float32 [C], of a norm; None for x itself.
           offset: likewise.
-          act: activation after the norm.
+          act: activation after the norm, as a `bound.Function`.
 
         Returns:
           float32 of x's rank, [N, 1, 1, C] of a map [N, H, W, C].
         """
         if factor is None or offset is None or act is None:
             return F.squeeze(x)
-        return squeeze_activated(x, factor, offset, act)
+        return squeeze_activated(x, factor, offset, act.function)
 
     def descriptor(self, x: Array) -> Array:
         """What the gates are computed from. Args: x [N, ..., C]. Returns: float32, such as [N, 1, 1, C]."""
@@ -358,7 +359,7 @@ class GlobalContext(ChannelAttention):
 
     def descriptor(self, x: Array) -> Array:
         """The context: the mean over the pixels, weighed by a softmax. Args: x [N, ..., C]. Returns: [N, 1, 1, C]."""
-        F.check_map(x, "GlobalContext")
+        x = F.check_map(x, "GlobalContext")
         n, *_, channels = x.shape
         pixels = x.astype(jnp.float32).reshape(n, math.prod(x.shape[1:-1]), channels)
         weights = jax.nn.softmax(F.pointwise(pixels, *self.conv_attn(channels, 1)), axis=1)

@@ -89,17 +89,20 @@ class Block(nn.Module):
 
     expansion = 1
 
+    @nn.nowrap
     def attend(self, x: Array, place: Placement, train: bool, base_channels: int | None = None) -> Array:
         """Attention on x if the block carries it at this place, else x."""
         attention = self.attention_at(place)
         return x if attention is None else attention(x, train=train, base_channels=base_channels)
 
+    @nn.nowrap
     def attention_at(self, place: Placement) -> Any:
         """The attention module if the block carries it at this place, else None."""
         if self.attention is None or place is not self.placement:
             return None
         return self.attention(name=self.attention_name)
 
+    @nn.nowrap
     def low_pass(self, x: Array) -> Array:
         """Anti-aliased halving in place of the convolution's stride, where the block has both."""
         return self.antialias(x) if self.antialias is not None and self.strides > 1 else x
@@ -109,18 +112,21 @@ class Block(nn.Module):
         """Stride that is left to the convolution: none where `low_pass` does the halving."""
         return self.strides if self.antialias is None else 1
 
+    @nn.nowrap
     def drop(self, branch: Array, train: bool) -> Array:
         """Stochastic depth on the residual branch while training."""
         if not train or self.drop_path_rate == 0.0:
             return branch
         return drop_path(branch, self.drop_path_rate, self.make_rng("dropout"))
 
+    @nn.nowrap
     def shortcut(self, x: Array, features: int, train: bool) -> Array:
         """The identity, or its projection where the block changes the shape."""
         if self.downsample is None or (self.strides == 1 and x.shape[-1] == features):
             return x
         return self.downsample(x, features, self.strides, conv=self.conv, norm=self.norm, train=train)
 
+    @nn.nowrap
     def add(self, x: Array, branch: Array, train: bool) -> Array:
         """The end of a block with an activation after the sum.
 
@@ -136,6 +142,7 @@ class Block(nn.Module):
         x = self.attend(self.shortcut(x, branch.shape[-1], train), Placement.IDENTITY, train)
         return self.attend(computed_once(self.act(x + branch)), Placement.POST, train)
 
+    @nn.nowrap
     def last_norm(self, **kwargs: Any) -> Any:
         """The norm that ends the residual branch."""
         if self.zero_init_last:
@@ -233,6 +240,7 @@ class Bottleneck(Block):
         y = conv_norm_attend(last, norm, attention, y, train=train, base_channels=unpruned)
         return self.add(x, y, train)
 
+    @nn.nowrap
     def middle(self, y: Array, width: int, train: bool) -> Array:
         """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""
         strides = 1 if self.stride_first else self.conv_strides

@@ -128,6 +128,7 @@ class MixedModule(nn.Module):
         y = x + y * self.scale
         return self.act(y) if self.activated else y
 
+    @nn.nowrap
     def _follow(self, branch: tuple[Step, ...], x: Array, parts: dict[str, Any]) -> Array:
         for step in branch:
             if isinstance(step, Unit):

@@ -161,6 +161,7 @@ class MobileBlock(nn.Module):
     antialias: Callable[[Array], Array] | None = None
     drop_path_rate: float = 0.0
 
+    @nn.nowrap
     def activate(self, x: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
         """Norm and activation."""
         return (act or self.act)(self.norm(name=name)(x, train=train))
@@ -170,10 +171,12 @@ class MobileBlock(nn.Module):
         """Stride that the convolution itself makes."""
         return self.strides if self.antialias is None else 1
 
+    @nn.nowrap
     def blur(self, x: Array) -> Array:
         """The rest of the stride."""
         return x if self.antialias is None or self.strides == 1 else self.antialias(x)
 
+    @nn.nowrap
     def activate_attend(self, x: Array, name: str, in_channels: int, train: bool) -> Array:
         """Norm, activation, the rest of the stride, and attention if the block carries it here."""
         if self.attention is None or self.attention_last:
@@ -183,6 +186,7 @@ class MobileBlock(nn.Module):
             return attention(self.blur(self.activate(x, name, train)), train=train, base_channels=base)
         return norm_act_attend(self.norm(name=name), attention, x, train=train, base_channels=base, act=self.act)
 
+    @nn.nowrap
     def close(self, x: Array, y: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
         """The branch's last norm, its activation if there is one, attention if the block carries it here, the sum."""
         norm = (self.norm if act else self.linear_norm or self.norm)(name=name)
@@ -191,9 +195,11 @@ class MobileBlock(nn.Module):
         y = norm_act_attend(norm, attention, y, train=train, act=act, base_channels=base)
         return self.add(x, y, train)
 
+    @nn.nowrap
     def _attention_base(self, x: Array, in_channels: int) -> int:
         return self.attention_base or (x.shape[-1] if self.from_expanded else in_channels)
 
+    @nn.nowrap
     def add(self, x: Array, branch: Array, train: bool) -> Array:
         """The residual sum, where the block has one, with stochastic depth on the branch."""
         if not self.skip or self.strides != 1 or x.shape != branch.shape:

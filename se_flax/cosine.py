@@ -36,7 +36,9 @@ class CosineClassifier(nn.Module):
         """Args: x [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
         kernel = gathered(self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32))
         # Angles of a few degrees are what the margin is about: a TPU's default of bfloat16 would blur them.
-        cosines = jnp.matmul(_unit(x.astype(jnp.float32), -1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST)
+        cosines = jnp.matmul(
+            _unit(jnp.asarray(x, jnp.float32), -1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST
+        )
         return self.scale * cosines
 
 

@@ -58,12 +58,15 @@ ACTIVATIONS: Mapping[str, Elementwise] = {
 """Non-linearities between the two layers of the excitation."""
 
 
-def check_map(x: Array, what: str) -> None:
+def check_map(x: Array, what: str) -> Array:
     """Refuses anything but a map with one to three spatial axes.
 
     Args:
       x: what a function of maps was called with.
       what: its name, for the message.
+
+    Returns:
+      The map as a JAX array.
 
     Raises:
       UserError: another rank.
@@ -74,6 +77,7 @@ def check_map(x: Array, what: str) -> None:
             f"got an array of shape {tuple(x.shape)}; {what} takes a map [N, L, C], [N, H, W, C] or [N, D, H, W, C]"
             + (f", which a descriptor of channels becomes by {hint}" if hint else "")
         )
+    return jnp.asarray(x)
 
 
 def spatial_axes(x: Array) -> tuple[int, ...]:
@@ -196,8 +200,7 @@ def squeeze(x: Array, kind: str | Elementwise = "mean") -> Array:
     Raises:
       UserError: x is no map, or an unknown kind.
     """
-    check_map(x, "a squeeze")
-    return lookup(SQUEEZES, kind, "squeeze")(x)
+    return lookup(SQUEEZES, kind, "squeeze")(check_map(x, "a squeeze"))
 
 
 def excite(
@@ -224,7 +227,7 @@ def excite(
     Returns:
       float32 gate [..., C].
     """
-    hidden = pointwise(gathered(z, -1), reduce_kernel, reduce_bias)
+    hidden = pointwise(gathered(jnp.asarray(z), -1), reduce_kernel, reduce_bias)
     hidden = lookup(ACTIVATIONS, activation, "activation")(hidden)
     return lookup(GATES, gate, "gate")(pointwise(hidden, expand_kernel, expand_bias))
 
@@ -243,13 +246,14 @@ def pointwise(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     Raises:
       UserError: the kernel is no matrix, or not of z's channels.
     """
+    z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel, jnp.float32)
     if kernel.ndim != 2 or kernel.shape[0] != z.shape[-1]:
         raise UserError(
             f"got a kernel of shape {tuple(kernel.shape)} for {z.shape[-1]} channels; give [{z.shape[-1]}, M] (of a "
             "1x1 convolution's kernel [1, 1, C, M]: kernel[0, 0])"
         )
-    y = jnp.matmul(z.astype(jnp.float32), gathered(kernel).astype(jnp.float32), precision=_PRECISION)
-    return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(bias), y.ndim)
+    y = jnp.matmul(z, gathered(kernel), precision=_PRECISION)
+    return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(jnp.asarray(bias)), y.ndim)
 
 
 def scale(x: Array, gate: Array) -> Array:
@@ -265,6 +269,7 @@ def scale(x: Array, gate: Array) -> Array:
     Raises:
       UserError: the gate has another rank, and its axes would meet the wrong ones.
     """
+    x, gate = jnp.asarray(x), jnp.asarray(gate)
     if gate.ndim != x.ndim:
         raise UserError(
             f"got a gate of shape {tuple(gate.shape)} for a map of shape {tuple(x.shape)}; give it the map's rank, "
@@ -304,13 +309,14 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     Raises:
       UserError: the kernel has another rank, or an even length.
     """
+    z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel)
     if kernel.ndim != 1 or kernel.shape[0] % 2 == 0:
         raise UserError(
             f"got a kernel of shape {tuple(kernel.shape)} over the channels; give one axis of odd length, [k] (of a "
             "convolution's kernel [k, 1, 1]: kernel[:, 0, 0])"
         )
     size, kernel = kernel.shape[0], gathered(kernel)
-    z = gathered(z, -1).astype(jnp.float32)
+    z = gathered(z, -1)
     padded = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(size // 2, size // 2)])
     # k is 3 to 9: a sum of shifted slices beats a one-channel convolution on every backend.
     out = jnp.zeros_like(z) if bias is None else jnp.broadcast_to(bias, z.shape).astype(jnp.float32)
@@ -380,5 +386,6 @@ def spatial_descriptor(x: Array) -> Array:
     Returns:
       float32 [N, ..., 2]; the maximum comes first, as in the authors' code.
     """
+    x = jnp.asarray(x)
     maximum = jnp.max(x, axis=-1, keepdims=True).astype(jnp.float32)
     return jnp.concatenate([maximum, jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)], axis=-1)

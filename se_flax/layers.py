@@ -92,17 +92,17 @@ class Conv(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         return kernel, bias
 
-    def __call__(self, x: Array, *, dtype: Dtype = None) -> Array:
+    def __call__(self, x: Array, *, in_float32: bool = False) -> Array:
         """Convolves.
 
         Args:
           x: [N, H, W, C].
-          dtype: of this call's arithmetic alone.
+          in_float32: this call's arithmetic is in float32, whatever the module's.
 
         Returns:
           [N, h, w, features].
         """
-        check_map(x, "a convolution")
+        x = check_map(x, "a convolution")
         axes = x.ndim - 2
         if not isinstance(self.kernel_size, int) and len(self.kernel_size) != axes:
             raise UserError(
@@ -113,7 +113,7 @@ class Conv(nn.Module):
         padding = self.padding
         if padding == "symmetric":
             padding = [((k - 1) // 2 * self.dilation,) * 2 for k in kernel.shape[:-2]]
-        dtype = dtype or self.dtype or x.dtype
+        dtype = jnp.float32 if in_float32 else self.dtype or x.dtype
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         settings = (self.strides,) * axes, padding, (self.dilation,) * axes, self.groups
         # `init` runs operation by operation, and what takes long is compiling each: XLA's convolution is one.
@@ -213,6 +213,7 @@ class BatchNorm(nn.Module):
         Returns:
           The coefficients, with x.
         """
+        x = x if isinstance(x, Product) else jnp.asarray(x)
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
@@ -348,12 +349,15 @@ def classify(
     return own_dense(classifier)(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
 
 
-def check_images(images: Array, channels: int) -> None:
+def check_images(images: Array, channels: int) -> Array:
     """Refuses anything but float NHWC images.
 
     Args:
       images: what the network was called with.
       channels: how many channels it expects.
+
+    Returns:
+      The images as an array of JAX's: NumPy's float64 is its float32, unless `jax_enable_x64` is set.
 
     Raises:
       UserError: wrong rank, channel count or dtype.
@@ -378,3 +382,4 @@ def check_images(images: Array, channels: int) -> None:
             f"got images of dtype {images.dtype}; a network takes normalised floats: divide by 255, subtract the "
             "mean and divide by the standard deviation of its checkpoint"
         )
+    return jnp.asarray(images)

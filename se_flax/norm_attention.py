@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from se_flax.activated import gate_activated
 from se_flax.attention import ChannelAttention
+from se_flax.bound import Function
 from se_flax.layers import BatchNorm, Conv
 from se_flax.memory import computed_once
 from se_flax.pointwise import Product
@@ -62,7 +63,7 @@ def norm_act_attend(
         z = input_mean() if input_mean is not None and act is None else attention.pool(u)
         return (u * attention.gates(z, base_channels=base_channels)).astype(dtype)
     if act is not None:
-        gates = attention.gates(attention.pool(u, factor, offset, act), base_channels=base_channels)
+        gates = attention.gates(attention.pool(u, factor, offset, Function(act)), base_channels=base_channels)
         return gate_activated(u, factor, offset, gates, act, dtype)
     assert means is not None
     gates = attention.gates(means, base_channels=base_channels)
@@ -99,7 +100,7 @@ def conv_norm_attend(
         x = computed_once(x)  # the convolution and the mean read it
 
     def input_mean() -> Array:
-        return conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), dtype=jnp.float32)
+        return conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), in_float32=True)
 
     is_linear = conv.is_pointwise
     return norm_act_attend(

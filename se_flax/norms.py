@@ -50,6 +50,7 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     Raises:
       UserError: the groups do not fit the channels.
     """
+    x = jnp.asarray(x)
     n, h, w, channels = x.shape
     if group_size < 1 or channels % group_size:
         raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
@@ -97,6 +98,7 @@ class GroupNorm(nn.Module):
           UserError: groups that do not fit the channels, or hold a single value (one channel of a map of one pixel).
         """
         del train
+        x = jnp.asarray(x)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
@@ -134,6 +136,7 @@ class LayerNorm(nn.Module):
           UserError: a single channel.
         """
         del train
+        x = jnp.asarray(x)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
@@ -180,6 +183,7 @@ class EvoNormS0(nn.Module):
           UserError: as `GroupNorm`.
         """
         del train
+        x = jnp.asarray(x)
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)

@@ -126,7 +126,8 @@ def create_model(name: str, **attributes: Any) -> Network:
         `placement`, `dtype`, `norm`, `drop_rate`, `drop_path_rate` and what else its class documents.
 
     Returns:
-      A Linen module: `model.init(key, images)`, `model.apply(variables, images, train=False, return_features=False)`.
+      A Linen module: `model.init(key, images)`, `model.apply(variables, images, train=False, return_features=False)`,
+      both to be compiled: `jax.jit(model.init)`, `jax.jit(model.apply, static_argnames=("train", "return_features"))`.
 
     Raises:
       UserError: unknown name or attribute, or a value that cannot be one.

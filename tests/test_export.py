@@ -244,7 +244,7 @@ def test_the_command(loaded, tmp_path, capsys):
     words = [str(tmp_path / "model"), str(tmp_path / "served"), "--image-size", "24", "--no-fuse"]
     assert main(["export", *words]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path / 'served'}: seresnet20, stablehlo, batchx24x24x3 -> batchx5, ")
+    assert out.startswith(f"{tmp_path / 'served'}: seresnet20, stablehlo, [batch, 24, 24, 3] -> [batch, 5], ")
     described = json.loads((tmp_path / "served" / "serving.json").read_text())
     assert described["preprocess"]["image_size"] == 24 and not described["fused"]
     assert described["labels"] == list(loaded.labels) and described["provenance"] == {"licence": "mit"}

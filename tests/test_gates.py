@@ -226,8 +226,10 @@ def test_usefulness_counts_what_constant_gates_change(network):
     gates = jax.jit(partial(apply_with_gates, model))(variables, images)[1]
     for name, mean in means.items():
         np.testing.assert_allclose(mean, np.asarray(gates[name], np.float64).mean(0), rtol=1e-5)
-    answers = usefulness(model, variables, means, batches, labels)
+    passes = []
+    answers = usefulness(model, variables, means, batches, labels, passes.append)
     assert list(answers) == [UNCHANGED, *means, EVERY_LAYER]
+    assert passes == [4] * len(answers) + [3] * len(answers)
     apply = jax.jit(model.apply)
     own = np.asarray(apply(variables, images)).argmax(-1)
     every = variables["params"]
@@ -312,6 +314,28 @@ def test_the_command_writes_tables_and_pictures(capsys, ref, photos, tmp_path):
     assert again[0] == 1 and again[2].endswith(
         "exists already; choose another --output, or pass --overwrite to write into it\n"
     )
+
+
+def test_the_bar_moves_with_every_pass_and_counts_all_of_them(capsys, monkeypatch, ref, photos, tmp_path):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, desc, **_):
+            self.total, self.title, self.moves = total, desc, []
+            self.update = self.moves.append
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("se_flax.cli.gates.tqdm", Bar)
+    assert command(capsys, ref, photos, "--output", tmp_path / "x", "--batch-size", 8)[0] == 0
+    (bar,) = bars  # three layers, the network as it is, and all layers at once
+    assert (bar.title, bar.total) == ("gates replaced, 5 passes", 5 * 12)
+    assert bar.moves == [8] * 5 + [4] * 5
 
 
 def test_the_command_as_json_without_usefulness_or_groups_of_several(capsys, ref, photos, tmp_path):

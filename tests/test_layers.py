@@ -230,4 +230,5 @@ def test_images_that_no_network_takes(shape, dtype, message):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_images_that_a_network_takes(dtype):
-    check_images(jax.ShapeDtypeStruct((1, 5, 7, 4), jnp.dtype(dtype)), 4)
+    images = check_images(np.zeros((1, 5, 7, 4), jnp.dtype(dtype)), 4)
+    assert isinstance(images, jax.Array) and images.shape == (1, 5, 7, 4) and images.dtype == dtype

@@ -137,6 +137,31 @@ def test_the_code_on_a_page_runs(name, monkeypatch):
     assert issubclass(names.get("Block", nn.Module), nn.Module)
 
 
+SOURCES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "colab").glob("*.py"))]
+
+
+def eager_calls(code):
+    """Statements that call a network outside a function, and not under `jax.jit`."""
+    lines = [line for line in code.splitlines() if re.match(r"(?!\s|def |@|#).*\w\.(apply|init)\(", line)]
+    return [line for line in lines if "lambda" not in line]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_networks_on_a_page_are_compiled(path):
+    assert not eager_calls(path.read_text() if path.suffix == ".py" else python_blocks(path))
+
+
+@pytest.mark.parametrize("name", ["__init__", "zoo", "weights/pretrained", "fused"])
+def test_networks_in_a_docstring_are_compiled(name):
+    text = (ROOT / "se_flax" / f"{name}.py").read_text()
+    assert not eager_calls("\n".join(re.findall(r"^(?: *>>> )?(\w.*)$", text, re.MULTILINE)))
+
+
+def test_an_eager_call_is_found():
+    assert eager_calls("logits = model.apply(variables, x)") and eager_calls("v = loaded.model.init(key, x)")
+    assert not eager_calls("logits = jax.jit(model.apply)(variables, x)\n    y = model.apply(variables, x)")
+
+
 def commands(page):
     """Command lines of a page, indented or fenced: joined where a backslash ends a line, without comments."""
     text = re.sub(r"\\\n\s*", "", page.read_text())

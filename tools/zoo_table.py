@@ -37,7 +37,8 @@ HEAD = """# The zoo
   counterpart in timm.
 - **Checkpoints**: tags; `se_flax.load_pretrained("<network>.<tag>")` [restores](checkpoints.md) one.
 
-The same from the command line: `se-flax list '*seresnet*'`, `se-flax info <network>`, `se-flax costs <network>`.
+The same from the command line, in tables as wide as the terminal (or `COLUMNS`): `se-flax list '*seresnet*'`,
+`se-flax info <network>`, `se-flax costs <network>`.
 
 """
 COLUMNS = """| network | side | parameters | GMACs | parity | checkpoints |

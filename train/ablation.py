@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
 from train.ablation_table import Cell, Results, write_tables
 from train.cli import exit_code, parse
@@ -20,7 +21,8 @@ from train.config import RESUMABLE, Config, flatten
 USAGE = """\
 Train every cell of an ablation with several seeds, and write one table.
 
-  python -m train.ablation --config=configs/ablation.py:reduction --workdir=runs/reduction --seeds=3
+  python -m train.ablation --config=configs/ablation.py:reduction \\
+      --workdir=runs/reduction --seeds=3
 
   --config=FILE:AXIS         the study. Axes of configs/ablation.py: reduction, squeeze, excitation, stages, placement,
                              3x3, nosqueeze, attention, all. AXIS@RECIPE takes the settings of configs/RECIPE.py
@@ -251,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "-help") for word in words):
-        print(USAGE)
+        print(reflowed(USAGE))
         return 0
 
     def say(text: str) -> None:

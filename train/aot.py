@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import se_flax
+from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError
 from train import cli
 from train.build import build_model
@@ -158,8 +159,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "python -m train.aot",
-        description=__doc__,
-        epilog="--config=FILE takes a recipe, and --config.A.B=VALUE overrides one setting, as in python -m train.",
+        description=reflowed(__doc__ or ""),
+        epilog=reflowed(
+            "--config=FILE takes a recipe, and --config.A.B=VALUE overrides one setting, as in python -m train."
+        ),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import se_flax
 from se_flax.errors import UserError, closest
 from train.config import Attention, Config
+from train.curves import CROSS_ENTROPY
 from train.margins import arcface, cosface
 from train.step import AXIS
 
@@ -136,6 +137,25 @@ def loss_margin(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array] |
             f"augment.cutmix={config.augment.cutmix:g}, but a mixed image has no one right class; set both to 0"
         )
     return partial(function, margin=margin, scale=loss.scale)
+
+
+def training_loss(config: Config) -> str:
+    """What training minimises, in words for a picture.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      `train.curves.CROSS_ENTROPY` for what evaluation computes too; anything else is another quantity, which cannot be
+      compared with the loss on held-out data.
+    """
+    loss, augment = config.loss, config.augment
+    words = [CROSS_ENTROPY]
+    if loss.name in MARGINS:
+        margin = MARGINS[loss.name][1] if loss.margin < 0 else loss.margin
+        words = [f"{loss.name} with margin {margin:g}"]
+    parts = {"label smoothing": config.optim.label_smoothing, "mixup": augment.mixup, "CutMix": augment.cutmix}
+    return ", ".join(words + [f"{name} {value:g}" for name, value in parts.items() if value])
 
 
 def _norm(name: str, axis: str | None, lean: bool) -> Any:

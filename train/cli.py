@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from absl import flags
 from ml_collections import config_flags
 
+from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
 from train.config import Config, flatten
 from train.ctr.config import Config as TableConfig
@@ -33,7 +34,8 @@ Settings, with the defaults that a recipe starts from:
 TABLE_USAGE = """\
 Train a network for click prediction on a table. `python -m train` does the same, given a recipe for tables.
 
-  python -m train.ctr --config=configs/ctr_frappe.py --workdir=runs/frappe --config.data.train=csv:clicks.csv
+  python -m train.ctr --config=configs/ctr_frappe.py --workdir=runs/frappe \\
+      --config.data.train=csv:clicks.csv
 
   --config=FILE[:ARGUMENT]   the recipe; its get_config() gives the settings (see configs/ctr_*.py)
   --workdir=DIR              checkpoints, metrics.jsonl and encoder.json; a run found there is resumed
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "-help") for word in words):
-        print((TABLE_USAGE if kind is TableConfig else USAGE) + settings_help(kind))
+        print(reflowed((TABLE_USAGE if kind is TableConfig else USAGE) + settings_help(kind)))
         return 0
 
     def run() -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
 from train import finetune
+from train.build import training_loss
 from train.checkpoint import Checkpoints
 from train.config import Config, check_same_run, flatten
 from train.data import BadImages, eval_batches, steps_per_epoch, train_loader
@@ -67,6 +68,13 @@ class Outcome:
         if self.result is not None:
             text += f": {self.result}, best top-1 {100 * self.best_top1:.2f} %"
         return f"{text}; checkpoint: {self.checkpoint}"
+
+
+def _epoch_line(epoch: float, r: Result, seconds: float) -> str:
+    """An evaluation in at most 80 columns; the exact counts are in `metrics.jsonl` and at the run's end."""
+    shares = ", ".join(f"{name[:3]}-{name[3:]} {100 * right / r.count:.2f} %" for name, right in r.counts().items())
+    taken = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
+    return f"epoch {epoch:6.2f}: loss {r.loss:.4f}, {shares} of {r.count:,} ({taken} s)"
 
 
 def run(config: Config, workdir: str | Path) -> Outcome:
@@ -128,7 +136,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         return eval_batches(splits, config.data, batch_size=size, bad=bad)
 
     primary = jax.process_index() == 0
-    report = Report(workdir, total, config.data.batch_size, start, primary=primary)
+    loss = training_loss(config)
+    report = Report(workdir, total, config.data.batch_size, start, training_loss=loss, primary=primary)
     trainer = _Trainer(
         config=config,
         workdir=workdir,
@@ -162,6 +171,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         if primary:
             (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
         completed = trainer.train()
+        report.draw()  # with what was recorded after the last evaluation
         checkpoints.close()
         if completed and primary:
             save_model(
@@ -278,6 +288,7 @@ class _Trainer:
         if hasattr(self.train_step, "lower"):
             self.train_step = self.train_step.lower(self.state, batch).compile()
         self.report.say(f"compiled in {time.monotonic() - begun:.1f} s")
+        self.report.start()
         self._start_clock()
 
     def _profile(self, done: int) -> None:
@@ -339,17 +350,16 @@ class _Trainer:
     def _evaluate(self, *, record: bool = True) -> None:
         self._look_at_losses(keep=0)
         begun = time.monotonic()
-        self.result = evaluate(
-            self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas, self.num_classes
-        )
-        r = self.result
-        self.best_top1 = max(self.best_top1, r.top1 / r.count)
-        if record:
-            self.report.write(self.step, self._epoch(self.step), r.metrics())
-        self.report.say(
-            f"epoch {self._epoch(self.step):6.2f}: loss {r.loss:.4f}, {r} in {time.monotonic() - begun:.1f} s"
-        )
-        self.report.draw()
+        with self.report.paused():
+            self.result = evaluate(
+                self.eval_step, self.state.variables(), self.batches_for_evaluation(), self.replicas, self.num_classes
+            )
+            r = self.result
+            self.best_top1 = max(self.best_top1, r.top1 / r.count)
+            if record:
+                self.report.write(self.step, self._epoch(self.step), r.metrics())
+            self.report.say(_epoch_line(self._epoch(self.step), r, time.monotonic() - begun))
+            self.report.draw()
         self._start_clock()
 
     def _save(self, *, with_metrics: bool) -> None:
@@ -357,10 +367,12 @@ class _Trainer:
         self._look_at_losses(keep=0)
         self._write_window(self.step)
         metrics = self.result.metrics() if with_metrics and self.result else None
-        self.checkpoints.save(
-            self.step,
-            self.state,
-            data=self.loader.get_state(),
-            run={**self.run_info, "best_top1": self.best_top1},
-            metrics=metrics,
-        )
+        with self.report.paused():
+            self.checkpoints.save(
+                self.step,
+                self.state,
+                data=self.loader.get_state(),
+                run={**self.run_info, "best_top1": self.best_top1},
+                metrics=metrics,
+            )
+        self._start_clock()

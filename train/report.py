@@ -2,17 +2,16 @@
 
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.ticker
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from train.curves import CROSS_ENTROPY, draw_curves
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -30,6 +29,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 # Seconds between two progress lines where there is no terminal.
 _LOG_INTERVAL = 20.0
+_LOG_WIDTH = 79
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class _Lines:
@@ -47,45 +48,82 @@ class _Lines:
 class Report:
     """Writes one run's figures; a second host of the same run writes nothing.
 
+    The bar begins when training does (`start`): the time that is left follows from all that came since, evaluations
+    included. Its rate is of the training steps alone, without what happens in `paused`.
+
     Args:
       workdir: where the files go.
       total_steps: length of the run.
       batch_size: global, for images per second.
       start_step: where the run starts; what an interrupted run wrote of later steps is dropped, so that the files are
         those of an uninterrupted run.
+      training_loss: what training minimises, in words (`train.build.training_loss`).
       primary: whether this host writes.
     """
 
-    def __init__(self, workdir: Path, total_steps: int, batch_size: int, start_step: int, *, primary: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        total_steps: int,
+        batch_size: int,
+        start_step: int,
+        *,
+        training_loss: str = CROSS_ENTROPY,
+        primary: bool,
+    ):
         self._primary = primary
         self._path = workdir / "metrics.jsonl"
         self._curves = workdir / "curves.png"
         self._batch_size = batch_size
+        self._total_steps, self._start_step = total_steps, start_step
+        self._training_loss = training_loss
+        self._bar: tqdm[Any] | None = None
+        self._since = self._paused = 0.0
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1 if start_step else None)
+
+    def start(self) -> None:
+        """Training begins: what came before, compilation above all, is no part of its rate."""
+        if not self._primary:
+            return
+        terminal = sys.stderr.isatty()
+        self._since, self._paused = time.monotonic(), 0.0
         self._bar = tqdm(
-            total=total_steps * batch_size,
-            initial=start_step * batch_size,
-            unit="img",
+            total=self._total_steps * self._batch_size,
+            initial=self._start_step * self._batch_size,
             unit_scale=True,
-            dynamic_ncols=True,
-            smoothing=0.1,
+            bar_format=_BAR,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else _LOG_WIDTH,
+            smoothing=0,  # the mean, which an evaluation every so often does not throw about
             # A log file gets whole lines, one now and then, instead of a bar drawn over and over.
-            mininterval=0.2 if sys.stderr.isatty() else _LOG_INTERVAL,
-            maxinterval=10.0 if sys.stderr.isatty() else _LOG_INTERVAL,
-            file=sys.stderr if sys.stderr.isatty() else _Lines(),
+            mininterval=0.2 if terminal else _LOG_INTERVAL,
+            maxinterval=10.0 if terminal else _LOG_INTERVAL,
+            file=sys.stderr if terminal else _Lines(),
         )
 
-    def advance(self, loss: float | None = None, accuracy: float | None = None) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work between training steps, which the bar's rate leaves out."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - begun
+
+    def advance(self, loss: float, accuracy: float) -> None:
         """One step is done."""
-        if self._primary:
-            if loss is not None and accuracy is not None:
-                self._bar.set_postfix_str(f"loss {loss:.3f}, acc {100 * accuracy:.1f} %", refresh=False)
-            self._bar.update(self._batch_size)
+        if self._bar is None:
+            return
+        images = self._bar.n + self._batch_size - self._start_step * self._batch_size
+        seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
+        rate = tqdm.format_sizeof(images / seconds)
+        self._bar.set_postfix_str(f"{rate} img/s, loss {loss:.3f}, acc {100 * accuracy:.1f} %", refresh=False)
+        self._bar.update(self._batch_size)
 
     def write(self, step: int, epoch: float, figures: Mapping[str, float | int]) -> None:
         """Records figures of a step."""
@@ -108,52 +146,11 @@ class Report:
     def draw(self) -> None:
         """Draws `curves.png` anew."""
         if self._primary:
-            draw_curves(read_metrics(self._path), self._curves)
+            draw_curves(read_metrics(self._path), self._curves, self._training_loss)
 
     def close(self) -> None:
         """Flushes and frees everything."""
-        if self._primary:
+        if self._bar is not None:
             self._bar.close()
+        if self._primary:
             self._events.close()
-
-
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots loss and accuracy over epochs.
-
-    Args:
-      rows: lines of a `metrics.jsonl`.
-      path: of the PNG.
-    """
-    train = [row for row in rows if "loss" in row]
-    evals = [row for row in rows if "eval_loss" in row]
-    if not train and not evals:
-        return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    epochs = [row["epoch"] for row in train]
-    left.plot(epochs, [row["loss"] for row in train], color="tab:blue", alpha=0.8, lw=1.2, label="training batches")
-    right.plot(
-        epochs, [100 * row["accuracy"] for row in train], color="tab:blue", alpha=0.8, lw=1.2, label="training batches"
-    )
-    if evals:
-        marks = {"color": "tab:orange", "marker": "o", "ms": 3.5, "lw": 1.6, "label": "held-out data"}
-        at = [row["epoch"] for row in evals]
-        left.plot(at, [row["eval_loss"] for row in evals], **marks)
-        right.plot(at, [100 * row["eval_top1"] for row in evals], **marks)
-        best = max(evals, key=lambda row: row["eval_top1"])
-        right.axhline(100 * best["eval_top1"], color="tab:orange", lw=0.8, ls=":")
-        right.set_title(f"top-1: best {100 * best['eval_top1']:.2f} %, last {100 * evals[-1]['eval_top1']:.2f} %")
-    left.set_title("cross-entropy")
-    left.set_yscale("log")
-    for axis_ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis_ticks(matplotlib.ticker.FormatStrFormatter("%g"))
-    right.set_ylabel("%")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    partial_ = path.with_suffix(".partial.png")
-    figure.savefig(partial_, dpi=110)
-    plt.close(figure)
-    # Someone may have the picture open: it is replaced whole.
-    partial_.replace(path)

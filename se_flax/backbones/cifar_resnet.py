@@ -105,7 +105,7 @@ class CifarResNet(Network):
           UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; what the block
             refuses.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         attending = attention_stages(self.stages, 3)
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
         dropout = {"drop_rate": self.drop_rate} if self.drop_in_blocks else {}

@@ -146,7 +146,7 @@ class EfficientNet(Network):
         Raises:
           UserError: images of the wrong rank, channel count or dtype; an unknown stage.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         x, features = self.trunk(images.astype(self.dtype or images.dtype), train)
         x = self.pool(x, train)
         init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")

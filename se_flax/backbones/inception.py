@@ -94,7 +94,7 @@ class Inception(Network):
         Raises:
           UserError: images of the wrong rank, channel count or dtype, or too small.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         check_side(images, self.smallest)
         parts: dict[str, Any] = {
             "conv": partial(self.conv, dtype=self.dtype),

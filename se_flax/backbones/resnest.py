@@ -72,6 +72,7 @@ class SplitAttentionBottleneck(Bottleneck):
     radix: int = 2
     average_first: bool = False
 
+    @nn.nowrap
     def middle(self, y: Array, width: int, train: bool) -> Array:
         """Split attention with the strided mean before or after it."""
         if self.average_first:
@@ -82,6 +83,7 @@ class SplitAttentionBottleneck(Bottleneck):
         y = self.attend(y, Placement.AFTER_3X3, train)
         return y if self.average_first else self.average(y)
 
+    @nn.nowrap
     def average(self, y: Array) -> Array:
         """Strided 3x3 mean that counts the padding's zeros, or the `antialias` that the block was given instead."""
         if self.strides == 1:

@@ -231,7 +231,7 @@ class ResNet(Network):
           UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; `strides` or
             `widths` that do not fit `depths`.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         self._check_stages()
         attending = attention_stages(self.stages, len(self.depths))
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)

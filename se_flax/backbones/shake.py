@@ -105,6 +105,7 @@ class ShakeBlock(Block):
                 raise UserError(f"unknown {name} {given!r} of a Shake-Shake network; {closest(str(given), allowed)}")
         super().__post_init__()
 
+    @nn.nowrap
     def residual(self, branch: type[Block], x: Array, train: bool) -> Array:
         """What is added to the shortcut: `branch1` and `branch2` of x, mixed, with attention and stochastic depth."""
         names = ("conv", "norm", "act", "strides", "groups", "base_width", "attention_name", "placement")

@@ -146,7 +146,7 @@ class ShuffleNet(Network):
           UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; groups that do not
             divide the units' channels.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         self._check_groups()
         attending = attention_stages(self.stages, len(self.depths))
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)

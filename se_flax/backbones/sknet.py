@@ -100,10 +100,12 @@ class SelectiveBlock(Block):
 
     kernel: ModuleDef = SelectiveKernel
 
+    @nn.nowrap
     def select(self, width: int, **kwargs: Any) -> Any:
         """The selective kernel, which carries the block's stride."""
         return self.kernel(width, self.conv, self.norm, self.act, strides=self.conv_strides, **kwargs)
 
+    @nn.nowrap
     def plain(self, width: int, kernel_size: int, last: bool, name: str) -> Any:
         """A nested convolution and norm; the last of the branch has no activation."""
         norm = self.norm
@@ -111,6 +113,7 @@ class SelectiveBlock(Block):
             norm = partial(norm, scale_init=nn.initializers.zeros_init())
         return ConvNorm(width, self.conv, norm, kernel_size, act=None if last else self.act, name=name)
 
+    @nn.nowrap
     def merge(self, x: Array, y: Array, train: bool) -> Array:
         """Attention, then the block's end."""
         return self.add(x, self.attend(y, Placement.STANDARD, train), train)

@@ -173,7 +173,7 @@ class VGG(Network):
           UserError: images of the wrong rank, channel count or dtype, or smaller than a pixel of the last map; `depths`
             and `widths` of different lengths.
         """
-        check_images(images, self.in_channels)
+        images = check_images(images, self.in_channels)
         if len(self.widths) != len(self.depths):
             raise UserError(f"got depths={self.depths} and widths={self.widths}; give one of each per group")
         check_side(images, 2 ** len(self.depths))

@@ -4,20 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError
 from se_flax.version import __version__
 
 _DESCRIPTION = """\
 Squeeze-and-excitation networks in JAX: what there is, what it predicts, how good it is, and in which file.
 
-  se-flax list '*seresnet*'                        networks by name
-  se-flax info seresnet50                          one network and its published checkpoints
-  se-flax costs seresnet50 --image-size 224        its parameters, multiply-adds and activations
-  se-flax predict seresnet50.ra2_in1k cat.jpg      what is in a picture
-  se-flax eval seresnet50.ra2_in1k data/val        exact accuracy on class folders
-  se-flax gates seresnet50.ra2_in1k data/val       what its gates do, by class and layer
-  se-flax convert model.safetensors my-model       from one format to another
-  se-flax export seresnet50.ra2_in1k served        for serving: StableHLO, ONNX, SavedModel
+  se-flax list '*seresnet*'                    networks by name
+  se-flax info seresnet50                      one network, its checkpoints
+  se-flax costs seresnet50 --image-size 224    its size and multiply-adds
+  se-flax predict seresnet50.ra2_in1k cat.jpg  what is in a picture
+  se-flax eval seresnet50.ra2_in1k data/val    exact accuracy on class folders
+  se-flax gates seresnet50.ra2_in1k data/val   its gates, by class and layer
+  se-flax convert model.safetensors my-model   from one format to another
+  se-flax export seresnet50.ra2_in1k served    StableHLO, ONNX, SavedModel
 
 A REF is a published checkpoint (seresnet50.ra2_in1k), a repository on the Hugging Face hub (owner/name), a folder that
 se-flax, timm or a training run wrote, or a .safetensors, .npz, .h5 or .pth file.
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     from se_flax.cli import costs, export, files, gates, images, tables
 
     parser = argparse.ArgumentParser(
-        "se-flax", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "se-flax", description=reflowed(_DESCRIPTION), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"se-flax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from se_flax.cli.tables import print_table
+from se_flax.cli.layout import print_table, wrapped
 from se_flax.counting import Costs, LayerCosts, costs
 from se_flax.zoo import create_model, get_variant, list_models
 
@@ -46,7 +46,7 @@ def show_costs(options: argparse.Namespace) -> None:
         print_table(_rows(counted.by_layer), right=(2, 3, 4, 5))
         print()
     without = " without attention" if options.without_attention else ""
-    print(f"{name}{without}, one image of {size} x {size} pixels\n")
+    print(wrapped(f"{name}{without}, one image of {size} x {size} pixels") + "\n")
     print_table(_summary(counted), right=(1, 2, 3))
 
 

@@ -43,7 +43,7 @@ def export(options: argparse.Namespace) -> None:
     )
     folder = Path(options.target).expanduser()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    shapes = " -> ".join("x".join(map(str, written[key]["shape"])) for key in ("input", "output"))
+    shapes = " -> ".join(f"[{', '.join(map(str, written[key]['shape']))}]" for key in ("input", "output"))
     print(f"{folder}: {written['architecture']}, {written['format']}, {shapes}, {size:.1f} MB")
     if "difference" in written:
         apart = written["difference"]

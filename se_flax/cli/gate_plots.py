@@ -1,5 +1,6 @@
 """The pictures of `se-flax gates`, after figures 6 and 7 of Hu et al. 2020."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ _COLUMNS = 3
 _MOST_PANELS = 18
 _MOST_SPREAD = 6
 _DPI = 100
+# In inches: a letter of the legend and of the title; in letters: the line before a label.
+_LETTER, _TITLE_LETTER, _HANDLE = 0.08, 0.105, 6
 
 
 def draw(
@@ -63,6 +66,7 @@ def _panels(count: int) -> tuple[Figure, Iterator[Any]]:
         axis.set_axis_off()
     for i, axis in enumerate(axes.flat[:count]):
         axis.grid(alpha=0.25, linewidth=0.6)
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         if i >= count - columns:
             axis.set_xlabel("channel")
         if i % columns == 0:
@@ -95,7 +99,7 @@ def _group_curves(
             axis.plot(x, gates.group_means[i][x], style, color=colour, linewidth=1.1, label=f"{name} ({count})")
         axis.set_title(f"{short[layer]}  ({len(gates.mean)} channels)", fontsize=10)
         axis.set_ylim(*_limits(found, layers))
-    _legend(figure, f"Mean gate of each group ({_CHANNELS} channels of every layer, evenly spread)")
+    _legend(figure, f"Mean gate of each group (at most {_CHANNELS} channels of a layer, evenly spread)")
     return figure
 
 
@@ -120,54 +124,67 @@ def _spread(
 
 
 def _legend(figure: Figure, title: str) -> None:
+    """The title above and the legend below, in lines that fit the figure; it grows with them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.suptitle(title, fontsize=12)
-    # A letter of this size is about 0.08 inch wide, the line before it about six letters.
-    fitting = int(figure.get_figwidth() / 0.08 / (max(map(len, labels)) + 6))
-    columns = min(len(labels), max(fitting, 1))
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(title, int(width / _TITLE_LETTER)), fontsize=12)
+    letters = int(width / _LETTER)
+    labels = [textwrap.fill(label, letters - _HANDLE) for label in labels]
+    widest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(min(len(labels), letters // (widest + _HANDLE)), 1)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
 
 
 def _by_layer(found: Mapping[str, LayerGates], answers: Mapping[str, Answers], short: Mapping[str, str]) -> Figure:
-    """What depth does: spread, share between groups, closed and open gates, accuracy with constant gates."""
+    """What depth does: spread, share between groups, closed and open gates, accuracy with constant gates.
+
+    What is not defined has no panel: the share between groups of one picture each, the accuracy without answers.
+    """
     layers, x = list(found.values()), np.arange(len(found))
-    count = 4 if answers else 3
+    panels = [_draw_deviations, _draw_between, _draw_thresholds]
+    if not np.isfinite(layers[0].chance):
+        panels.remove(_draw_between)
+    count = len(panels) + bool(answers)
     figure = Figure(figsize=(max(7.5, 0.32 * len(layers) + 2.5), 2.15 * count + 0.6), layout="constrained")
     axes = figure.subplots(count, 1, sharex=True)
+    for axis, draw_panel in zip(axes, panels, strict=False):
+        draw_panel(axis, x, layers)
+    if answers:
+        _draw_answers(axes[-1], x, [answers[name] for name in found], answers)
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
-    over_images = [float(np.sqrt(np.square(gates.std).mean())) for gates in layers]
-    axes[0].plot(x, over_images, "o-", color=_COLOURS[0], markersize=4, label="over pictures (root mean square)")
-    axes[0].plot(
-        x, [gates.mean.std() for gates in layers], "s-", color=_COLOURS[1], markersize=4, label="over channels"
-    )
-    axes[0].set_ylabel("standard\ndeviation")
-    _draw_between(axes[1], x, layers)
-    closed, opened = ([100 * getattr(gates, name) for gates in layers] for name in ("closed", "open"))
-    axes[2].bar(x - 0.2, closed, 0.38, color=_COLOURS[0], label="closed")
-    axes[2].bar(x + 0.2, opened, 0.38, color=_COLOURS[5], label="open")
-    axes[2].set_ylabel("gates, %")
-    if answers:
-        _draw_answers(axes[3], x, [answers[name] for name in found], answers)
-    for axis in axes:
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]), top=1.28 * axis.get_ylim()[1])
+        top = axis.dataLim.y1 or 1.0
+        ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, top))
+        axis.set_yticks(ticks[ticks <= 1.02 * top])
+        axis.set_ylim(0, 1.3 * top)  # with room for the legend
         axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
-    axes[2].set_ylim(0, 128)
-    axes[2].set_yticks(range(0, 101, 25))
     axes[-1].set_xticks(x, [short[name] for name in found], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     return figure
 
 
+def _draw_deviations(axis: Any, x: np.ndarray, layers: Sequence[LayerGates]) -> None:
+    over_images = [float(np.sqrt(np.square(gates.std).mean())) for gates in layers]
+    axis.plot(x, over_images, "o-", color=_COLOURS[0], markersize=4, label="over pictures (root mean square)")
+    over_channels = [gates.mean.std() for gates in layers]
+    axis.plot(x, over_channels, "s-", color=_COLOURS[1], markersize=4, label="over channels")
+    axis.set_ylabel("standard\ndeviation")
+
+
 def _draw_between(axis: Any, x: np.ndarray, layers: Sequence[LayerGates]) -> None:
-    axis.set_ylabel("variance between\ngroups, %")
-    if not np.isfinite(layers[0].chance):
-        axis.text(0.5, 0.45, "needs groups of several pictures", transform=axis.transAxes, ha="center", color="gray")
-        axis.plot([], [], label="not defined")
-        return
     axis.plot(x, [100 * gates.between for gates in layers], "o-", color=_COLOURS[2], markersize=4, label="groups")
     low, high = ([100 * f(gates.permuted) for gates in layers] for f in (np.min, np.max))
     axis.fill_between(x, low, high, color="gray", alpha=0.3, linewidth=0, label="groups drawn at random")
+    axis.set_ylabel("variance between\ngroups, %")
+
+
+def _draw_thresholds(axis: Any, x: np.ndarray, layers: Sequence[LayerGates]) -> None:
+    closed, opened = ([100 * getattr(gates, name) for gates in layers] for name in ("closed", "open"))
+    axis.bar(x - 0.2, closed, 0.38, color=_COLOURS[0], label="closed")
+    axis.bar(x + 0.2, opened, 0.38, color=_COLOURS[5], label="open")
+    axis.set_ylabel("gates, %")
 
 
 def _draw_answers(axis: Any, x: np.ndarray, with_mean: Sequence[Answers], answers: Mapping[str, Answers]) -> None:
@@ -176,7 +193,6 @@ def _draw_answers(axis: Any, x: np.ndarray, with_mean: Sequence[Answers], answer
     axis.bar(x - 0.2, [share * a.lost for a in with_mean], 0.38, color=_COLOURS[1], label="answers lost")
     axis.bar(x + 0.2, [share * a.gained for a in with_mean], 0.38, color=_COLOURS[2], label="gained")
     axis.set_ylabel("pictures, %\n(gates replaced)")
-    axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.set_title(
         f"gates replaced by their mean, layer by layer; top-1 {share * own.top1:.1f} %, "
         f"{share * every.top1:.1f} % with all layers replaced",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from se_flax.analysis import (
     EVERY_LAYER,
@@ -24,7 +25,7 @@ from se_flax.analysis import (
 from se_flax.class_names import ClassNames
 from se_flax.cli.images import add_common, load, padded_batches
 from se_flax.cli.labelled import labelled_images
-from se_flax.cli.tables import print_table
+from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
 from se_flax.weights.pretrained import Pretrained
 
@@ -60,7 +61,11 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--closed", type=float, default=0.1, help="gates below count as closed (default: 0.1)")
     parser.add_argument("--open", type=float, default=0.9, help="gates above count as open (default: 0.9)")
-    parser.add_argument("--no-usefulness", action="store_true", help="leave out the accuracy with replaced gates")
+    parser.add_argument(
+        "--no-usefulness",
+        action="store_true",
+        help="leave out the accuracy with replaced gates, which takes a pass over the pictures for each layer",
+    )
     parser.set_defaults(run=gates)
 
 
@@ -85,14 +90,18 @@ def gates(options: argparse.Namespace) -> None:
     groups = parse_groups(options.classes, loaded, set(labels))
     statistics = GateStatistics(layers, labels, groups, closed=options.closed, open=options.open)
 
-    def batches(title: str) -> Iterable[tuple[np.ndarray, int]]:
-        return padded_batches(loaded, [example.path for example in examples], options.batch_size, title)
-
-    found = collect(loaded.model, loaded.variables, batches("gates"), statistics)
+    paths = [example.path for example in examples]
+    batches = padded_batches(loaded, paths, options.batch_size, "gates")
+    found = collect(loaded.model, loaded.variables, batches, statistics)
     answers: dict[str, Answers] = {}
     if not options.no_usefulness:
         means = {name: layer.mean for name, layer in found.items()}
-        answers = usefulness(loaded.model, loaded.variables, means, batches("usefulness"), labels)
+        batches = padded_batches(loaded, paths, options.batch_size, bar=False)
+        # The longest part by far: its bar moves with every pass of a batch.
+        passes = len(layers) + 2
+        title = f"gates replaced, {passes} passes"
+        with tqdm(total=passes * len(paths), unit=" pictures", desc=title, disable=None, leave=False) as bar:
+            answers = usefulness(loaded.model, loaded.variables, means, batches, labels, bar.update)
 
     target.mkdir(parents=True, exist_ok=True)
     rows = layer_rows(found, answers)
@@ -280,7 +289,7 @@ def _print(loaded: Pretrained, rows: Sequence[Mapping[str, Any]], groups: Mappin
     """The table for a terminal."""
     p = loaded.preprocess
     print(f"{loaded.name} at {p.image_size} px, {pictures:,} pictures")
-    print("groups: " + ", ".join(f"{name} ({count})" for name, count in groups.items()) + "\n")
+    print(wrapped("groups: " + ", ".join(f"{name} ({count})" for name, count in groups.items())) + "\n")
     head = ["layer", "channels", "mean", "std", "between", "chance", "closed %", "open %", "dead %", "saturated %"]
     answered = rows[-1]["top1"] is not None
     table = [tuple(head + (["top-1", "lost", "gained", "loss"] if answered else []))]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from se_flax.class_folders import SUFFIXES, pictures_below
 from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
 from se_flax.cli.labelled import Example, labelled_images
+from se_flax.cli.layout import wrapped
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
 from se_flax.weights.pretrained import Pretrained
@@ -77,7 +78,7 @@ def predict(options: argparse.Namespace) -> None:
         if not options.json:
             print(path)
             for share, i, label in best:
-                print(f"  {100 * share:5.1f} %  {label or f'class {i}'}", flush=True)
+                print(wrapped(f"  {100 * share:5.1f} %  {label or f'class {i}'}", indent=" " * 11), flush=True)
     if options.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
 
@@ -165,27 +166,28 @@ def _logits(loaded: Pretrained, paths: Sequence[Path], batch_size: int) -> Itera
 
 
 def padded_batches(
-    loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None
+    loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None, *, bar: bool = True
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Reads pictures, with a progress bar; every batch has the same size, so that a network is compiled once.
+    """Reads pictures; every batch has the same size, so that a network is compiled once.
 
     Args:
       loaded: whose preprocessing they get.
       paths: the pictures.
       batch_size: pictures at a time.
-      title: in front of the bar.
+      title: in front of the progress bar.
+      bar: whether there is one, where the pictures are more than a batch.
 
     Yields:
       float32 [B, H, W, C] and the number of pictures in it; the rest are zeros.
     """
     size = min(batch_size, len(paths))
-    quiet = None if len(paths) > size else True
-    with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as bar:
+    quiet = None if bar and len(paths) > size else True  # None: where there is a terminal
+    with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as shown:
         for start in range(0, len(paths), size):
             batch = loaded.preprocess(paths[start : start + size])
             count = len(batch)
             yield np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), batch.dtype)]), count
-            bar.update(count)
+            shown.update(count)
 
 
 def _pictures(names: Sequence[str]) -> Iterator[Path]:

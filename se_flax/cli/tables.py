@@ -3,9 +3,9 @@
 import argparse
 import functools
 import json
-from collections.abc import Sequence
 from typing import Any
 
+from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
 from se_flax.preprocess import Preprocess
 from se_flax.variant import Variant, Weights
@@ -17,8 +17,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "list",
         help="networks and their checkpoints",
-        description="Networks: parameters, side of the input in pixels, published checkpoints, and the network's "
-        "source. Load one with se_flax.create_model(NAME), its checkpoint with se_flax.load_pretrained(NAME.TAG).",
+        description="Networks: parameters, side of the input in pixels, published checkpoints, and, where the terminal "
+        "is wide enough, the network's source. Load one with se_flax.create_model(NAME), its checkpoint with "
+        "se_flax.load_pretrained(NAME.TAG).",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="shell wildcard in quotes, such as '*seresnet*'")
     parser.add_argument("--pretrained", action="store_true", help="only networks with a published checkpoint")
@@ -54,9 +55,9 @@ def show_list(options: argparse.Namespace) -> None:
     for name, v in rows:
         tags = ", ".join(w.tag for w in v.weights)
         table.append((name, f"{v.num_params / 1e6:.2f} M", str(v.input_size), tags or "-", v.source))
-    print_table(table, right=(1, 2))
+    print_table(table, right=(1, 2), optional=(4,))
     count = sum(len(v.weights) for _, v in rows)
-    print(f"\n{len(rows)} networks, {count} published checkpoints")
+    print("\n" + wrapped(f"{len(rows)} networks, {count} published checkpoints"))
 
 
 def show_info(options: argparse.Namespace) -> None:
@@ -70,9 +71,10 @@ def show_info(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_facts(name, variant), indent=2))
         return
-    print(f"{name}: {variant.num_params:,} parameters, made for {variant.input_size} px\nsource: {variant.source}")
+    print(wrapped(f"{name}: {variant.num_params:,} parameters, made for {variant.input_size} px"))
+    print(wrapped(f"source: {variant.source}"))
     for key, value in variant.attributes().items():
-        print(f"  {key} = {_short(value)}")
+        print(wrapped(f"  {key} = {_short(value)}"))
     if not variant.weights:
         print("no published checkpoint")
         return
@@ -85,21 +87,6 @@ def show_info(options: argparse.Namespace) -> None:
         mean, std = (" ".join(f"{x:.3g}" for x in values) for values in (w.mean, w.std))
         table.append((f"{name}.{w.tag}", str(w.num_classes), size, crop, w.interpolation, mean, std, w.licence))
     print_table(table, right=(1,))
-
-
-def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    """Prints rows in columns, the first row as the head.
-
-    Args:
-      rows: equally long tuples.
-      right: columns that are aligned to the right.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        cells = (x.rjust(w) if k in right else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join(cells).rstrip())
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
 
 
 def _short(value: Any) -> str:

@@ -78,6 +78,7 @@ def hadamard(x: Array) -> Array:
     Returns:
       [N, P, K] of x's dtype.
     """
+    x = jnp.asarray(x)
     return _pairs(x, lambda i: x[..., i : i + 1, :])
 
 
@@ -91,7 +92,8 @@ def bilinear_all(x: Array, kernel: Array) -> Array:
     Returns:
       [N, P, K] of x's dtype.
     """
-    left = jnp.matmul(x, kernel.astype(x.dtype))
+    x = jnp.asarray(x)
+    left = jnp.matmul(x, jnp.asarray(kernel, x.dtype))
     return _pairs(x, lambda i: left[..., i : i + 1, :])
 
 
@@ -105,7 +107,8 @@ def bilinear_each(x: Array, kernel: Array) -> Array:
     Returns:
       [N, P, K] of x's dtype.
     """
-    kernel = kernel.astype(x.dtype)
+    x = jnp.asarray(x)
+    kernel = jnp.asarray(kernel, x.dtype)
     return _pairs(x, lambda i: jnp.matmul(x[..., i : i + 1, :], kernel[i]))
 
 
@@ -119,8 +122,9 @@ def bilinear_interaction(x: Array, kernel: Array) -> Array:
     Returns:
       [N, P, K] of x's dtype.
     """
+    x = jnp.asarray(x)
     fields, size = x.shape[-2:]
-    kernel = kernel.astype(x.dtype)
+    kernel = jnp.asarray(kernel, x.dtype)
 
     def left(i: int) -> Array:
         start, count = i * (2 * fields - i - 1) // 2, fields - 1 - i
@@ -140,7 +144,7 @@ def factorisation(x: Array) -> Array:
     Returns:
       float32 [N].
     """
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     square_of_sum = jnp.square(x.sum(axis=-2))
     sum_of_squares = jnp.square(x).sum(axis=-2)
     return 0.5 * (square_of_sum - sum_of_squares).sum(axis=-1)

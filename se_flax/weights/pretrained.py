@@ -100,7 +100,7 @@ def load_pretrained(
 
     Examples:
       >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
-      >>> logits = loaded.model.apply(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
+      >>> logits = jax.jit(loaded.model.apply)(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
     """
     source = locate(ref, name=name, revision=revision, cache_dir=cache_dir)
     if source.digests is not None:
