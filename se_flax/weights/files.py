@@ -59,11 +59,10 @@ _SPECIAL = (
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
     """Opens a file of arrays; what it is follows from its suffix.
 
-    A PyTorch file may hold a state dict or a dictionary with one under `state_dict_ema`, `model_ema`, `state_dict` or
-    `model` (the first that is there); a prefix `module.` of all names is dropped. It needs PyTorch itself, which loads
-    plain arrays alone. An Orbax folder may be a checkpoint, or a step of a run with the item `state`; of it, `params`
-    and `batch_stats` are read, from the moving average `ema` where there is one. Groups of an HDF5 file and parts of an
-    Orbax tree are joined by `/`.
+    A PyTorch file may hold a state dict or a dictionary with one under a name that training programs use
+    (`se_flax.weights.prefix.unwrapped`). It needs PyTorch itself, which loads plain arrays alone. An Orbax folder may
+    be a checkpoint, or a step of a run with the item `state`; of it, `params` and `batch_stats` are read, from the
+    moving average `ema` where there is one. Groups of an HDF5 file and parts of an Orbax tree are joined by `/`.
 
     Args:
       path: one of `ALLOWED`.

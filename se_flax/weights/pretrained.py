@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from se_flax.weights import arguments as argument_json
 from se_flax.weights import keras, torch
 from se_flax.weights.files import open_arrays
 from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
-from se_flax.weights.strict import Layout, classes_in, import_variables
+from se_flax.weights.strict import Layout, import_variables, sizes_in, unprefixed
 from se_flax.zoo import create_model
 
 NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
@@ -76,9 +76,9 @@ def load_pretrained(
         (`.pth` with PyTorch installed); or the folder of an Orbax checkpoint. Names and layouts of timm, Keras and
         se-flax are told apart by the arrays' names.
       name: the network, where neither folder nor file name says it.
-      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; a warning
-        and `notes` say so.
-      in_channels: another number of image channels than 3 adapts the stem; a warning and `notes` say so.
+      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; `notes`
+        says so.
+      in_channels: another number of image channels than 3 adapts the stem; `notes` says so.
       revision: branch, tag or commit on the hub.
       cache_dir: of downloads, instead of the hub's own (`HF_HOME`).
       **attributes: further arguments for `create_model`, such as `dtype` or `drop_path_rate`.
@@ -98,15 +98,13 @@ def load_pretrained(
         _check_digests(source.arrays, source.digests)
     given = {**source.arguments, **attributes}
     with open_arrays(source.arrays) as arrays:
-        renamed, layout = _layout(source, arrays)
-        if source.bare and "num_classes" not in given:
-            classes = classes_in(source.name, renamed, layout, given)
-            given |= {} if classes is None else {"num_classes": classes}
-        variables, notes = import_variables(
+        renamed, layout, names = _layout(source, arrays, given)
+        if source.digests is None:  # nothing, or a program that does not always write it, says how large its ends are
+            given |= _unsaid_sizes(source, renamed, layout, given)
+        variables, asked = import_variables(
             source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
         )
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+        notes = (*arrays.notes, *names, *asked)
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     given |= {key: value for key, value in requested.items() if value is not None}
     model = create_model(source.name, **given)
@@ -124,13 +122,25 @@ def load_pretrained(
     )
 
 
-def _layout(source: Source, arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
-    """Whose names the arrays have, and the arrays by those names."""
-    if any(key.startswith("params/") for key in arrays):
-        return arrays, NATIVE
+def _layout(
+    source: Source, arrays: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
+    """The arrays by the names of a layout, whose names these are, and a sentence where a prefix was taken off."""
+    if any(re.search(r"(^|/)params/", key) for key in arrays):
+        return unprefixed(source.name, arrays, NATIVE, given)
     if any("/" in key for key in arrays):
-        return keras.by_layer(source.name, arrays), keras.layout(source.name)
-    return arrays, torch.LAYOUT
+        return keras.unprefixed(source.name, arrays)
+    return unprefixed(source.name, arrays, torch.LAYOUT, given)
+
+
+def _unsaid_sizes(
+    source: Source, arrays: Mapping[str, Any], layout: Layout, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """Numbers of classes and channels that only the arrays say; where they are the network's own, none."""
+    unsaid = ({"num_classes", "in_channels"} if source.bare else {"in_channels"}) - given.keys()
+    found = sizes_in(source.name, {key: np.shape(x) for key, x in arrays.items()}, layout, given) if unsaid else {}
+    model = create_model(source.name, **given)
+    return {name: size for name, size in found.items() if name in unsaid and size != getattr(model, name)}
 
 
 def save_pretrained(

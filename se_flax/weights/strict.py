@@ -1,12 +1,12 @@
 """From arrays in some layout to variables: every key used once, every target filled, every shape equal.
 
-Two deviations are made on request and said so: another number of classes draws the classifier anew, another number of
-image channels adapts the stem.
+Two deviations are made on request and noted: another number of classes draws the classifier anew, another number of
+image channels adapts the stem. A prefix that all keys have is no deviation: `unprefixed` takes it off.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_flax.errors import UserError
+from se_flax.weights.lazy import BFLOAT16, is_raw_bfloat16
+from se_flax.weights.prefix import best_prefix, common_prefixes, outer_part, taken_off, without
 from se_flax.weights.report import mismatch_report
 from se_flax.zoo import create_model, get_variant
 
@@ -40,6 +42,10 @@ class Layout:
     shape: Callable[[Path, Shape], Shape]
     to_ours: Callable[[Path, np.ndarray, Shape], np.ndarray]
     ignored: Callable[[Mapping[str, Path]], set[str]] = lambda targets: set()
+
+    def without(self, prefix: str) -> "Layout":
+        """The same for keys from which a prefix was taken off, which its messages say."""
+        return replace(self, what=f"{self.what} without the prefix {prefix!r}")
 
 
 def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -80,10 +86,10 @@ def import_variables(
       attributes: as given to `create_model`, when the network differs from its default.
 
     Returns:
-      The variables (float32 on the default device), and a sentence on each deviation.
+      The variables (float32 on the default device), and a sentence on each deviation that was asked for.
 
     Raises:
-      UserError: keys that are missing, left over or of another shape, all in one message.
+      UserError: keys that are missing, left over or of another shape, all in one message, and what to do about it.
     """
     size = get_variant(name).input_size
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
@@ -92,10 +98,10 @@ def import_variables(
     shapes = variable_shapes(model, size)
     head: set[Path] = set()
     if num_classes is not None:
-        head = _depends_on(name, attributes, "num_classes", 1000 if num_classes != 1000 else 999, shapes)
+        head = _depends_on(name, attributes, "num_classes", 1000 if num_classes != 1000 else 999)
     stem: set[Path] = set()
     if in_channels is not None:
-        stem = _depends_on(name, attributes, "in_channels", 3 if in_channels != 3 else 1, shapes)
+        stem = _depends_on(name, attributes, "in_channels", 3 if in_channels != 3 else 1)
 
     targets = {layout.key(path): path for path in shapes}
     given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
@@ -118,14 +124,16 @@ def import_variables(
     known = targets.keys() | layout.ignored(targets) | {layout.key(path) for path in head}
     unexpected = [key for key in given if key not in known]
     if missing or unexpected or wrong:
-        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what))
+        unsettled = {path for path in targets.values() if path not in settled}
+        advice = _advice(name, given, layout, attributes, unsettled, unexpected)
+        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what) + advice)
 
     flat: dict[Path, Any] = {}
     for key, path in targets.items():
         if path in redrawn:
             continue
         source = adapted.get(path, shapes[path].shape)
-        value = layout.to_ours(path, np.asarray(arrays[key]), source)
+        value = layout.to_ours(path, _numbers(key, arrays[key]), source)
         if path in adapted:
             value = adapt_channels(value, shapes[path].shape[-2])
         flat[path] = jnp.asarray(value, shapes[path].dtype)
@@ -142,22 +150,63 @@ def import_variables(
     return flax.traverse_util.unflatten_dict(flat), tuple(notes)
 
 
-def classes_in(name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]) -> int | None:
-    """How many classes a checkpoint was trained for.
+def unprefixed(
+    name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
+    """Takes off the parts that all keys begin with, where the keys fit the network without them.
 
     Args:
       name: the network.
-      arrays: as for `import_variables`.
-      layout: likewise.
-      attributes: likewise.
+      arrays: by key.
+      layout: whose keys these are.
+      attributes: as for `import_variables`.
 
     Returns:
-      Length of the classifier's bias; None without one.
+      The arrays by the shorter keys, the layout (which names the prefix in its messages), and a sentence that says so;
+      arguments as they were and no sentence where there is no such prefix.
     """
+    prefixes = common_prefixes(arrays)
+    if len(prefixes) == 1:
+        return arrays, layout, ()
+    known = known_keys(name, layout, attributes)
+    prefix = best_prefix(prefixes, lambda prefix: len(known & without(arrays, prefix).keys()))
+    if not prefix:
+        return arrays, layout, ()
+    return without(arrays, prefix), layout.without(prefix), (taken_off(prefix),)
+
+
+def known_keys(name: str, layout: Layout, attributes: Mapping[str, Any]) -> set[str]:
+    """Keys of a network's variables in a layout; arguments as for `import_variables`."""
     shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
-    head = _depends_on(name, attributes, "num_classes", 999, shapes)
-    found = [np.shape(arrays[layout.key(path)]) for path in head if layout.key(path) in arrays]
-    return next((shape[0] for shape in found if len(shape) == 1), None)
+    return {layout.key(path) for path in shapes}
+
+
+def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes: Mapping[str, Any]) -> dict[str, int]:
+    """How many classes and image channels a checkpoint was trained for, by its classifier and its stem.
+
+    Args:
+      name: the network.
+      shapes: of the arrays, by key.
+      layout: whose keys and shapes these are.
+      attributes: as for `import_variables`.
+
+    Returns:
+      `num_classes` and `in_channels`, each where it shows: without a classifier there is no `num_classes`.
+    """
+    sides = {"num_classes": (998, 999), "in_channels": (3, 5)}
+    first, second = (_shapes_with(name, attributes, {key: side[i] for key, side in sides.items()}) for i in (0, 1))
+    found: dict[str, int] = {}
+    for path, shape in first.items():
+        given = shapes.get(layout.key(path))
+        changed = [(axis, pair) for axis, pair in enumerate(zip(shape, second[path], strict=True)) if len({*pair}) > 1]
+        if given is None or len(changed) != 1:
+            continue
+        axis, pair = changed[0]
+        resized = {n: (*shape[:axis], n, *shape[axis + 1 :]) for n in given}
+        fitting = [n for n, ours in resized.items() if tuple(layout.shape(path, ours)) == given]
+        attribute = next(key for key, side in sides.items() if side == pair)
+        found |= {attribute: fitting[0]} if fitting and attribute not in found else {}
+    return found
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
@@ -182,12 +231,55 @@ def _with_channels(shape: Shape, channels: int) -> Shape:
     return (*shape[:-2], channels, shape[-1]) if len(shape) == 4 else shape
 
 
-def _depends_on(
-    name: str, attributes: Mapping[str, Any], attribute: str, other: int, shapes: Mapping[Path, Any]
-) -> set[Path]:
+def _shapes_with(name: str, attributes: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[Path, Shape]:
+    model = create_model(name, **{**attributes, **changes})
+    return {path: leaf.shape for path, leaf in variable_shapes(model, get_variant(name).input_size).items()}
+
+
+def _depends_on(name: str, attributes: Mapping[str, Any], attribute: str, other: int) -> set[Path]:
     """Variables that exist or have their shape because of an attribute's value."""
-    changed = variable_shapes(create_model(name, **{**attributes, attribute: other}), get_variant(name).input_size)
-    return {p for p in shapes.keys() | changed.keys() if p not in shapes or p not in changed or shapes[p] != changed[p]}
+    here = _shapes_with(name, attributes, {})
+    changed = _shapes_with(name, attributes, {attribute: other})
+    return {p for p in here.keys() | changed.keys() if here.get(p) != changed.get(p)}
+
+
+def _advice(
+    name: str,
+    given: Mapping[str, Shape],
+    layout: Layout,
+    attributes: Mapping[str, Any],
+    unsettled: set[Path],
+    unexpected: list[str],
+) -> str:
+    """What to do about arrays that do not fit: the end of a sentence, with its `; `, or nothing."""
+    with_head, without_head = (_shapes_with(name, attributes, {"num_classes": n}).keys() for n in (999, 0))
+    head = with_head - without_head
+    stem = _depends_on(name, attributes, "in_channels", 5)
+    rest = unsettled - head - stem
+    if rest or unexpected:
+        outer = outer_part(map(layout.key, rest), unexpected)
+        beside = next((key for key in unexpected if not key.startswith(outer)), "")
+        return f"; what is missing stands under {outer!r} beside {beside!r}: save it alone" if outer else ""
+    found = sizes_in(name, given, layout, attributes)
+    advice = ""
+    if unsettled & stem and "in_channels" in found:
+        channels = found["in_channels"]
+        advice += f"; its stem takes {channels} channel{'s' * (channels != 1)}: pass in_channels={channels}"
+    if unsettled & head and "num_classes" in found:
+        advice += f"; its classifier has {found['num_classes']} classes: pass num_classes={found['num_classes']}"
+    elif unsettled & head and not any(layout.key(path) in given for path in head):
+        advice += "; it has no classifier: pass num_classes=0 for a network without one, or the classes of a new one"
+    return advice
+
+
+def _numbers(key: str, array: Any) -> np.ndarray:
+    """An array of real numbers; bfloat16 that NumPy saved without its name is read as such."""
+    value = np.asarray(array)
+    if is_raw_bfloat16(value.dtype):
+        return value.view(BFLOAT16)
+    if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise UserError(f"{key} has dtype {value.dtype}; give an array of real numbers, such as float32 or bfloat16")
+    return value
 
 
 def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:
