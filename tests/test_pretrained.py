@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 import tarfile
+import time
+import types
 
 import flax.traverse_util
 import h5py
@@ -410,6 +412,30 @@ def test_what_is_not_in_the_cache(hub):
         load_pretrained("timm/other", cache_dir=cache)
     with pytest.raises(UserError, match="runs/mine: no such file or folder; as a repository, runs/mine is not in the"):
         load_pretrained("runs/mine", cache_dir=cache)
+
+
+def test_without_a_connection_two_requests_decide(hub, variables, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def head(url, timeout):
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    cache, commit = hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=head))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    text = r"timm/other is not in the cache and the hub cannot be reached; .* \(Name or service not known\)$"
+    with pytest.raises(UserError, match=text):
+        load_pretrained("timm/other", cache_dir=cache)
+    assert asked == [huggingface_hub.constants.ENDPOINT] * 2
+    # What is in the cache needs no connection, and a commit not even a request.
+    assert_same_bits(load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache).variables, variables)
+    assert len(asked) == 4
+    load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision=commit)
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from se_flax.cli.checkpoint import add_checkpoint, load_checkpoint
 from se_flax.export import FORMATS, export_pretrained
-from se_flax.weights.pretrained import load_pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -18,11 +18,9 @@ def add_commands(commands: Any) -> None:
         "preprocessing and labels. The batch size stays free. stablehlo runs in JAX on CPU, CUDA and TPU from one "
         "file; onnx in ONNX Runtime and others; savedmodel in TensorFlow.",
     )
-    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    add_checkpoint(parser)
     parser.add_argument("target", metavar="DST", help="a new folder")
     parser.add_argument("--format", choices=tuple(FORMATS), default="stablehlo", help="(default: stablehlo)")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
     parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
     parser.add_argument("--no-fuse", action="store_true", help="leave the batch norms beside their convolutions")
@@ -36,7 +34,7 @@ def export(options: argparse.Namespace) -> None:
     Raises:
       UserError: no such checkpoint, DST is taken, or a package is missing.
     """
-    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
+    loaded = load_checkpoint(options)
     given = {"image_size": options.image_size, "crop": options.crop}
     preprocess = replace(loaded.preprocess, **{key: value for key, value in given.items() if value is not None})
     written = export_pretrained(

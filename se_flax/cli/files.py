@@ -8,10 +8,11 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from se_flax.cli.checkpoint import add_checkpoint, load_checkpoint
 from se_flax.errors import UserError
 from se_flax.weights.files import write_arrays
 from se_flax.weights.keras import to_keras
-from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.weights.pretrained import Pretrained
 from se_flax.weights.torch import to_timm
 
 
@@ -36,11 +37,9 @@ def add_commands(commands: Any) -> None:
         "(variables, preprocessing, labels, provenance, digests); .safetensors and .npz hold the arrays alone, under "
         "the names that --layout says.",
     )
-    parser.add_argument("ref", metavar="SRC", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    add_checkpoint(parser, "SRC")
     parser.add_argument("target", metavar="DST", help="a new folder, or a .safetensors or .npz file")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="timm", help="names in the file (default: timm)")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="names in a .safetensors or .npz file (default: timm)")
     parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is drawn anew")
     parser.add_argument("--in-channels", type=int, help="another number of image channels: the stem is adapted")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
@@ -58,16 +57,16 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError(f"{target} is neither a folder nor a .safetensors or .npz file; choose one of these")
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} exists already; choose another name, or pass --overwrite to replace it")
-    loaded = load_pretrained(
-        options.ref,
-        name=options.name,
-        revision=options.revision,
-        num_classes=options.num_classes,
-        in_channels=options.in_channels,
-    )
-    if target.suffix in (".safetensors", ".npz"):
+    arrays_alone = target.suffix in (".safetensors", ".npz")
+    if options.layout and not arrays_alone:
+        raise UserError(
+            f"got --layout={options.layout} for the folder {target}, whose format has its own names; leave it out, or "
+            "write a .safetensors or .npz file"
+        )
+    loaded = load_checkpoint(options, num_classes=options.num_classes, in_channels=options.in_channels)
+    if arrays_alone:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(target, LAYOUTS[options.layout](loaded.name, loaded.variables))
+        write_arrays(target, LAYOUTS[options.layout or "timm"](loaded.name, loaded.variables))
     else:
         loaded.save(target, overwrite=options.overwrite)
     print(f"{target}: {_summary(loaded)}")

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from se_flax.cli.checkpoint import add_checkpoint, load_checkpoint
 from se_flax.cli.labelled import EXTENSIONS, Example, labelled_images
 from se_flax.errors import UserError
 from se_flax.memory import keep_memory
-from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.weights.pretrained import Pretrained
 
 
 def add_commands(commands: Any) -> None:
@@ -44,9 +45,7 @@ def add_commands(commands: Any) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of every command that shows pictures to a checkpoint."""
-    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    add_checkpoint(parser)
     parser.add_argument("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
     parser.add_argument("--crop", type=float, help="share of the side that the crop keeps (default: the checkpoint's)")
     parser.add_argument("--crop-mode", choices=("center", "squash"), help="squash takes all of a picture")
@@ -154,7 +153,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     if options.batch_size < 1:
         raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
     keep_memory()
-    loaded = load_pretrained(options.ref, name=options.name, revision=options.revision)
+    loaded = load_checkpoint(options)
     changes = {
         "image_size": options.image_size,
         "crop": options.crop,

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 from se_flax.preprocess import Preprocess
 
@@ -31,19 +30,21 @@ _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
         for ours, theirs in (("100", "22410"), ("075", "224075"), ("minimal_100", "minimalistic22410"))
     ),
 )
-_SUFFIXES = (".h5", ".hdf5", ".npz", ".keras")
+SUFFIXES = (".h5", ".hdf5", ".npz")
+"""Of the files that hold arrays under Keras's names."""
 
 
-def network(path: Path) -> str | None:
-    """The network that a file's name says, None where it is not one of Keras's names.
+def network(words: str, *, whole: bool = False) -> str | None:
+    """The network that a name says, None where it is not one of Keras's names.
 
     Args:
-      path: such as `efficientnetv2-b0.h5`, `efficientnetb3_notop.h5`, `weights_mobilenet_v3_large_224_1.0_float.h5`.
+      words: such as `efficientnetv2-b0.h5`, `efficientnetb3_notop.h5`, `weights_mobilenet_v3_large_224_1.0_float.h5`.
+      whole: all of them are the name; otherwise they begin with it.
     """
-    if not path.name.endswith(_SUFFIXES):
-        return None
-    stem = re.sub(r"[^a-z0-9]", "", path.name.lower().partition(".weights.h5")[0].removesuffix(".h5"))
-    fitting = [(prefix, name) for name, prefix, _, _ in _NETWORKS if stem.startswith(prefix)]
+    stem = re.sub(r"[^a-z0-9]", "", words.lower().partition(".weights.h5")[0].removesuffix(".h5"))
+    fitting = [
+        (prefix, name) for name, prefix, _, _ in _NETWORKS if stem == prefix or (stem.startswith(prefix) and not whole)
+    ]
     return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else None
 
 

@@ -13,6 +13,7 @@ from se_flax.labels import imagenet_labels
 from se_flax.preprocess import Preprocess
 from se_flax.variant import Weights
 from se_flax.weights import arguments, hub, keras_files
+from se_flax.weights.names import meanings, network_of, our_name
 from se_flax.zoo import VARIANTS, get_variant
 
 OWN = "se_flax.json"
@@ -71,10 +72,10 @@ def locate(
     """
     text = os.fspath(ref)
     path = Path(text).expanduser()
-    if path.is_dir():
-        return _folder(path, name)
     if path.exists():
-        return _file(path, name)
+        if revision is not None:
+            raise UserError(f"got revision={revision!r} with {text}, which is no repository; leave it out")
+        return (_folder if path.is_dir() else _file)(path, name)
     if text.endswith(SUFFIXES) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
         raise UserError(
             f"{text}: no such file or folder; give one, or a published checkpoint such as seresnet50.ra2_in1k"
@@ -82,7 +83,8 @@ def locate(
     repo = re.sub(r"^hf[-_]hub:", "", text)
     weights: Weights | None = None
     if "/" not in repo:
-        name, weights = published(repo)
+        architecture, weights = published(repo)
+        _check_same_network(name, architecture, repo)
         if weights.hub_id is None:
             raise UserError(f"{text} is published at its authors' address only; download it and pass the file")
         repo = weights.hub_id
@@ -105,8 +107,9 @@ def published(ref: str) -> tuple[str, Weights]:
     Raises:
       UserError: no such network or tag, none published, or several to choose from.
     """
-    name, _, tag = ref.partition(".")
-    if name not in VARIANTS:
+    head, _, tag = ref.partition(".")
+    name = our_name(head, whole=True)
+    if name is None:
         known = [*VARIANTS, *(f"{n}.{w.tag}" for n in VARIANTS for w in get_variant(n).weights)]
         raise UserError(
             f"unknown checkpoint {ref!r}; {closest(ref, known)} (no such file or folder either; se-flax list shows all)"
@@ -164,6 +167,7 @@ def _folder(path: Path, name: str | None) -> Source:
             f"{path} holds neither {OWN} (save_pretrained) nor {hub.CONFIG} with {hub.ARRAYS[0]} (timm); "
             "for a bare Orbax checkpoint say which network it is: name=..."
         )
+    name = network_of(path, name)
     return Source(name, path, default_preprocess(name), provenance={"source": str(path)}, bare=True)
 
 
@@ -231,31 +235,20 @@ def _timm_preprocess(cfg: Mapping[str, Any], where: Path, default: Preprocess) -
 def _file(path: Path, name: str | None) -> Source:
     """A bare file: the network is given, or read off the file's name."""
     provenance = {"source": str(path)}
-    keras = keras_files.network(path)
-    if keras is not None and name in (None, keras):
-        return Source(keras, path, keras_files.preprocess(keras), {}, _imagenet(), provenance, bare=True)
-    weights: Weights | None = None
-    if name is None:
-        stem = path.name.partition(".safetensors")[0]
-        head, _, tag = stem.partition(".")
-        name = _longest_name(head)
-        if name is None:
-            raise UserError(f"{path} does not say which network it holds; pass name=..., one of se_flax.list_models()")
-        weights = next((w for w in get_variant(name).weights if tag.startswith(w.tag)), None)
-    preprocess = default_preprocess(name, weights)
-    imagenet = get_variant(name).attributes().get("num_classes", 1000) == 1000
-    return Source(name, path, preprocess, {}, _imagenet() if imagenet else None, provenance, bare=True)
+    network = network_of(path, name)
+    said = path.name if name is None else name
+    spelled = (keras_files.network(said), keras_files.network(path.name))
+    if network in spelled and path.suffix.lower() in keras_files.SUFFIXES:
+        return Source(network, path, keras_files.preprocess(network), {}, _imagenet(), provenance, bare=True)
+    tag = said.partition(".")[2]
+    weights = next((w for w in get_variant(network).weights if tag.startswith(w.tag)), None)
+    preprocess = default_preprocess(network, weights)
+    imagenet = get_variant(network).attributes().get("num_classes", 1000) == 1000
+    return Source(network, path, preprocess, {}, _imagenet() if imagenet else None, provenance, bare=True)
 
 
 def _imagenet() -> tuple[str, ...]:
     return tuple(label.name for label in imagenet_labels())
-
-
-def _longest_name(stem: str) -> str | None:
-    """The longest network's name that the file's name is or begins with (`seresnet50_ra-8efdb4bb` -> `seresnet50`)."""
-    stem = stem.replace("-", "_").lower()
-    fitting = [name for name in VARIANTS if stem == name or stem.startswith(name + "_")]
-    return max(fitting, key=len, default=None)
 
 
 def _text(data: Mapping[str, Any], key: str, where: Path) -> str:
@@ -266,6 +259,6 @@ def _text(data: Mapping[str, Any], key: str, where: Path) -> str:
     return value
 
 
-def _check_same_network(name: str | None, architecture: str, where: Path) -> None:
-    if name is not None and name != architecture:
-        raise UserError(f"{where} describes {architecture}, not {name}; leave the name away, or pass the bare file")
+def _check_same_network(name: str | None, architecture: str, where: Path | str) -> None:
+    if name is not None and architecture not in meanings(name):
+        raise UserError(f"{where} is {architecture}, not the given name={name}; leave that out, or pass a bare file")

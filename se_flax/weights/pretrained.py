@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from se_flax.weights import arguments as argument_json
 from se_flax.weights import keras, torch
 from se_flax.weights.files import open_arrays
 from se_flax.weights.locate import FORMAT, OWN, Source, default_preprocess, locate
+from se_flax.weights.names import kind_of
 from se_flax.weights.strict import Layout, import_variables, sizes_in, unprefixed
 from se_flax.zoo import create_model
 
@@ -126,11 +126,10 @@ def _layout(
     source: Source, arrays: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
     """The arrays by the names of a layout, whose names these are, and a sentence where a prefix was taken off."""
-    if any(re.search(r"(^|/)params/", key) for key in arrays):
-        return unprefixed(source.name, arrays, NATIVE, given)
-    if any("/" in key for key in arrays):
+    kind = kind_of(arrays)
+    if kind == "keras":
         return keras.unprefixed(source.name, arrays)
-    return unprefixed(source.name, arrays, torch.LAYOUT, given)
+    return unprefixed(source.name, arrays, NATIVE if kind == "se-flax" else torch.LAYOUT, given)
 
 
 def _unsaid_sizes(
