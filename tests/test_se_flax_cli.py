@@ -133,7 +133,7 @@ def headless(ref, tmp_path):
         (["convert", "{file}", "new", "--name", "seresnet51"], "unknown model 'seresnet51'; closest: "),
         (["convert", "{file}", "new", "--revision", "v2"], "got --revision='v2' with "),
         (["predict", "{ref}", "{photos}", "--image-size", "-3"], "got --image-size=-3; give a whole number"),
-        (["export", "{ref}", "new", "--crop", "7"], "got --crop=7.0; give image_size over the side before the crop"),
+        (["export", "{ref}", "new", "--crop", "7"], "got --crop=7.0; give the share of the side that the crop keeps"),
         (["export", "{ref}", "{photos}"], "exists already; choose another folder, or pass --overwrite to replace it"),
         (["costs", "seresnet20", "--image-size", "-3"], "got --image-size=-3; give a positive whole number"),
         (["info", "seresnet20", "--name", "seresnet20"], "got --name with the network seresnet20; it goes with a file"),

@@ -13,6 +13,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from se_flax import synonyms
 from se_flax.errors import UserError
 from se_flax.folders import check_free, written_whole
 from se_flax.preprocess import Preprocess
@@ -93,6 +94,8 @@ def load_pretrained(
       >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
       >>> logits = loaded.model.apply(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
     """
+    for key in attributes.keys() & synonyms.NETWORK.keys():  # before anything is fetched
+        raise UserError(f"load_pretrained has no argument {key!r}; {synonyms.advice(key, synonyms.NETWORK.values())}")
     source = locate(ref, name=name, revision=revision, cache_dir=cache_dir)
     if source.digests is not None:
         _check_digests(source.arrays, source.digests)
