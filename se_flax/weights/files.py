@@ -27,7 +27,7 @@ from se_flax.weights.formats import open_h5, open_npz, open_safetensors, open_to
 from se_flax.weights.lazy import BFLOAT16, DTYPES, ArrayFile, Refused, Source, blame, check_count, check_name
 from se_flax.weights.orbax import open_orbax
 
-ALLOWED = ".safetensors, .npz, .h5, .hdf5, .pth, .pt, .bin, or the folder of an Orbax checkpoint"
+ALLOWED = ".safetensors, .npz, .h5, .hdf5, .pth, .pt, .bin, .ckpt, .tar, or the folder of an Orbax checkpoint"
 
 _ZIP, _HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 _Reader = Callable[[Source], ArrayFile]
@@ -36,7 +36,8 @@ _READERS: dict[str, tuple[_Reader, tuple[bytes, ...]]] = {
     ".safetensors": (open_safetensors, ()),
     ".npz": (open_npz, (_ZIP,)),
     **dict.fromkeys((".h5", ".hdf5"), (open_h5, (_HDF5,))),
-    **dict.fromkeys((".pth", ".pt", ".bin"), (open_torch, (_ZIP, b"\x80"))),
+    # Lightning writes .ckpt; PyTorch's own tutorials save a pickle as .tar.
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".tar"), (open_torch, (_ZIP, b"\x80"))),
 }
 _LOOKS = (
     (_ZIP, "a ZIP archive"),

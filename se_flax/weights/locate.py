@@ -18,7 +18,7 @@ from se_flax.zoo import VARIANTS, get_variant
 
 OWN = "se_flax.json"
 FORMAT = 1
-SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _MAX_JSON = 16 << 20  # labels of 21,843 classes take one megabyte
 # What timm's `model_args` may hold that changes nothing in evaluation.
 _HARMLESS = {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "scriptable", "exportable"}
