@@ -36,7 +36,7 @@ Measured:  the same photographs, EfficientNetV2-B0, same day and machine, two ru
            a quarter of the area stood at 62.7 % after three epochs; the rate above was set after seeing that.
 """
 
-from train.config import Augment, Checkpoint, Config, Data, Model, Optim
+from train.config import CHECKPOINT, Augment, Checkpoint, Config, Data, Model, Optim
 
 
 def get_config(model: str = "") -> Config:
@@ -69,6 +69,7 @@ def scratch(model: str) -> Config:
 def finetune() -> Config:
     """Training from a checkpoint: its network and normalisation, a lower rate and fewer epochs."""
     config = scratch("")
+    config.init_from = CHECKPOINT
     config.data.image_size = 224
     config.optim.learning_rate, config.optim.warmup_epochs, config.epochs = 0.01, 1, 10
     return config

@@ -1,11 +1,26 @@
 """Errors meant for the person at the keyboard: one sentence that says what was given, what is allowed, what to do."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
     """Something that the user can mend. The command lines print it in one line, without a traceback."""
+
+
+def respelled(text: str, names: Mapping[str, str]) -> str:
+    """A message in the words of another program: `pass name=...` becomes `pass --name=...`.
+
+    Messages write an argument as Python does, with its equals sign.
+
+    Args:
+      text: the message.
+      names: what to write in place of `name=`, or of a whole `overwrite=True`.
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = rf"(?<![\w./=-])(?:{'|'.join(map(re.escape, longest_first))})"
+    return re.sub(pattern, lambda found: names[found[0]], text) if names else text
 
 
 def closest(given: str, allowed: Iterable[str], count: int = 3) -> str:

@@ -24,9 +24,7 @@ def check_free(folder: Path, overwrite: bool, *, sign: str, what: str) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise UserError(
-            f"{folder} exists already; choose another folder, or pass overwrite=True (--overwrite) to replace it"
-        )
+        raise UserError(f"{folder} exists already; choose another folder, or pass overwrite=True to replace it")
     if not (folder / sign).is_file():
         raise UserError(f"{folder} exists and is not {what}; choose another folder")
 

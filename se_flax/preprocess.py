@@ -78,7 +78,7 @@ class Preprocess:
         if not (isinstance(self.image_size, int) and 1 <= self.image_size <= 1 << 14):
             raise UserError(f"got image_size={self.image_size!r}; give a whole number of pixels from 1 to 16384")
         if not 0.05 <= self.crop <= 1:
-            raise UserError(f"got crop={self.crop!r}; give image_size over the side before the crop, 0.05 to 1")
+            raise UserError(f"got crop={self.crop!r}; give the share of the side that the crop keeps, 0.05 to 1")
         if len(self.mean) != len(self.std) or len(self.mean) not in _MODES:
             raise UserError(f"got mean={self.mean} and std={self.std}; give one of each for 1, 3 or 4 channels")
         if not all(math.isfinite(x) for x in (*self.mean, *self.std, self.input_max)):

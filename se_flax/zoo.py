@@ -32,6 +32,7 @@ from se_flax.backbones import (
 from se_flax.blocks import Placement
 from se_flax.errors import UserError, closest
 from se_flax.network import Network
+from se_flax.synonyms import advice
 from se_flax.variant import Variant, published_weights
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -146,7 +147,7 @@ def create_model(name: str, **attributes: Any) -> Network:
     allowed = {f.name for f in dataclasses.fields(cls)} - {"name", "parent"}
     for given in attributes:
         if given not in allowed:
-            raise UserError(f"{name} has no attribute {given!r}; {closest(given, allowed)}")
+            raise UserError(f"{name} has no attribute {given!r}; {advice(given, allowed)}")
     given_attention = attributes.get("attention")
     by_stage = isinstance(given_attention, tuple | list) and getattr(cls, "ATTENTION_BY_STAGE", False)
     for attention in given_attention if by_stage else [given_attention]:  # type: ignore[union-attr]

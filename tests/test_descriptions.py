@@ -110,7 +110,7 @@ def test_a_name_may_be_repeated_but_not_contradicted(whole, tmp_path):
         main(["convert", str(whole), str(tmp_path / target)])
         assert load_pretrained(tmp_path / target, name=NAME).labels == LABELS
         where = target if target == "a.safetensors" else "a.npz.json"
-        with pytest.raises(UserError, match=rf"{where} describes seresnet20, not seresnet32; leave the name away$"):
+        with pytest.raises(UserError, match=rf"{where} is seresnet20, not the given name=seresnet32; leave that out"):
             load_pretrained(tmp_path / target, name="seresnet32")
 
 
@@ -217,7 +217,7 @@ def test_what_is_assumed_is_said(plain, tmp_path, capsys):
         assert main(["convert", str(ref), str(tmp_path / target), "--name", NAME]) == 0
         ref = tmp_path / target
         said = capsys.readouterr().err
-        assert said.startswith("se-flax: note: ") and UNSAID + ASSUMED in said and said.count("\n") == 1
+        assert said.startswith("se-flax: ") and UNSAID + ASSUMED in said and said.count("\n") == 1
         with pytest.warns(UserWarning, match=re.escape(f"{target} {UNSAID}{ASSUMED}")):
             load_pretrained(ref)
 

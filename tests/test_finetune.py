@@ -33,7 +33,7 @@ from train.config import (
 )
 from train.layers import trace
 from train.loop import run
-from train.validate import check_settings_of_run
+from train.validate import check_settings_of_run, check_start
 
 ROOT = Path(__file__).parents[1]
 
@@ -222,8 +222,8 @@ def test_a_run_starts_from_the_loaded_weights(small, tmp_path, capsys, ema_decay
     variables = drawn(se_flax.create_model("seresnet20", num_classes=7))
     saved = tmp_path / "saved"
     se_flax.save_pretrained(saved, "seresnet20", variables, arguments=arguments, preprocess=OURS)
-    with pytest.warns(UserWarning, match="the classifier was drawn anew for 10 classes"):
-        loaded = se_flax.load_pretrained(saved, num_classes=10)
+    loaded = se_flax.load_pretrained(saved, num_classes=10)
+    assert "the classifier was drawn anew for 10 classes" in loaded.notes[0]
     config = make_config(train_only="head", learning_rate=0.0, ema_decay=ema_decay)
     config.steps, config.init_from = 1, str(saved)
     result = run(config, tmp_path / "run").result
@@ -349,6 +349,28 @@ def test_the_command_line_can_leave_to_the_checkpoint_what_a_recipe_names():
     config = finetune.complete(config, None, loaded)
     assert config.model.name == "seresnet20" and config.data.interpolation == "bicubic"
     assert config.data.mean == OURS.mean and config.data.std != OURS.std
+
+
+def test_the_recipe_for_fine_tuning_wants_a_checkpoint(tmp_path, capsys):
+    """Without one it would train another network from random weights, at a rate that is made for trained ones."""
+    from train.cli import main
+
+    words = [f"--config={ROOT}/configs/folder.py:finetune", f"--workdir={tmp_path / 'run'}"]
+    assert main([*words, f"--config.data.source=folder:{tmp_path}", "--config.compilation_cache="]) == 2
+    text = "error: this recipe goes on from a checkpoint, and none is named; give one, such as --config.init_from="
+    assert capsys.readouterr().err.startswith(text)
+    assert not (tmp_path / "run").exists()
+    config, _ = parse([*words, "--config.init_from=mine"])
+    check_start(config)
+    check_start(load_recipe(f"{ROOT}/configs/folder.py"))
+
+
+def test_a_checkpoint_that_does_not_say_its_network_names_the_setting(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros(3))
+    config = make_config()
+    config.init_from = str(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"does not say which network it holds; pass --config\.model\.name=\.\.\. "):
+        finetune.load(config, 10)
 
 
 def test_the_folder_recipe_has_settings_for_fine_tuning():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 from functools import partial
 
 import h5py
@@ -219,8 +218,7 @@ def test_what_stands_between_layer_and_weight_does_not_matter(middle, whole_mode
 
 
 def test_another_number_of_classes_draws_the_classifier_anew(arrays, variables):
-    with pytest.warns(UserWarning, match=r"the classifier was drawn anew for 7 classes \(the checkpoint's: 1,000 cla"):
-        new = from_keras(SMALL, arrays, num_classes=7)
+    new = from_keras(SMALL, arrays, num_classes=7)  # asked for, so no warning: it would be an error here
     assert new["params"]["classifier"]["kernel"].shape == (1024, 7)
     same(new["params"]["conv_head"], variables["params"]["conv_head"])
     seven = {key: value[..., :7] if key.startswith("logits") else value for key, value in arrays.items()}
@@ -231,11 +229,21 @@ def test_a_network_without_classifier_fits_one_without():
     name = "tf_efficientnet_b0"
     given = reference.weights(entries(name), {})
     few = {key: value for key, value in given.items() if not key.startswith("predictions")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert "classifier" not in from_keras(name, few, num_classes=0)["params"]
-    with pytest.raises(UserError, match=r"missing: predictions/(kernel, predictions/bias|bias, predictions/kernel)$"):
+    assert "classifier" not in from_keras(name, few, num_classes=0)["params"]
+    names = "predictions/(kernel, predictions/bias|bias, predictions/kernel)"
+    with pytest.raises(UserError, match=rf"missing: {names}; it has no classifier: pass num_classes=0 for a network"):
         from_keras(name, few)
+
+
+@pytest.mark.parametrize("prefix", ["model/", "layers/functional/", "efficientnet/top_model/"])
+def test_a_prefix_of_all_names_is_taken_off_and_said(prefix, arrays, variables):
+    text = f"^the prefix '{prefix}' of all names in the checkpoint was taken off$"
+    counted = {path: arrays[key] for key, _, path in entries(SMALL)}
+    for names in (arrays, to_keras(SMALL, variables, keras=2), counted):
+        # What an optimizer left has a place of its own.
+        prefixed = {prefix + path: value for path, value in names.items()} | {"optimizer/vars/0": np.int64(7)}
+        with pytest.warns(UserWarning, match=text):
+            same(from_keras(SMALL, prefixed), variables)
 
 
 class Unread:

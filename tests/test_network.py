@@ -17,7 +17,7 @@ from se_flax.backbones.resnet import stem_7x7
 from se_flax.network import Network, lies_in, reads_images
 from se_flax.weights import torch
 from se_flax.weights.pretrained import NATIVE
-from se_flax.weights.strict import classes_in
+from se_flax.weights.strict import sizes_in
 from train.config import Optim
 from train.layers import frozen_parts, layer_depths, trace
 
@@ -211,10 +211,10 @@ def test_weights_with_other_classes_and_channels_are_imported(name):
 def test_how_many_classes_a_file_has_shows_in_its_classifier(attributes, layout):
     """In the kernel as well: a classifier of cosines has no bias."""
     _, shapes = traced("resnet20", **attributes, num_classes=17)
-    arrays = {layout.key(path): np.zeros(layout.shape(path, x.shape)) for path, x in flatten_dict(shapes).items()}
-    assert classes_in("resnet20", arrays, layout, attributes) == 17
-    headless = {key: value for key, value in arrays.items() if "linear" not in key}
-    assert classes_in("resnet20", headless, layout, attributes) is None
+    given = {layout.key(path): tuple(layout.shape(path, x.shape)) for path, x in flatten_dict(shapes).items()}
+    assert sizes_in("resnet20", given, layout, attributes) == {"num_classes": 17, "in_channels": 3}
+    headless = {key: shape for key, shape in given.items() if "linear" not in key}
+    assert sizes_in("resnet20", headless, layout, attributes) == {"in_channels": 3}
 
 
 class Silent(nn.Module):

@@ -6,10 +6,14 @@ import hashlib
 import json
 import shutil
 import tarfile
+import time
+import types
 
 import flax.traverse_util
+import h5py
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import real_data
@@ -128,12 +132,11 @@ def test_a_function_of_your_own_cannot_be_saved(variables, tmp_path):
 
 
 def test_another_classifier_and_stem_are_said(saved):
-    with pytest.warns(UserWarning, match="the classifier was drawn anew for 3 classes"):
-        loaded = load_pretrained(saved, num_classes=3)
+    loaded = load_pretrained(saved, num_classes=3)  # asked for, so a note and no warning, which would be an error here
     assert loaded.notes == ("seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: 10 classes)",)
     assert loaded.labels is None and loaded.model.num_classes == 3
-    with pytest.warns(UserWarning, match="the stem was adapted from 3 channels to 1"):
-        loaded = load_pretrained(saved, in_channels=1)
+    loaded = load_pretrained(saved, in_channels=1)
+    assert loaded.notes == ("seresnet20: the stem was adapted from 3 channels to 1 (summed over the colours)",)
     assert loaded.preprocess.channels == 1 and loaded.labels is not None
     assert loaded.model.apply(loaded.variables, loaded.preprocess(np.zeros((1, 32, 32, 1), np.uint8))).shape == (1, 10)
 
@@ -283,6 +286,79 @@ def test_files_by_their_names(variables, tmp_path):
         load_pretrained(tmp_path / "weights.npz", name="seresnet32")
 
 
+def save_h5(path, arrays):
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+
+
+SAVE = {
+    "safetensors": lambda path, arrays: safetensors.numpy.save_file(arrays, path),
+    "npz": lambda path, arrays: np.savez(path, **arrays),
+    "h5": save_h5,
+}
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+def test_a_prefix_of_all_names_is_taken_off_and_said(suffix, variables, tmp_path):
+    path = tmp_path / f"seresnet20.{suffix}"
+    for prefix in ("module.", "_orig_mod.", "model.", "backbone.", "model._orig_mod."):
+        SAVE[suffix](path, {prefix + key: value for key, value in se_flax.to_timm(NAME, variables).items()})
+        loaded = load_pretrained(path)
+        assert_same_bits(loaded.variables, variables)
+        assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
+    SAVE[suffix](path, {f"model/{key}": value for key, value in flat(variables).items()})
+    assert_same_bits(load_pretrained(path).variables, variables)
+    SAVE[suffix](path, {f"module.{key}": value for key, value in se_flax.to_timm(NAME, draw(num_classes=4)).items()})
+    assert load_pretrained(path).model.num_classes == 4
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+def test_bfloat16_that_numpy_and_hdf5_save_without_a_name(suffix, variables, tmp_path):
+    path = tmp_path / f"seresnet20.{suffix}"
+    halves = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), variables)
+    SAVE[suffix](path, {"/".join(key): x for key, x in flax.traverse_util.flatten_dict(halves).items()})
+    loaded = load_pretrained(path)
+    assert_same_bits(loaded.variables, jax.tree.map(lambda x: x.astype(np.float32), halves))
+    count = len(jax.tree.leaves(variables))
+    assert loaded.notes == (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",)
+    SAVE[suffix](path, {"conv1.weight": np.zeros((16, 3, 3, 3), ml_dtypes.float8_e4m3fn)})
+    text = r"'conv1.weight' has dtype \|V1, raw bytes as NumPy saves types that it does not know; save it as float32"
+    with pytest.raises(UserError, match=text):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+def test_files_without_a_classifier_or_with_a_grey_stem(suffix, tmp_path):
+    path = tmp_path / f"seresnet20.{suffix}"
+    SAVE[suffix](path, se_flax.to_timm(NAME, draw(num_classes=0)))
+    with pytest.raises(UserError, match="it has no classifier: pass num_classes=0 for a network without one, or"):
+        load_pretrained(path)
+    loaded = load_pretrained(path, num_classes=0)
+    assert loaded.notes == () and loaded.model.num_classes == 0
+    assert load_pretrained(path, num_classes=3).notes == (
+        "seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: none)",
+    )
+    grey = draw(in_channels=1)
+    SAVE[suffix](path, se_flax.to_timm(NAME, grey))
+    loaded = load_pretrained(path)
+    assert_same_bits(loaded.variables, grey)
+    assert loaded.arguments == {"in_channels": 1} and loaded.notes == () and loaded.preprocess.channels == 1
+    images = loaded.preprocess(np.zeros((1, 32, 32, 1), np.uint8))
+    assert loaded.model.apply(loaded.variables, images).shape == (1, 10)
+    loaded.save(tmp_path / "grey")
+    assert_same_bits(load_pretrained(tmp_path / "grey").variables, grey)
+    with pytest.raises(UserError, match=r"its stem takes 1 channel: pass in_channels=1$"):
+        load_pretrained(path, in_channels=3)
+
+
+def test_a_grey_stem_in_a_folder_of_timms(tmp_path):
+    grey = draw(in_channels=1)
+    loaded = load_pretrained(timm_folder(tmp_path / "timm", grey))
+    assert_same_bits(loaded.variables, grey)
+    assert loaded.model.in_channels == loaded.preprocess.channels == 1
+
+
 def test_a_bare_orbax_folder(saved, variables, tmp_path):
     shutil.copytree(saved / "variables", tmp_path / "bare")
     assert_same_bits(load_pretrained(tmp_path / "bare", name=NAME, preprocess=PREPARE).variables, variables)
@@ -338,6 +414,30 @@ def test_what_is_not_in_the_cache(hub):
         load_pretrained("timm/other", cache_dir=cache)
     with pytest.raises(UserError, match="runs/mine: no such file or folder; as a repository, runs/mine is not in the"):
         load_pretrained("runs/mine", cache_dir=cache)
+
+
+def test_without_a_connection_two_requests_decide(hub, variables, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def head(url, timeout):
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    cache, commit = hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=head))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    text = r"timm/other is not in the cache and the hub cannot be reached; .* \(Name or service not known\)$"
+    with pytest.raises(UserError, match=text):
+        load_pretrained("timm/other", cache_dir=cache)
+    assert asked == [huggingface_hub.constants.ENDPOINT] * 2
+    # What is in the cache needs no connection, and a commit not even a request.
+    assert_same_bits(load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache).variables, variables)
+    assert len(asked) == 4
+    load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision=commit)
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,85 @@ def test_info_names_every_checkpoint(capsys):
     _, out, _ = run(capsys, "info", "seresnet50", "--json")
     rows = {row["ref"]: row for row in json.loads(out)["checkpoints"]}
     assert rows["seresnet50.ra2_in1k"]["preprocess"]["crop"] == 0.875
+
+
+def test_info_of_a_folder_and_of_a_file(capsys, ref, tmp_path):
+    status, out, err = run(capsys, "info", ref)
+    params = sum(x.size for x in jax.tree.leaves(se_flax.load_pretrained(ref).variables["params"]))
+    assert (
+        status == 0
+        and err == ""
+        and out.splitlines()
+        == [
+            f"seresnet20: {params:,} parameters",
+            "classes: 3 (blue, green, red)",
+            "channels: 3",
+            "images: 16 px (bicubic, crop 1 center), mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        ]
+    )
+    state = se_flax.to_timm("seresnet20", se_flax.load_pretrained(ref).variables)
+    safetensors.numpy.save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "x.safetensors")
+    status, out, err = run(capsys, "info", tmp_path / "x.safetensors", "--name", "SE-ResNet20", "--json")
+    found, note = json.loads(out), "the prefix 'module.' of all names in the checkpoint was taken off"
+    assert (found["name"], found["num_classes"], found["params"]) == ("seresnet20", 3, params)
+    assert found["notes"] == [note] and err == f"se-flax: {note}\n"
+    assert found["provenance"] == {"source": str(tmp_path / "x.safetensors")}
+
+
+def test_what_was_asked_for_is_one_line_and_no_warning(capsys, ref, tmp_path):
+    status, _, err = run(capsys, "convert", ref, tmp_path / "new", "--num-classes", 7)
+    note = "seresnet20: the classifier was drawn anew for 7 classes (the checkpoint's: 3 classes)"
+    assert status == 0 and err == f"se-flax: {note}\n"
+
+
+@pytest.fixture
+def headless(ref, tmp_path):
+    """A file that says neither its network nor its classes."""
+    state = se_flax.to_timm("seresnet20", se_flax.load_pretrained(ref).variables)
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({k: v for k, v in state.items() if not k.startswith("linear")}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "{file}", "{photos}"], "which network it holds; pass --name=... (se-flax list gives all)"),
+        (["info", "{file}"], "which network it holds; pass --name=... (se-flax list gives all)"),
+        (["info", "{ref}", "--name", "resnet20"], "not the given --name=resnet20; leave that out"),
+        (["convert", "{file}", "new", "--name", "seresnet20"], "pass --num-classes=0 for a network without one"),
+        (["eval", "{file}", "{photos}", "--name", "seresnet20"], " (--num-classes is a flag of se-flax convert)"),
+        (["convert", "{file}", "new", "--name", "seresnet51"], "unknown model 'seresnet51'; closest: "),
+        (["convert", "{file}", "new", "--revision", "v2"], "got --revision='v2' with "),
+        (["predict", "{ref}", "{photos}", "--image-size", "-3"], "got --image-size=-3; give a whole number"),
+        (["export", "{ref}", "new", "--crop", "7"], "got --crop=7.0; give the share of the side that the crop keeps"),
+        (["export", "{ref}", "{photos}"], "exists already; choose another folder, or pass --overwrite to replace it"),
+        (["costs", "seresnet20", "--image-size", "-3"], "got --image-size=-3; give a positive whole number"),
+        (["info", "seresnet20", "--name", "seresnet20"], "got --name with the network seresnet20; it goes with a file"),
+    ],
+)
+def test_refusals_speak_of_the_flags_that_one_types(capsys, ref, photos, headless, words, message):
+    status, _, err = run(capsys, *(word.format(ref=ref, photos=photos, file=headless) for word in words))
+    assert status == 1 and message in err and err.count("\n") == 1
+    assert not re.search(r"[^-\w](name|num_classes|in_channels|image_size|crop|revision|overwrite)=", err)
+
+
+def test_a_layout_for_a_folder_is_refused(capsys, ref, tmp_path):
+    status, _, err = run(capsys, "convert", ref, tmp_path / "folder", "--layout", "timm")
+    assert status == 1 and "got --layout=timm for the folder" in err and "its own names; leave it out, or write" in err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_without_a_connection_it_is_one_line(photos, tmp_path):
+    """Nothing listens on the discard port of this machine, so the request ends at once."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    words = [sys.executable, "-m", "se_flax", "predict", "seresnet50.ra2_in1k", str(photos)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(
+        r"se-flax: timm/seresnet50\.ra2_in1k is not in the cache and the hub cannot be reached; .*\n", done.stderr
+    )
 
 
 def test_predict_prints_the_likeliest_classes(capsys, ref, photos):
@@ -173,7 +254,7 @@ def test_convert_there_and_back(capsys, ref, photos, tmp_path):
         (["predict", "seresnet51.x", "{photos}"], "unknown checkpoint 'seresnet51.x'; closest: "),
         (["predict", "{ref}", "missing.jpg"], "missing.jpg: no such file or folder"),
         (["predict", "{ref}", "{photos}", "--top", "0"], "got --top=0; give 1 or more"),
-        (["predict", "{ref}", "{photos}", "--image-size", "-3"], "got image_size=-3; give a whole number"),
+        (["predict", "{ref}", "{photos}", "--image-size", "-3"], "got --image-size=-3; give a whole number"),
         (["predict", "{ref}", "{photos}", "--batch-size", "0"], "got --batch-size=0; give 1 or more"),
         (
             ["predict", "{ref}", __file__],

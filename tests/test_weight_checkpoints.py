@@ -13,7 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 from array_files import ARRAYS, BFLOAT16, HUGE, read, refuses
 
+import se_flax
 from se_flax.weights.files import open_arrays
+from se_flax.weights.strict import variable_shapes
+from se_flax.weights.torch import torch_key, torch_shape
 from train.checkpoint import Checkpoints
 from train.step import TrainState
 
@@ -86,7 +89,8 @@ TENSORS = {name: Tensor(value) for name, value in ARRAYS.items()}
         TENSORS,
         {"state_dict": TENSORS, "epoch": 3},
         {"model": TENSORS, "optimizer": {"lr": 1}},
-        {"state_dict": {"w": TENSORS["half"]}, "state_dict_ema": {f"module.{k}": v for k, v in TENSORS.items()}},
+        {"state_dict": {"w": TENSORS["half"]}, "state_dict_ema": TENSORS},
+        {"model_state_dict": TENSORS, "optimizer_state_dict": {"state": {}}},  # as PyTorch's tutorials save it
     ],
 )
 def test_pytorch_files(content, torch_that_loads):
@@ -96,6 +100,16 @@ def test_pytorch_files(content, torch_that_loads):
         np.testing.assert_array_equal(found[name], expected.astype(found[name].dtype))
     assert found["counter"].dtype == np.int64
     assert found["double"].dtype == found["half"].dtype == np.float32
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])
+def test_a_prefix_of_pytorch_files_is_taken_off_and_said(prefix, torch_that_loads):
+    shapes = variable_shapes(se_flax.create_model("seresnet20"), 32)
+    given = {torch_key(path): np.full(torch_shape(path, leaf.shape), 0.5) for path, leaf in shapes.items()}
+    path = torch_that_loads({"state_dict": {prefix + key: Tensor(value) for key, value in given.items()}})
+    loaded = se_flax.load_pretrained(path, name="seresnet20")  # a warning would be an error here
+    assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
+    assert se_flax.to_timm("seresnet20", loaded.variables).keys() >= given.keys()
 
 
 def test_pytorch_bfloat16(torch_that_loads):
@@ -163,6 +177,11 @@ def test_orbax_checkpoints(packed, tmp_path):
         items = ocp.args.Composite(model=ocp.args.StandardSave(NETWORK), run=ocp.args.JsonSave({"a": 1}))
         checkpointer.save(tmp_path / "items", items)
     assert_network(tmp_path / "items")
+    with ocp.PyTreeCheckpointer(use_ocdbt=packed) as checkpointer:
+        checkpointer.save(tmp_path / "inner", {"trainer": {"model": {**NETWORK, "step": 3}}})
+    assert_network(tmp_path / "inner")
+    with open_arrays(tmp_path / "inner") as arrays:
+        assert arrays.notes == ("the prefix 'trainer/model/' of all names in the checkpoint was taken off",)
 
 
 def doubled(tree):

@@ -172,7 +172,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
     refuses(tmp_path / "m.npz", "cannot be read .Permission denied.")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz", "h5", "hdf5", "pth", "pt", "bin"])
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "h5", "hdf5", "pth", "pt", "bin", "ckpt", "tar"])
 def test_a_file_of_another_format(suffix, tmp_path):
     path = tmp_path / f"m.{suffix}"
     refuses(path, r"does not exist; give \.safetensors, \.npz, \.h5, ")

@@ -18,6 +18,7 @@ from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
 from train.config import Config, flatten
 from train.ctr.config import Config as TableConfig
+from train.synonyms import advice, known
 
 USAGE = """\
 Train a network.
@@ -110,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
     workdir = [w for w in words if w.startswith("--workdir=")]
     for word in words:
         if word not in recipe + overrides + workdir:
-            raise UserError(f"unknown argument {word!r}; allowed: --config=, --workdir=, --config.<setting>=, --help")
+            raise UserError(f"unknown argument {word!r}; {_meant(word, recipe)}")
     if not recipe or not workdir:
         missing = "--config=configs/<recipe>.py" if not recipe else "--workdir=<directory>"
         raise UserError(
@@ -122,7 +123,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         if name not in types:
-            raise UserError(f"unknown setting {name!r}; {closest(name, types)} (python -m {program} --help lists all)")
+            raise UserError(f"unknown setting {name!r}; {advice(name, types)} (python -m {program} --help lists all)")
         if types[name] is bool and value.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"got --config.{name}={value}; {_expected(bool)} is expected")
     values = flags.FlagValues()
@@ -139,6 +140,15 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
         if isinstance(given[name], list) and any(isinstance(part, str) for part in given[name]):
             raise UserError(f"got --config.{name}={value}; {_expected(types[name])} is expected")
     return holder.value, workdir[-1].removeprefix("--workdir=")
+
+
+def _meant(word: str, recipe: Sequence[str]) -> str:
+    """What an argument that does not exist may have meant: a setting under another program's name."""
+    types = _types(type(load_recipe(recipe[-1].removeprefix("--config="))) if recipe else Config)
+    name = word.lstrip("-").partition("=")[0]
+    if known(name, types):
+        return advice(name, types, flag="--config.")
+    return "allowed: --config=, --workdir=, --config.<setting>=, --help"
 
 
 def _joined(words: Sequence[str]) -> list[str]:

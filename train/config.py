@@ -14,6 +14,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATION = "bilinear"
 NETWORK = "seresnet18"
+CHECKPOINT = "<checkpoint>"  # stands in `init_from` of a recipe that makes no sense without one
 
 
 @dataclass

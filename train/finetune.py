@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import se_flax
 from se_flax.class_folders import canonical
-from se_flax.errors import UserError
+from se_flax.errors import UserError, respelled
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
 from train.layers import trace
@@ -46,7 +46,8 @@ def load(config: Config, num_classes: int) -> Any:
             loaded = se_flax.load_pretrained(config.init_from, name=name, num_classes=num_classes, **attributes)
     except UserError as error:
         given = f" with model.name={name}" if name else ""
-        raise UserError(f"init_from={config.init_from}{given}: {error}") from error
+        text = respelled(str(error), {"name=": "--config.model.name=", "num_classes=": "--config.model.num_classes="})
+        raise UserError(f"init_from={config.init_from}{given}: {text}") from error
     for warning in caught:
         if str(warning.message) not in loaded.notes:  # `describe` has those
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -29,7 +29,7 @@ from train.report import Report
 from train.save_model import MODEL, save_model
 from train.sources import open_data
 from train.step import TrainState
-from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run
+from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
 
 # Losses are looked at this many steps late, so that the host does not wait for a step it has only just started.
 _LAG = 2
@@ -97,6 +97,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.parallel.distributed:
         join_hosts()
     check_settings_of_run(config)
+    check_start(config)
     workdir = prepare_workdir(workdir)
     splits = open_data(config.data)
     num_classes = check_classes(config, splits.class_names, config.data.source)

@@ -9,7 +9,7 @@ from se_flax.errors import UserError
 from se_flax.preprocess import Preprocess
 from train import augment, optim
 from train.build import build_model
-from train.config import IMAGENET_MEAN, IMAGENET_STD, NETWORK, Config
+from train.config import CHECKPOINT, IMAGENET_MEAN, IMAGENET_STD, NETWORK, Config
 from train.layers import trace
 from train.parallel import Replicas
 from train.sources import check_settings
@@ -66,6 +66,19 @@ def check_settings_of_run(config: Config) -> None:
         # Tracing asks every module whether its attributes make sense, and takes no more than a second.
         named = dataclasses.replace(config, model=dataclasses.replace(config.model, name=network))
         trace(build_model(named, max(config.model.num_classes, 1)), config.data.image_size)
+
+
+def check_start(config: Config) -> None:
+    """Checks that a recipe for going on from a checkpoint was given one.
+
+    Raises:
+      UserError: it was not; training would start from random weights, at a rate that is made for trained ones.
+    """
+    if config.init_from == CHECKPOINT:
+        raise UserError(
+            "this recipe goes on from a checkpoint, and none is named; give one, such as "
+            "--config.init_from=seresnet50.ra2_in1k or the path of a folder or file"
+        )
 
 
 def _check_frozen(config: Config) -> None:

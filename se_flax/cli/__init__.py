@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 
 from se_flax.cli.layout import reflowed
-from se_flax.errors import UserError
+from se_flax.errors import UserError, respelled
 from se_flax.version import __version__
 
 _DESCRIPTION = """\
 Squeeze-and-excitation networks in JAX: what there is, what it predicts, how good it is, and in which file.
 
   se-flax list '*seresnet*'                    networks by name
-  se-flax info seresnet50                      one network, its checkpoints
+  se-flax info seresnet50                      one network, or a REF
   se-flax costs seresnet50 --image-size 224    its size and multiply-adds
   se-flax predict seresnet50.ra2_in1k cat.jpg  what is in a picture
   se-flax eval seresnet50.ra2_in1k data/val    exact accuracy on class folders
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0 done, 1 something that the user can mend (one line on standard error), 2 a wrong command line,
       130 interrupted.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     try:
         options.run(options)
     except UserError as error:
-        print(f"se-flax: {error}", file=sys.stderr)
+        print(f"se-flax: {_in_flags(str(error), options.command, parser)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader (head, less) has seen enough
         sys.stderr.close()
@@ -50,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _in_flags(text: str, command: str, parser: argparse.ArgumentParser) -> str:
+    """A message that speaks of Python's arguments, in the flags of a command; else of one that has them."""
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    names = {"se_flax.list_models()": "se-flax list"}
+    elsewhere: dict[str, str] = {}
+    for name in (command, *commands):
+        for action in commands[name]._actions:
+            flag = next((option for option in action.option_strings if option.startswith("--")), None)
+            argument = f"{action.dest}=True" if action.nargs == 0 else f"{action.dest}="
+            if flag and argument not in names:
+                names[argument] = flag if action.nargs == 0 else f"{flag}="
+                elsewhere |= {} if name == command else {argument: f"{flag} is a flag of se-flax {name}"}
+    hints = [hint for argument, hint in elsewhere.items() if respelled(text, {argument: ""}) != text]
+    return respelled(text, names) + "".join(f" ({hint})" for hint in hints)
+
+
 def _parser() -> argparse.ArgumentParser:
     from se_flax.cli import costs, export, files, gates, images, tables
 
@@ -57,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "se-flax", description=reflowed(_DESCRIPTION), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"se-flax {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for group in (tables, costs, images, gates, files, export):
         group.add_commands(commands)
     return parser

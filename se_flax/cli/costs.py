@@ -7,7 +7,8 @@ from typing import Any
 
 from se_flax.cli.layout import print_table, wrapped
 from se_flax.counting import Costs, LayerCosts, costs
-from se_flax.zoo import create_model, get_variant, list_models
+from se_flax.weights.names import meanings
+from se_flax.zoo import create_model, get_variant
 
 
 def add_commands(commands: Any) -> None:
@@ -34,7 +35,7 @@ def show_costs(options: argparse.Namespace) -> None:
     Raises:
       UserError: unknown name, or an image size that cannot be one.
     """
-    name = options.name.partition(".")[0] if options.name not in list_models() else options.name
+    name = meanings(options.name)[0]
     size = get_variant(name).input_size if options.image_size is None else options.image_size
     model = create_model(name, **({"attention": None} if options.without_attention else {}))
     counted = costs(model, size)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
+from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
 from se_flax.export import FORMATS, export_pretrained
 
 
@@ -17,11 +17,9 @@ def add_commands(commands: Any) -> None:
         "preprocessing and labels. The batch size stays free. stablehlo runs in JAX on CPU, CUDA and TPU from one "
         "file; onnx in ONNX Runtime and others; savedmodel in TensorFlow.",
     )
-    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    add_checkpoint(parser)
     parser.add_argument("target", metavar="DST", help="a new folder")
     parser.add_argument("--format", choices=tuple(FORMATS), default="stablehlo", help="(default: stablehlo)")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     add_preprocessing(parser)
     parser.add_argument("--no-fuse", action="store_true", help="leave the batch norms beside their convolutions")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")

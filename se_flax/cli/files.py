@@ -8,7 +8,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
+from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
 from se_flax.errors import UserError
 from se_flax.weights.description import beside, write_described
 from se_flax.weights.keras import to_keras
@@ -37,11 +37,9 @@ def add_commands(commands: Any) -> None:
         "(variables, preprocessing, labels, provenance, digests). .safetensors and .npz hold the arrays under the "
         "names that --layout says; what belongs to them stands in the header or, for .npz, in DST.json.",
     )
-    parser.add_argument("ref", metavar="SRC", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
+    add_checkpoint(parser, "SRC")
     parser.add_argument("target", metavar="DST", help="a new folder, or a .safetensors or .npz file")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="timm", help="names in the file (default: timm)")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="names in a .safetensors or .npz file (default: timm)")
     parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is drawn anew")
     parser.add_argument("--in-channels", type=int, help="another number of image channels: the stem is adapted")
     add_preprocessing(parser)
@@ -62,10 +60,16 @@ def convert(options: argparse.Namespace) -> None:
     taken = next((path for path in written if path.exists()), None)
     if taken is not None and not options.overwrite:
         raise UserError(f"{taken} exists already; choose another name, or pass --overwrite to replace it")
+    arrays_alone = target.suffix in (".safetensors", ".npz")
+    if options.layout and not arrays_alone:
+        raise UserError(
+            f"got --layout={options.layout} for the folder {target}, whose format has its own names; leave it out, or "
+            "write a .safetensors or .npz file"
+        )
     loaded = load_checkpoint(options, num_classes=options.num_classes, in_channels=options.in_channels)
-    if target.suffix in (".safetensors", ".npz"):
+    if arrays_alone:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_described(target, LAYOUTS[options.layout](loaded.name, loaded.variables), loaded.describe())
+        write_described(target, LAYOUTS[options.layout or "timm"](loaded.name, loaded.variables), loaded.describe())
     else:
         loaded.save(target, overwrite=options.overwrite)
     print(f"{target}: {_summary(loaded)}")

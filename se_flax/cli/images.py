@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from se_flax.class_folders import SUFFIXES, pictures_below
-from se_flax.cli.checkpoints import add_preprocessing, load_checkpoint
+from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
 from se_flax.cli.labelled import Example, labelled_images
 from se_flax.cli.layout import wrapped
 from se_flax.errors import UserError
@@ -47,9 +47,7 @@ def add_commands(commands: Any) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of every command that shows pictures to a checkpoint."""
-    parser.add_argument("ref", metavar="REF", help="checkpoint: arch.tag, owner/name on the hub, folder or file")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    add_checkpoint(parser)
     add_preprocessing(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")

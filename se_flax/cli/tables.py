@@ -5,10 +5,12 @@ import functools
 import json
 from typing import Any
 
+from se_flax.cli.checkpoints import add_checkpoint, describe, facts, is_checkpoint, load_checkpoint
 from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
 from se_flax.preprocess import Preprocess
 from se_flax.variant import Variant, Weights
+from se_flax.weights.names import meanings
 from se_flax.zoo import get_variant, list_models
 
 
@@ -28,9 +30,10 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
         help="one network and its checkpoints",
-        description="One network: size, source, arguments, and the preprocessing and licence of each checkpoint.",
+        description="One network: size, source, arguments, and the preprocessing and licence of each checkpoint. Or "
+        "one checkpoint, which is read whole: what is in a folder, a file or a repository on the hub.",
     )
-    parser.add_argument("name", metavar="NAME", help="a network's name, such as seresnet50")
+    add_checkpoint(parser, "NAME|REF")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=show_info)
 
@@ -61,12 +64,19 @@ def show_list(options: argparse.Namespace) -> None:
 
 
 def show_info(options: argparse.Namespace) -> None:
-    """Prints everything about one network.
+    """Prints everything about one network, or about one checkpoint.
 
     Raises:
-      UserError: unknown name.
+      UserError: unknown name, or a checkpoint that cannot be read.
     """
-    name = options.name.partition(".")[0] if options.name not in list_models() else options.name
+    if is_checkpoint(options.ref):
+        loaded = load_checkpoint(options)
+        print(json.dumps(facts(loaded), indent=2, ensure_ascii=False) if options.json else describe(loaded))
+        return
+    if options.name or options.revision:
+        flag = "--name" if options.name else "--revision"
+        raise UserError(f"got {flag} with the network {options.ref}; it goes with a file, folder or repository")
+    name = meanings(options.ref)[0]
     variant = get_variant(name)
     if options.json:
         print(json.dumps(_facts(name, variant), indent=2))

@@ -27,7 +27,7 @@ from se_flax.weights.formats import open_h5, open_npz, open_safetensors, open_to
 from se_flax.weights.lazy import BFLOAT16, DTYPES, ArrayFile, Refused, Source, blame, check_count, check_name
 from se_flax.weights.orbax import open_orbax
 
-ALLOWED = ".safetensors, .npz, .h5, .hdf5, .pth, .pt, .bin, or the folder of an Orbax checkpoint"
+ALLOWED = ".safetensors, .npz, .h5, .hdf5, .pth, .pt, .bin, .ckpt, .tar, or the folder of an Orbax checkpoint"
 
 _ZIP, _HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 _Reader = Callable[[Source], ArrayFile]
@@ -36,7 +36,8 @@ _READERS: dict[str, tuple[_Reader, tuple[bytes, ...]]] = {
     ".safetensors": (open_safetensors, ()),
     ".npz": (open_npz, (_ZIP,)),
     **dict.fromkeys((".h5", ".hdf5"), (open_h5, (_HDF5,))),
-    **dict.fromkeys((".pth", ".pt", ".bin"), (open_torch, (_ZIP, b"\x80"))),
+    # Lightning writes .ckpt; PyTorch's own tutorials save a pickle as .tar.
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".tar"), (open_torch, (_ZIP, b"\x80"))),
 }
 _LOOKS = (
     (_ZIP, "a ZIP archive"),
@@ -59,11 +60,10 @@ _SPECIAL = (
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
     """Opens a file of arrays; what it is follows from its suffix.
 
-    A PyTorch file may hold a state dict or a dictionary with one under `state_dict_ema`, `model_ema`, `state_dict` or
-    `model` (the first that is there); a prefix `module.` of all names is dropped. It needs PyTorch itself, which loads
-    plain arrays alone. An Orbax folder may be a checkpoint, or a step of a run with the item `state`; of it, `params`
-    and `batch_stats` are read, from the moving average `ema` where there is one. Groups of an HDF5 file and parts of an
-    Orbax tree are joined by `/`.
+    A PyTorch file may hold a state dict or a dictionary with one under a name that training programs use
+    (`se_flax.weights.prefix.unwrapped`). It needs PyTorch itself, which loads plain arrays alone. An Orbax folder may
+    be a checkpoint, or a step of a run with the item `state`; of it, `params` and `batch_stats` are read, from the
+    moving average `ema` where there is one. Groups of an HDF5 file and parts of an Orbax tree are joined by `/`.
 
     Args:
       path: one of `ALLOWED`.

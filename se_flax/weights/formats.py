@@ -22,15 +22,16 @@ from se_flax.weights.lazy import (
     Source,
     check_count,
     check_name,
+    is_raw_bfloat16,
     lazy,
     line,
     nbytes,
+    raw_bfloat16_notes,
 )
+from se_flax.weights.prefix import unwrapped
 
 _CODES = {"BF16": "bfloat16", "BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64"}
 _CODES |= {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-# Where training programs put the weights in what they save, averaged ones first, like timm.
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Older versions let a crafted file run code even with weights_only=True (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
 
@@ -77,6 +78,7 @@ def open_npz(source: Source) -> ArrayFile:
     if sum(info.compress_size for info in members) > source.size:
         raise Refused("its members claim more bytes than the file has; download or save it again")
     arrays: dict[str, LazyArray] = {}
+    raw = 0
     for info in members:
         name = info.orig_filename.removesuffix(".npy")
         if name == info.orig_filename or name in arrays:
@@ -91,12 +93,13 @@ def open_npz(source: Source) -> ArrayFile:
                 raise Refused(f"array {line(name)!r} has an unusual header; save it with numpy.savez")
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
             header = member.tell()
+        raw += is_raw_bfloat16(dtype)
         arrays[name] = lazy(source, name, shape, dtype, partial(_read_npy, archive, info))
         stored = info.file_size == info.compress_size or info.compress_type == zipfile.ZIP_DEFLATED
         plausible = stored and info.file_size <= info.compress_size * MAX_RATIO
         if info.file_size != header + nbytes(arrays[name].shape, dtype) or not plausible:
             raise Refused(f"array {name!r} declares shape {line(shape)}, which its bytes cannot hold; save it again")
-    return ArrayFile(arrays)
+    return ArrayFile(arrays, notes=raw_bfloat16_notes(raw))
 
 
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -110,7 +113,7 @@ def open_h5(source: Source) -> ArrayFile:
 
     file = source.closing.enter_context(h5py.File(source.path, "r", locking=False))
     arrays: dict[str, LazyArray] = {}
-    groups, seen, count = [("", file)], {h5py.h5o.get_info(file.id).addr}, 0
+    groups, seen, count, raw = [("", file)], {h5py.h5o.get_info(file.id).addr}, 0, 0
     while groups:
         prefix, group = groups.pop()
         for key in group:
@@ -131,8 +134,9 @@ def open_h5(source: Source) -> ArrayFile:
             elif item.external or item.is_virtual:
                 raise Refused(f"array {name!r} lies in other files; save it in this one")
             else:
+                raw += is_raw_bfloat16(item.dtype)
                 arrays[name] = lazy(source, name, item.shape, item.dtype, partial(_read_h5, source, name, item))
-    return ArrayFile(arrays)
+    return ArrayFile(arrays, notes=raw_bfloat16_notes(raw))
 
 
 def _read_h5(source: Source, name: str, item: Any) -> np.ndarray:
@@ -181,16 +185,15 @@ def open_torch(source: Source) -> ArrayFile:
             f"PyTorch finds no plain arrays in it{reason}; download it again, or save a state dict"
         ) from error
     if isinstance(content, Mapping):
-        content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
+        content = unwrapped(content)
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise Refused(f"it holds a {type(content).__name__}, not a state dict; give a dictionary of arrays by name")
     check_count(len(content))
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
     arrays = {}
-    for key, value in content.items():
+    for name, value in content.items():
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
-            raise Refused(f"{line(key)!r} is a {type(value).__name__}, not a plain array; give a state dict alone")
-        name, dtype = key.removeprefix(prefix), str(value.dtype).removeprefix("torch.")
+            raise Refused(f"{line(name)!r} is a {type(value).__name__}, not a plain array; give a state dict alone")
+        dtype = str(value.dtype).removeprefix("torch.")
         arrays[name] = lazy(source, name, value.shape, dtype, partial(_read_torch, torch, name, value))
     return ArrayFile(arrays)
 

@@ -1,12 +1,16 @@
 """Published checkpoints on the Hugging Face hub: fetched, cached and verified."""
 
+import contextlib
 import hashlib
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from se_flax.errors import UserError
+from se_flax.weights.lazy import line
 
 CONFIG = "config.json"
 # The first that exists is taken; timm writes the first, older repositories hold the second.
@@ -49,16 +53,26 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[s
     """
     from huggingface_hub import errors, hf_hub_download  # half a second that only this function pays
 
-    def download(name: str) -> Path:
-        folder = None if cache_dir is None else os.fspath(cache_dir)
-        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=folder, library_name="se-flax"))
+    folder = None if cache_dir is None else os.fspath(cache_dir)
 
-    try:
+    def files(*, cached: bool) -> tuple[Path, Path]:
+        def download(name: str) -> Path:
+            options: dict[str, Any] = {"revision": revision, "cache_dir": folder, "local_files_only": cached}
+            return Path(hf_hub_download(repo, name, library_name="se-flax", **options))
+
         config = download(CONFIG)
         try:
-            arrays = download(ARRAYS[0])
+            return config, download(ARRAYS[0])
         except (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError):
-            arrays = download(ARRAYS[1])
+            return config, download(ARRAYS[1])
+
+    why = ""
+    try:
+        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):  # a commit never changes, so the cache needs no asking
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return _fetched(*files(cached=True))
+        why = _unreachable()
+        return _fetched(*files(cached=bool(why)))
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"the hub has no public repository {repo!r}; see se-flax list for what is published") from error
     except errors.RevisionNotFoundError as error:
@@ -71,9 +85,34 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[s
         which = f"{repo} at revision {revision!r}" if revision else repo
         raise UserError(
             f"{which} is not in the cache and the hub cannot be reached; connect once, or pass a local file"
+            + f" ({why})" * bool(why)
         ) from error
     except OSError as error:  # every other failure of the connection, and a cache that cannot be written
         raise UserError(f"{repo} could not be fetched: {error}".splitlines()[0]) from error
+
+
+def _unreachable() -> str:
+    """Why the hub cannot be reached, empty where it can.
+
+    Its client would try six times in half a minute and say so each time; here two requests decide.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    why = ""
+    for seconds in (3, 6):
+        time.sleep(1 if why else 0)
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+        except Exception as error:  # which class depends on the client's version; whatever it is, there was no answer
+            why = line(error)
+        else:
+            return ""
+    return why
+
+
+def _fetched(config: Path, arrays: Path) -> Fetched:
     return Fetched(config, arrays, _revision(config), *_checked_digest(arrays))
 
 

@@ -33,6 +33,7 @@ import numpy as np
 from se_flax.backbones.efficientnet import EfficientNet, attention_by_stage
 from se_flax.blocks_mobile import ConvBlock, DepthwiseSeparable, FusedInvertedResidual, InvertedResidual
 from se_flax.errors import UserError, closest
+from se_flax.weights.prefix import best_prefix, common_prefixes, taken_off, without
 from se_flax.weights.strict import Layout, Path, Shape, import_variables
 from se_flax.zoo import create_model, get_variant
 
@@ -253,6 +254,18 @@ def by_layer(name: str, arrays: Mapping[str, Any], **attributes: Any) -> dict[st
     return renamed
 
 
+def unprefixed(
+    name: str, arrays: Mapping[str, Any], **attributes: Any
+) -> tuple[dict[str, Any], Layout, tuple[str, ...]]:
+    """What `se_flax.weights.strict.unprefixed` does, for arrays by any of Keras's names; it returns them `by_layer`."""
+    known = {f"{layer.name}/{w}" for layer in _network(name, attributes).layers for w in _WEIGHTS[layer.kind]}
+    prefixes = common_prefixes(path for path in arrays if not path.startswith(_OPTIMIZER))
+    prefix = best_prefix(prefixes, lambda each: len(known & by_layer(name, without(arrays, each), **attributes).keys()))
+    theirs = layout(name, **attributes)
+    found = by_layer(name, without(arrays, prefix), **attributes)
+    return (found, theirs.without(prefix), (taken_off(prefix),)) if prefix else (found, theirs, ())
+
+
 def _preprocessing(path: str) -> str | None:
     """Key of a variable of the network's own normalisation, None for every other path."""
     weights = tuple(_WEIGHTS["normalization"])
@@ -290,11 +303,12 @@ def from_keras(
       name: our name of the network, one of `se_flax.weights.keras.APPLICATIONS`.
       arrays: NumPy arrays, or objects with `shape` and `__array__`, by `<layer>/<weight>` in Keras's layout
         (`stem_conv/kernel`, `block1a_dwconv/depthwise_kernel`), or by the names of an HDF5 file's data sets: all that
-        `se_flax.weights.keras.by_layer` knows.
+        `se_flax.weights.keras.by_layer` knows. Parts that all names begin with are taken off where the rest fits, and a
+        warning says so.
       num_classes: of the network. Where the arrays have another number of classes, or none (`include_top=False`), the
-        classifier is drawn anew and a warning says so; 0 leaves it out.
+        classifier is drawn anew; 0 leaves it out.
       in_channels: of the network. From 3 to 1 the stem is summed over the colours, from 3 to another number its colours
-        are repeated and scaled, and a warning says so.
+        are repeated and scaled.
       **attributes: as given to `create_model`, when the network differs from its default.
 
     Returns:
@@ -304,13 +318,9 @@ def from_keras(
       UserError: a network that keras.applications does not have; keys that are missing, left over or of another shape,
         all in one message.
     """
-    variables, notes = import_variables(
-        name,
-        by_layer(name, arrays, **attributes),
-        layout(name, **attributes),
-        num_classes=num_classes,
-        in_channels=in_channels,
-        attributes=attributes,
+    found, theirs, notes = unprefixed(name, arrays, **attributes)
+    variables, _ = import_variables(
+        name, found, theirs, num_classes=num_classes, in_channels=in_channels, attributes=attributes
     )
     for note in notes:
         warnings.warn(note, stacklevel=2)

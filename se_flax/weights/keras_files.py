@@ -1,9 +1,7 @@
 """Files of keras.applications: which network they hold and what it expects of an image."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from se_flax.preprocess import Preprocess
 from se_flax.variant import published_weights
@@ -34,30 +32,22 @@ _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
     ),
 )
 NETWORKS = frozenset(ours for ours, *_ in _NETWORKS)
-_SUFFIXES = (".h5", ".hdf5", ".npz", ".keras")
+SUFFIXES = (".npz", ".h5", ".hdf5", ".safetensors")
+"""Of the files that may hold arrays under Keras's names."""
 
 
-def network(path: Path) -> str | None:
-    """The network that a file's name says, None where it is not one of Keras's names.
+def network(words: str, *, whole: bool = False) -> str | None:
+    """The network that a name says, None where it is not one of Keras's names.
 
     Args:
-      path: such as `efficientnetv2-b0.h5`, `efficientnetb3_notop.h5`, `weights_mobilenet_v3_large_224_1.0_float.h5`.
+      words: such as `efficientnetv2-b0.h5`, `efficientnetb3_notop.h5`, `weights_mobilenet_v3_large_224_1.0_float.h5`.
+      whole: all of them are the name; otherwise they begin with it.
     """
-    if not path.name.endswith(_SUFFIXES):
-        return None
-    stem = re.sub(r"[^a-z0-9]", "", path.name.lower().partition(".weights.h5")[0].removesuffix(".h5"))
-    fitting = [(prefix, name) for name, prefix, _, _ in _NETWORKS if stem.startswith(prefix)]
+    stem = re.sub(r"[^a-z0-9]", "", words.lower().partition(".weights.h5")[0].removesuffix(".h5"))
+    fitting = [
+        (prefix, name) for name, prefix, _, _ in _NETWORKS if stem == prefix or (stem.startswith(prefix) and not whole)
+    ]
     return max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else None
-
-
-def named_by_keras(arrays: Iterable[str]) -> bool:
-    """Whether arrays have the names that Keras gives: `stem_conv/kernel`. Ours begin with `params/`, timm's have no /.
-
-    Args:
-      arrays: their names.
-    """
-    names = list(arrays)
-    return any("/" in name for name in names) and not any(name.startswith("params/") for name in names)
 
 
 def preprocess(name: str) -> Preprocess:

@@ -33,6 +33,19 @@ DTYPES = {
 }
 
 
+def is_raw_bfloat16(dtype: np.dtype) -> bool:
+    """Whether NumPy wrote bfloat16 under this name: it saves types that are not its own as raw bytes, here `|V2`.
+
+    No other type of two bytes is saved so: float16 has a name, and what else JAX has takes one byte.
+    """
+    return dtype == np.dtype("V2")
+
+
+def raw_bfloat16_notes(count: int) -> tuple[str, ...]:
+    """The sentence on so many arrays that were read so."""
+    return (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",) if count else ()
+
+
 @dataclass(frozen=True)
 class LazyArray:
     """An array in a file.
@@ -61,10 +74,12 @@ class ArrayFile(Mapping[str, LazyArray]):
     Attributes:
       arrays: the same as a plain dictionary.
       metadata: the text that a .safetensors file carries beside its arrays; empty for others.
+      notes: a sentence on each thing that was read otherwise than the file names it.
     """
 
     arrays: Mapping[str, LazyArray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LazyArray:
         return self.arrays[name]
@@ -142,9 +157,12 @@ def nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def lazy(source: Source, name: str, shape: Any, dtype: Any, read: Callable[[], Any]) -> LazyArray:
     """An array as the file declares it, after every check that needs no data."""
     check_name(name)
-    kept = DTYPES.get(str(getattr(dtype, "name", dtype)))
+    raw = isinstance(dtype, np.dtype) and is_raw_bfloat16(dtype)
+    kept = BFLOAT16 if raw else DTYPES.get(str(getattr(dtype, "name", dtype)))
     if kept is None:
-        raise Refused(f"array {name!r} has dtype {line(dtype)}; allowed: {', '.join(DTYPES)}")
+        nameless = isinstance(dtype, np.dtype) and dtype.kind == "V"
+        why = ", raw bytes as NumPy saves types that it does not know; save it as float32" if nameless else ""
+        raise Refused(f"array {name!r} has dtype {line(dtype)}{why}; allowed: {', '.join(DTYPES)}")
     shape = tuple(shape)
     # NumPy computes sizes in 64 bits, also of arrays with a side of zero.
     sane = len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
@@ -158,6 +176,7 @@ def _read(source: Source, name: str, shape: tuple[int, ...], dtype: np.dtype, re
         raise ValueError(f"{source.path} is closed; read its arrays inside the with block")
     with blame(source.path):
         value = np.asarray(read())
+        value = value.view(BFLOAT16) if is_raw_bfloat16(value.dtype) else value
         if value.shape != shape or value.dtype.name != dtype.name:
             raise Refused(f"array {name!r} is {value.dtype.name} {value.shape}, declared as {dtype.name} {shape}")
         with np.errstate(over="raise"):  # a float64 that float32 cannot hold is no weight

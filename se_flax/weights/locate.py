@@ -14,11 +14,11 @@ from se_flax.variant import Weights
 from se_flax.weights import description, hub, keras_files
 from se_flax.weights.description import completed, network_name, read_json
 from se_flax.weights.files import open_arrays
+from se_flax.weights.names import kind_of, meanings, network_of, our_name
 from se_flax.zoo import VARIANTS, get_variant
 
 OWN = "se_flax.json"
-SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin")
-_KERAS_SUFFIXES = (".npz", ".h5", ".hdf5", ".safetensors")
+SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 # What timm's `model_args` may hold that changes nothing in evaluation.
 _HARMLESS = {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "scriptable", "exportable"}
 
@@ -73,10 +73,10 @@ def locate(
     """
     text = os.fspath(ref)
     path = Path(text).expanduser()
-    if path.is_dir():
-        return _folder(path, name)
     if path.exists():
-        return _file(path, name)
+        if revision is not None:
+            raise UserError(f"got revision={revision!r} with {text}, which is no repository; leave it out")
+        return (_folder if path.is_dir() else _file)(path, name)
     if text.endswith(SUFFIXES) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
         raise UserError(
             f"{text}: no such file or folder; give one, or a published checkpoint such as seresnet50.ra2_in1k"
@@ -84,7 +84,8 @@ def locate(
     repo = re.sub(r"^hf[-_]hub:", "", text)
     weights: Weights | None = None
     if "/" not in repo:
-        name, weights = published(repo)
+        architecture, weights = published(repo)
+        _check_same_network(name, architecture, repo)
         if weights.hub_id is None:
             raise UserError(f"{text} is published at its authors' address only; download it and pass the file")
         repo = weights.hub_id
@@ -107,8 +108,9 @@ def published(ref: str) -> tuple[str, Weights]:
     Raises:
       UserError: no such network or tag, none published, or several to choose from.
     """
-    name, _, tag = ref.partition(".")
-    if name not in VARIANTS:
+    head, _, tag = ref.partition(".")
+    name = our_name(head, whole=True)
+    if name is None:
         known = [*VARIANTS, *(f"{n}.{w.tag}" for n in VARIANTS for w in get_variant(n).weights)]
         raise UserError(
             f"unknown checkpoint {ref!r}; {closest(ref, known)} (no such file or folder either; se-flax list shows all)"
@@ -148,6 +150,7 @@ def _folder(path: Path, name: str | None) -> Source:
             f"{path} holds neither {OWN} (save_pretrained) nor {hub.CONFIG} with {hub.ARRAYS[0]} (timm); "
             "for a bare Orbax checkpoint say which network it is: name=..."
         )
+    name = network_of(path, name)
     return _bare(path, name, default_preprocess(name))
 
 
@@ -211,8 +214,7 @@ def _file(path: Path, name: str | None) -> Source:
         return _bare_file(path, name)
     said, where = found
     if said.architecture is not None:
-        if name not in (None, said.architecture):
-            raise UserError(f"{where} describes {said.architecture}, not {name}; leave the name away")
+        _check_same_network(name, said.architecture, where)
         name = said.architecture
     source = _bare_file(path, name)
     return replace(
@@ -228,21 +230,19 @@ def _file(path: Path, name: str | None) -> Source:
 def _bare_file(path: Path, name: str | None) -> Source:
     """A file that says nothing; the network is given, or read off the file's name.
 
-    Its preprocessing is that of the published checkpoint that the file's name says, as timm writes them; else Keras's,
-    where the arrays have Keras's names; else that of the network's first checkpoint. The second is certain only where
-    the file's name is Keras's too, the third never.
+    Its preprocessing is that of the published checkpoint that the name says, as timm writes them; else Keras's, where
+    the arrays have Keras's names; else that of the network's first checkpoint. The second is certain only where the
+    name is Keras's too, the third never.
     """
-    keras = keras_files.network(path)
-    name = name or keras or _longest_name(path)
-    if name is None:
-        raise UserError(f"{path} does not say which network it holds; pass name=..., one of se_flax.list_models()")
-    weights = _published_in(path, name)
-    preprocess = default_preprocess(name, weights)
-    if weights is None and name in keras_files.NETWORKS and path.suffix.lower() in _KERAS_SUFFIXES:
+    network = network_of(path, name)
+    weights = _published_in(name or "", network) or _published_in(path.name, network)
+    preprocess = default_preprocess(network, weights)
+    if weights is None and network in keras_files.NETWORKS and path.suffix.lower() in keras_files.SUFFIXES:
         with open_arrays(path) as arrays:
-            if keras_files.named_by_keras(arrays):
-                preprocess = replace(keras_files.preprocess(name), assumed=() if keras == name else SETTINGS)
-    return _bare(path, name, preprocess)
+            if kind_of(arrays) == "keras":
+                spelled = (keras_files.network(name or path.name), keras_files.network(path.name))
+                preprocess = replace(keras_files.preprocess(network), assumed=() if network in spelled else SETTINGS)
+    return _bare(path, network, preprocess)
 
 
 def _bare(path: Path, name: str, preprocess: Preprocess) -> Source:
@@ -255,32 +255,24 @@ def _imagenet() -> tuple[str, ...]:
     return tuple(label.name for label in imagenet_labels())
 
 
-def _longest_name(path: Path) -> str | None:
-    """The longest network's name that the file's name is or begins with (`seresnet50_ra2-8efdb4bb.pth`)."""
-    stem = _stem(path).partition(".")[0]
-    return max((name for name in VARIANTS if stem == name or stem.startswith(name + "_")), key=len, default=None)
-
-
-def _published_in(path: Path, name: str) -> Weights | None:
-    """The checkpoint of a network that a file's name says.
+def _published_in(words: str, name: str) -> Weights | None:
+    """The checkpoint of a network that a file's name, or what a person calls it, says.
 
     timm writes `seresnet50.ra2_in1k.safetensors`, in older releases `seresnet50_ra2-c3c1a7f2.pth`: a tag, or its
     beginning where it is the only one of the network that begins so.
     """
-    stem = _stem(path)
-    if not stem.startswith((name + "_", name + ".")):
-        return None
-    first = len(name) + 1
-    word = re.split(r"[.-]", path.name.lower()[first:])[0].replace("-", "_")
     tags = {w.tag: w for w in get_variant(name).weights}
+    word = words.lower().partition(".")[2].partition(".")[0]
+    if word in tags:
+        return tags[word]
+    stem = words.lower().partition(".")[0].replace("-", "_")
+    if not stem.startswith(name + "_"):
+        return None
+    word = re.split(r"[.-]", words.lower()[len(name) + 1 :])[0]
     begun = [w for tag, w in tags.items() if word and tag.startswith(word + "_")]
     return tags.get(word) or (begun[0] if len(begun) == 1 else None)
 
 
-def _stem(path: Path) -> str:
-    return path.name.lower().replace("-", "_").removesuffix(path.suffix.lower())
-
-
-def _check_same_network(name: str | None, architecture: str, where: Path) -> None:
-    if name is not None and name != architecture:
-        raise UserError(f"{where} describes {architecture}, not {name}; leave the name away, or pass the bare file")
+def _check_same_network(name: str | None, architecture: str, where: Path | str) -> None:
+    if name is not None and architecture not in meanings(name):
+        raise UserError(f"{where} is {architecture}, not the given name={name}; leave that out, or pass a bare file")

@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from se_flax.weights.lazy import MAX_HEADER_BYTES, MAX_RATIO, ArrayFile, Refused, Source, check_count, lazy, nbytes
+from se_flax.weights.prefix import shared_parts, taken_off
 
 MAX_FILES = 1_000_000  # Orbax writes a handful per array when it does not pack them
 _TREE = "_METADATA"
@@ -36,7 +37,7 @@ def open_orbax(source: Source) -> ArrayFile:
 
     folder = _tree_folder(source.path)
     source.size = _check_files(folder)
-    leaves = _variables(_leaf_paths(folder))
+    leaves, notes = _variables(_leaf_paths(folder))
     with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
     found = {name: _leaf(tree, path) for name, path in leaves.items()}
@@ -59,7 +60,7 @@ def open_orbax(source: Source) -> ArrayFile:
         name: lazy(source, name, meta.shape, meta.dtype, partial(_pick, restored, leaves[name]))
         for name, meta in found.items()
     }
-    return ArrayFile(arrays)
+    return ArrayFile(arrays, notes=notes)
 
 
 def _pick(restored: Callable[[], dict[Names, np.ndarray]], path: Names) -> np.ndarray:
@@ -114,16 +115,18 @@ def _leaf_paths(folder: Path) -> list[Names]:
     return leaves
 
 
-def _variables(leaves: list[Names]) -> dict[str, Names]:
-    """Paths of a network's variables by name, the averaged ones where there are any."""
-    chosen: dict[str, Names] = {}
-    for collection in _COLLECTIONS:
-        averaged = {"/".join(p[1:]): p for p in leaves if p[:2] == ("ema", collection)}
-        chosen |= averaged or {"/".join(p): p for p in leaves if p[:1] == (collection,)}
-    if not chosen:
-        tops = ", ".join(sorted({path[0] for path in leaves})[:8])
-        raise Refused(f"it has neither {' nor '.join(_COLLECTIONS)} at its top, but: {tops}; save variables so")
-    return chosen
+def _variables(leaves: list[Names]) -> tuple[dict[str, Names], tuple[str, ...]]:
+    """Paths of a network's variables by name, the averaged ones where there are any, and what to say about them."""
+    # Parts that all paths begin with are of the program that saved: {"model": {"params": ..., "batch_stats": ...}}.
+    for depth in range(shared_parts(leaves) + 1):
+        chosen: dict[str, Names] = {}
+        for collection in _COLLECTIONS:
+            averaged = {"/".join(p[depth + 1 :]): p for p in leaves if p[depth : depth + 2] == ("ema", collection)}
+            chosen |= averaged or {"/".join(p[depth:]): p for p in leaves if p[depth : depth + 1] == (collection,)}
+        if chosen:
+            return chosen, (taken_off("/".join(leaves[0][:depth]) + "/"),) if depth else ()
+    tops = ", ".join(sorted({path[0] for path in leaves})[:8])
+    raise Refused(f"it has neither {' nor '.join(_COLLECTIONS)} at its top, but: {tops}; save variables so")
 
 
 def _leaf(tree: Any, path: Names) -> Any:

@@ -14,14 +14,16 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from se_flax import synonyms
 from se_flax.errors import UserError
 from se_flax.folders import check_free, written_whole
 from se_flax.preprocess import Preprocess
-from se_flax.weights import keras, keras_files, torch
+from se_flax.weights import keras, torch
 from se_flax.weights.description import Description, completed
 from se_flax.weights.files import open_arrays
 from se_flax.weights.locate import OWN, Source, default_preprocess, locate
-from se_flax.weights.strict import Layout, classes_in, import_variables
+from se_flax.weights.names import kind_of
+from se_flax.weights.strict import Layout, import_variables, sizes_in, unprefixed
 from se_flax.zoo import create_model
 
 NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
@@ -82,9 +84,9 @@ def load_pretrained(
         (`.pth` with PyTorch installed); or the folder of an Orbax checkpoint. Names and layouts of timm, Keras and
         se-flax are told apart by the arrays' names.
       name: the network, where neither folder nor file name says it.
-      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; a warning
-        and `notes` say so.
-      in_channels: another number of image channels than 3 adapts the stem; a warning and `notes` say so.
+      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; `notes`
+        says so.
+      in_channels: another number of image channels than 3 adapts the stem; `notes` says so.
       preprocess: how images are prepared, or single settings of it by name (`{"image_size": 224}`), instead of what the
         checkpoint says. Where neither says it, that of a published checkpoint of the network is assumed; a warning and
         `notes` say so, and `preprocess.assumed` names the settings.
@@ -102,18 +104,20 @@ def load_pretrained(
       >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
       >>> logits = jax.jit(loaded.model.apply)(loaded.variables, loaded.preprocess("cat.jpg"))  # doctest: +SKIP
     """
+    for key in attributes.keys() & synonyms.NETWORK.keys():  # before anything is fetched
+        raise UserError(f"load_pretrained has no argument {key!r}; {synonyms.advice(key, synonyms.NETWORK.values())}")
     source = locate(ref, name=name, revision=revision, cache_dir=cache_dir)
     if source.digests is not None:
         _check_digests(source.arrays, source.digests)
     given = {**source.arguments, **attributes}
     with open_arrays(source.arrays) as arrays:
-        renamed, layout = _layout(source, arrays)
-        if source.bare and "num_classes" not in given:
-            classes = classes_in(source.name, renamed, layout, given)
-            given |= {} if classes is None else {"num_classes": classes}
-        variables, notes = import_variables(
+        renamed, layout, names = _layout(source, arrays, given)
+        if source.digests is None:  # nothing, or a program that does not always write it, says how large its ends are
+            given |= _unsaid_sizes(source, renamed, layout, given)
+        variables, asked = import_variables(
             source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
         )
+        notes = (*arrays.notes, *names, *asked)
     prepare = _prepare(source, preprocess)
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     given |= {key: value for key, value in requested.items() if value is not None}
@@ -122,9 +126,9 @@ def load_pretrained(
     prepare = prepare.for_channels(channels) if channels in (1, 4) else prepare
     labels = _labels(source, getattr(model, "num_classes", 0), num_classes)
     if prepare.assumed:
-        notes = (*notes, _assumption(os.fspath(ref), prepare, labels is not None and source.labels_assumed))
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+        assumption = _assumption(os.fspath(ref), prepare, labels is not None and source.labels_assumed)
+        warnings.warn(assumption, stacklevel=2)
+        notes = (*notes, assumption)
     return Pretrained(
         source.name,
         model,
@@ -137,11 +141,24 @@ def load_pretrained(
     )
 
 
-def _layout(source: Source, arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
-    """Whose names the arrays have, and the arrays by those names."""
-    if keras_files.named_by_keras(arrays):
-        return keras.by_layer(source.name, arrays), keras.layout(source.name)
-    return arrays, NATIVE if any("/" in key for key in arrays) else torch.LAYOUT
+def _layout(
+    source: Source, arrays: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
+    """The arrays by the names of a layout, whose names these are, and a sentence where a prefix was taken off."""
+    kind = kind_of(arrays)
+    if kind == "keras":
+        return keras.unprefixed(source.name, arrays)
+    return unprefixed(source.name, arrays, NATIVE if kind == "se-flax" else torch.LAYOUT, given)
+
+
+def _unsaid_sizes(
+    source: Source, arrays: Mapping[str, Any], layout: Layout, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """Numbers of classes and channels that only the arrays say; where they are the network's own, none."""
+    unsaid = ({"num_classes", "in_channels"} if source.bare else {"in_channels"}) - given.keys()
+    found = sizes_in(source.name, {key: np.shape(x) for key, x in arrays.items()}, layout, given) if unsaid else {}
+    model = create_model(source.name, **given)
+    return {name: size for name, size in found.items() if name in unsaid and size != getattr(model, name)}
 
 
 def _prepare(source: Source, given: Preprocess | Mapping[str, Any] | None) -> Preprocess:

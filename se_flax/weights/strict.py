@@ -1,12 +1,12 @@
 """From arrays in some layout to variables: every key used once, every target filled, every shape equal.
 
-Two deviations are made on request and said so: another number of classes draws the classifier anew, another number of
-image channels adapts the stem.
+Two deviations are made on request and noted: another number of classes draws the classifier anew, another number of
+image channels adapts the stem. A prefix that all keys have is no deviation: `unprefixed` takes it off.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,8 @@ import numpy as np
 
 from se_flax.errors import UserError
 from se_flax.network import Network, Path, lies_in
+from se_flax.weights.lazy import BFLOAT16, is_raw_bfloat16
+from se_flax.weights.prefix import best_prefix, common_prefixes, outer_part, taken_off, without
 from se_flax.weights.report import mismatch_report
 from se_flax.zoo import create_model, get_variant
 
@@ -40,6 +42,10 @@ class Layout:
     shape: Callable[[Path, Shape], Shape]
     to_ours: Callable[[Path, np.ndarray, Shape], np.ndarray]
     ignored: Callable[[Mapping[str, Path]], set[str]] = lambda targets: set()
+
+    def without(self, prefix: str) -> "Layout":
+        """The same for keys from which a prefix was taken off, which its messages say."""
+        return replace(self, what=f"{self.what} without the prefix {prefix!r}")
 
 
 def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -80,10 +86,10 @@ def import_variables(
       attributes: as given to `create_model`, when the network differs from its default.
 
     Returns:
-      The variables (float32 on the default device), and a sentence on each deviation.
+      The variables (float32 on the default device), and a sentence on each deviation that was asked for.
 
     Raises:
-      UserError: keys that are missing, left over or of another shape, all in one message.
+      UserError: keys that are missing, left over or of another shape, all in one message, and what to do about it.
     """
     size = get_variant(name).input_size
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
@@ -91,7 +97,7 @@ def import_variables(
     model = create_model(name, **attributes)
     shapes = variable_shapes(model, size)
     head = {} if num_classes is None else _head(model, size, shapes)
-    stem = set() if in_channels is None else {path for path in shapes if lies_in(path[1:], model.stem_path)}
+    stem = set() if in_channels is None else _stem(model, shapes)
 
     targets = {layout.key(path): path for path in shapes}
     given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
@@ -114,21 +120,23 @@ def import_variables(
     known = targets.keys() | layout.ignored(targets) | {layout.key(path) for path in head}
     unexpected = [key for key in given if key not in known]
     if missing or unexpected or wrong:
-        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what))
+        unsettled = {path for path in targets.values() if path not in settled}
+        advice = _advice(name, given, layout, attributes, unsettled, unexpected)
+        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what) + advice)
 
     flat: dict[Path, Any] = {}
     for key, path in targets.items():
         if path in redrawn:
             continue
         source = adapted.get(path, shapes[path].shape)
-        value = layout.to_ours(path, np.asarray(arrays[key]), source)
+        value = layout.to_ours(path, _numbers(key, arrays[key]), source)
         if path in adapted:
             value = adapt_channels(value, shapes[path].shape[-2])
         flat[path] = jnp.asarray(value, shapes[path].dtype)
     notes = []
     if redrawn or any(layout.key(path) in given for path in head.keys() - fits):
         flat.update(_draw(model, size, redrawn) if redrawn else {})
-        classes = _classes(head, arrays, layout)
+        classes = _classes(head, given, layout)
         before = f"{classes:,} classes" if classes else "none"
         after = f"drawn anew for {num_classes:,} classes" if redrawn else "left out"
         notes.append(f"{name}: the classifier was {after} (the checkpoint's: {before})")
@@ -138,20 +146,58 @@ def import_variables(
     return flax.traverse_util.unflatten_dict(flat), tuple(notes)
 
 
-def classes_in(name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]) -> int | None:
-    """How many classes a checkpoint was trained for.
+def unprefixed(
+    name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
+    """Takes off the parts that all keys begin with, where the keys fit the network without them.
 
     Args:
       name: the network.
-      arrays: as for `import_variables`.
-      layout: likewise.
-      attributes: likewise.
+      arrays: by key.
+      layout: whose keys these are.
+      attributes: as for `import_variables`.
 
     Returns:
-      Width of the classifier there; None without one, or with one of another shape.
+      The arrays by the shorter keys, the layout (which names the prefix in its messages), and a sentence that says so;
+      arguments as they were and no sentence where there is no such prefix.
+    """
+    prefixes = common_prefixes(arrays)
+    if len(prefixes) == 1:
+        return arrays, layout, ()
+    known = known_keys(name, layout, attributes)
+    prefix = best_prefix(prefixes, lambda prefix: len(known & without(arrays, prefix).keys()))
+    if not prefix:
+        return arrays, layout, ()
+    return without(arrays, prefix), layout.without(prefix), (taken_off(prefix),)
+
+
+def known_keys(name: str, layout: Layout, attributes: Mapping[str, Any]) -> set[str]:
+    """Keys of a network's variables in a layout; arguments as for `import_variables`."""
+    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
+    return {layout.key(path) for path in shapes}
+
+
+def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes: Mapping[str, Any]) -> dict[str, int]:
+    """How many classes and image channels a checkpoint was trained for, by its classifier and its stem.
+
+    Args:
+      name: the network.
+      shapes: of the arrays, by key.
+      layout: whose keys and shapes these are.
+      attributes: as for `import_variables`.
+
+    Returns:
+      `num_classes` and `in_channels`, each where it shows: without a classifier there is no `num_classes`.
     """
     model, size = create_model(name, **attributes), get_variant(name).input_size
-    return _classes(_head(model, size, variable_shapes(model, size)), arrays, layout)
+    ours = variable_shapes(model, size)
+    classes = _classes(_head(model, size, ours), shapes, layout)
+    found = {} if classes is None else {"num_classes": classes}
+    for path in _stem(model, ours):
+        shape = shapes.get(layout.key(path), ())
+        fitting = [n for n in shape if tuple(layout.shape(path, _with_channels(ours[path].shape, n))) == shape]
+        found |= {"in_channels": fitting[0]} if fitting and len(shape) == 4 else {}
+    return found
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
@@ -183,14 +229,58 @@ def _head(model: Network, size: int, shapes: Mapping[Path, Any]) -> dict[Path, A
     return {path: leaf for path, leaf in shapes.items() if lies_in(path[1:], model.head_path)}
 
 
-def _classes(head: Mapping[Path, Any], arrays: Mapping[str, Any], layout: Layout) -> int | None:
-    """Width of the classifier in some arrays; its kernel or bias must be one of that width in their layout."""
+def _stem(model: Network, shapes: Mapping[Path, Any]) -> set[Path]:
+    """Variables of the convolution that reads the images."""
+    return {path for path in shapes if lies_in(path[1:], model.stem_path)}
+
+
+def _classes(head: Mapping[Path, Any], given: Mapping[str, Shape], layout: Layout) -> int | None:
+    """Width of the classifier in arrays of given shapes; its kernel or bias must be of that width in their layout."""
     for path, leaf in head.items():
-        given = tuple(np.shape(arrays[layout.key(path)])) if layout.key(path) in arrays else ()
-        for classes in given:
-            if tuple(layout.shape(path, (*leaf.shape[:-1], classes))) == given:
+        shape = given.get(layout.key(path), ())
+        for classes in shape:
+            if tuple(layout.shape(path, (*leaf.shape[:-1], classes))) == shape:
                 return classes
     return None
+
+
+def _advice(
+    name: str,
+    given: Mapping[str, Shape],
+    layout: Layout,
+    attributes: Mapping[str, Any],
+    unsettled: set[Path],
+    unexpected: list[str],
+) -> str:
+    """What to do about arrays that do not fit: the end of a sentence, with its `; `, or nothing."""
+    model, size = create_model(name, **attributes), get_variant(name).input_size
+    ours = variable_shapes(model, size)
+    head, stem = _head(model, size, ours).keys(), _stem(model, ours)
+    rest = unsettled - head - stem
+    if rest or unexpected:
+        outer = outer_part(map(layout.key, rest), unexpected)
+        beside = next((key for key in unexpected if not key.startswith(outer)), "")
+        return f"; what is missing stands under {outer!r} beside {beside!r}: save it alone" if outer else ""
+    found = sizes_in(name, given, layout, attributes)
+    advice = ""
+    if unsettled & stem and "in_channels" in found:
+        channels = found["in_channels"]
+        advice += f"; its stem takes {channels} channel{'s' * (channels != 1)}: pass in_channels={channels}"
+    if unsettled & head and "num_classes" in found:
+        advice += f"; its classifier has {found['num_classes']} classes: pass num_classes={found['num_classes']}"
+    elif unsettled & head and not any(layout.key(path) in given for path in head):
+        advice += "; it has no classifier: pass num_classes=0 for a network without one, or the classes of a new one"
+    return advice
+
+
+def _numbers(key: str, array: Any) -> np.ndarray:
+    """An array of real numbers; bfloat16 that NumPy saved without its name is read as such."""
+    value = np.asarray(array)
+    if is_raw_bfloat16(value.dtype):
+        return value.view(BFLOAT16)
+    if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise UserError(f"{key} has dtype {value.dtype}; give an array of real numbers, such as float32 or bfloat16")
+    return value
 
 
 def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:

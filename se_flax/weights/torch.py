@@ -27,7 +27,8 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from se_flax.weights.strict import Layout, Path, import_variables
+from se_flax.weights.prefix import unwrapped
+from se_flax.weights.strict import Layout, Path, import_variables, unprefixed
 from se_flax.zoo import get_variant
 
 _COUNTER = "num_batches_tracked"
@@ -124,11 +125,13 @@ def from_timm(
 
     Args:
       name: the network, one of `se_flax.list_models()`.
-      state_dict: NumPy arrays by torch's keys, in torch's layout.
+      state_dict: NumPy arrays by torch's keys, in torch's layout; or what a training program saved around it, under
+        `state_dict`, `model` and the like. Parts that all keys begin with (`module.`, `model._orig_mod.`) are taken off
+        where the rest fits, and a warning says so.
       num_classes: of the network. Where the state dict has another number of classes, or none, the classifier is drawn
-        anew and a warning says so; 0 leaves it out.
+        anew; 0 leaves it out.
       in_channels: of the network. From 3 to 1 the stem is summed over the colours, from 3 to another number its colours
-        are repeated and scaled (timm's rule), and a warning says so.
+        are repeated and scaled (timm's rule).
       **attributes: as given to `create_model`, when the network differs from its default.
 
     Returns:
@@ -137,8 +140,9 @@ def from_timm(
     Raises:
       UserError: keys that are missing, left over or of another shape, all in one message.
     """
-    variables, notes = import_variables(
-        name, state_dict, LAYOUT, num_classes=num_classes, in_channels=in_channels, attributes=attributes
+    arrays, layout, notes = unprefixed(name, unwrapped(state_dict), LAYOUT, attributes)
+    variables, _ = import_variables(
+        name, arrays, layout, num_classes=num_classes, in_channels=in_channels, attributes=attributes
     )
     for note in notes:
         warnings.warn(note, stacklevel=2)
