@@ -129,8 +129,6 @@ class Preprocess:
             items = list(images)
         else:
             raise UserError(f"got {type(images).__name__}; {_ACCEPTED}")
-        if not items:
-            raise UserError(f"got no image; {_ACCEPTED}")
         batch = np.empty((len(items), self.image_size, self.image_size, self.channels), np.uint8)
         for row, item in zip(batch, items, strict=True):
             row[:] = self.pixels(item).reshape(row.shape)

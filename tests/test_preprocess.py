@@ -114,7 +114,6 @@ def test_grey_and_transparent_networks():
         (PHOTO.astype(np.int64), "array of int64; give uint8 values from 0 to 255$"),
         (PHOTO[..., :2], r"shape \(60, 90, 2\); this network takes images \[H, W, 3\]"),
         (PHOTO[..., 0], r"shape \(60, 90\)"),
-        ([], "got no image; give a path"),
         (3, "got int; give a path"),
         ([None], "got NoneType; give a path"),
     ],
@@ -170,3 +169,9 @@ def test_published_settings():
     large = Preprocess.of(weights, test_size=True)
     assert (large.image_size, large.crop) == (288, 0.95)
     assert dataclasses.replace(prepare, image_size=64).resize == 73
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.zeros((0, 30, 40, 3), np.uint8)], ids=["list", "tuple", "array"])
+def test_no_images_are_an_empty_batch(nothing):
+    batch = se_flax.Preprocess(image_size=32)(nothing)
+    assert batch.shape == (0, 32, 32, 3) and batch.dtype == np.float32
