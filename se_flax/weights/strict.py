@@ -193,19 +193,17 @@ def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes:
     Returns:
       `num_classes` and `in_channels`, each where it shows: without a classifier there is no `num_classes`.
     """
-    sides = {"num_classes": (998, 999), "in_channels": (3, 5)}
-    first, second = (_shapes_with(name, attributes, {key: side[i] for key, side in sides.items()}) for i in (0, 1))
+    # Lengths that nothing else in a network has show where the two stand.
+    lengths = {"num_classes": 99_991, "in_channels": 9_973}
     found: dict[str, int] = {}
-    for path, shape in first.items():
+    for path, shape in _shapes_with(name, attributes, lengths).items():
         given = shapes.get(layout.key(path))
-        changed = [(axis, pair) for axis, pair in enumerate(zip(shape, second[path], strict=True)) if len({*pair}) > 1]
-        if given is None or len(changed) != 1:
-            continue
-        axis, pair = changed[0]
-        resized = {n: (*shape[:axis], n, *shape[axis + 1 :]) for n in given}
-        fitting = [n for n, ours in resized.items() if tuple(layout.shape(path, ours)) == given]
-        attribute = next(key for key, side in sides.items() if side == pair)
-        found |= {attribute: fitting[0]} if fitting and attribute not in found else {}
+        for attribute, length in lengths.items():
+            if given is None or attribute in found or length not in shape:
+                continue
+            resized = {n: tuple(n if side == length else side for side in shape) for n in given}
+            fitting = [n for n, ours in resized.items() if tuple(layout.shape(path, ours)) == given]
+            found.update({attribute: fitting[0]} if fitting else {})
     return found
 
 
