@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from se_flax.weights.lazy import MAX_HEADER_BYTES, MAX_RATIO, ArrayFile, Refused, Source, check_count, lazy, nbytes
-from se_flax.weights.prefix import shared_parts, taken_off
+from se_flax.weights.prefix import MAX_PARTS, shared_parts, taken_off
 
 MAX_FILES = 1_000_000  # Orbax writes a handful per array when it does not pack them
 _TREE = "_METADATA"
@@ -118,7 +118,7 @@ def _leaf_paths(folder: Path) -> list[Names]:
 def _variables(leaves: list[Names]) -> tuple[dict[str, Names], tuple[str, ...]]:
     """Paths of a network's variables by name, the averaged ones where there are any, and what to say about them."""
     # Parts that all paths begin with are of the program that saved: {"model": {"params": ..., "batch_stats": ...}}.
-    for depth in range(shared_parts(leaves) + 1):
+    for depth in range(min(shared_parts(leaves), MAX_PARTS) + 1):
         chosen: dict[str, Names] = {}
         for collection in _COLLECTIONS:
             averaged = {"/".join(p[depth + 1 :]): p for p in leaves if p[depth : depth + 2] == ("ema", collection)}

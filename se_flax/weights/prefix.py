@@ -13,6 +13,8 @@ from typing import Any
 # Keys under which training programs keep the weights in what they save; averaged ones first, like timm.
 _OUTER = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net")
 
+MAX_PARTS = 8  # that a prefix has; each is tried against all names, of which a crafted file can have many
+
 
 def unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """The state dict inside what a training program saved, or the same mapping where it is one itself."""
@@ -29,7 +31,7 @@ def common_prefixes(names: Iterable[str]) -> list[str]:
       Such as `["", "model.", "model._orig_mod."]`.
     """
     paths = [tuple(re.split(r"(?<=[./])", name)) for name in names]
-    return ["".join(paths[0][:depth]) if depth else "" for depth in range(shared_parts(paths) + 1)]
+    return ["".join(paths[0][:depth]) if depth else "" for depth in range(min(shared_parts(paths), MAX_PARTS) + 1)]
 
 
 def shared_parts(paths: Sequence[tuple[str, ...]]) -> int:
