@@ -17,7 +17,7 @@ from PIL import Image
 
 import se_flax
 from se_flax import Preprocess
-from se_flax.cli import main
+from se_flax.cli import images, main
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 NAMES = ("blue", "green", "red")
@@ -216,6 +216,23 @@ def test_labels_that_are_numbers(capsys, ref, photos, tmp_path):
     assert (
         status == 1 and "the folder '0'" in err and "names none of the network's 3 classes (1 of 3 names do not)" in err
     )
+
+
+def test_evals_rate_is_without_the_compilation(capsys, monkeypatch, ref, photos):
+    """By a clock that moves with compilation and with reading pictures alone."""
+    now = [0.0]
+
+    def taking(function, seconds):
+        def timed(*arguments, **keywords):
+            now[0] += seconds
+            return function(*arguments, **keywords)
+
+        return timed
+
+    monkeypatch.setattr("se_flax.cli.images.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("se_flax.cli.images._compiled", taking(images._compiled, 100.0))
+    monkeypatch.setattr(Preprocess, "pixels", taking(Preprocess.pixels, 0.5))
+    assert run(capsys, "eval", ref, photos)[1].endswith("\n4.5 s, 2.0 pictures/s\n")
 
 
 def test_eval_finds_classes_by_file_name_too(capsys, ref, tmp_path):
