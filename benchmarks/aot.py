@@ -58,7 +58,7 @@ def record_plain() -> bool:
 
     from benchmarks.plain_resnet import PlainResNet50
     from train import aot
-    from train.topology import find_topology
+    from train.tools.topology import find_topology
 
     topology = find_topology("v5e:2x2")
     config = aot.with_batch(aot.settings_for_model("resnet50", 224), 128, len(topology.devices))

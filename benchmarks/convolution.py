@@ -1,4 +1,4 @@
-"""Times convolutions on a CPU, ours (`se_flax.cpu`) beside XLA's own, and records them.
+"""Times convolutions on a CPU, ours (`se_flax.lowering.cpu`) beside XLA's own, and records them.
 
     python -m benchmarks.convolution              # all shapes, a few minutes
     python -m benchmarks.convolution --batch 1 --dry-run
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import command_line, describe, record
-from se_flax.convolution import convolve
-from se_flax.memory import keep_memory
-from se_flax.native import native
+from se_flax.lowering.convolution import convolve
+from se_flax.lowering.xla import xla_convolution
+from se_flax.runtime import keep_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convolution.jsonl"
 # Side of the map, channels in and out, kernel, stride, groups: layers of the networks in `benchmarks.cpu`.
@@ -65,7 +65,7 @@ def measure(batch: int, shape: tuple[int, ...], turns: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, side, side, channels)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, channels // groups, features)), jnp.float32)
-    sides = {"ours": tasks(convolve, *arguments), "xla": tasks(native, *arguments)}
+    sides = {"ours": tasks(convolve, *arguments), "xla": tasks(xla_convolution, *arguments)}
     dy = jnp.ones_like(sides["ours"]["forward"](x, kernel, None))
     row: dict[str, Any] = {"batch": batch, "shape": list(shape)}
     for task in ("forward", "input", "kernel"):

@@ -14,7 +14,7 @@ against.
   matrix products by oneDNN (`benchmarks/sides/ours.py` has the compiler's options).
 - `train:N`: one update of N images by SGD with momentum.
 
-All sides keep freed memory, by settings of glibc in their environment: it is what `se_flax.memory.keep_memory` does in
+All sides keep freed memory, by settings of glibc in their environment: it is what `se_flax.runtime.keep_memory` does in
 `python -m train`, and PyTorch gains from it as JAX does. Every row is appended as one line to
 `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
 """

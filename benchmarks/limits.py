@@ -30,9 +30,9 @@ from benchmarks.convolution import tasks
 from benchmarks.machine import command_line, describe, record
 from benchmarks.sides.ours import inference, train_step
 from benchmarks.turns import task
-from se_flax.convolution import convolve
-from se_flax.layers import Conv
-from se_flax.memory import keep_memory
+from se_flax.lowering.convolution import convolve
+from se_flax.nn.conv import Conv
+from se_flax.runtime import keep_memory
 
 TASKS = (("infer", 16), ("train", 16))
 RESULTS = Path(__file__).resolve().parent / "results" / "limits.jsonl"

@@ -12,7 +12,7 @@ batch: random resized crop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear), flip, 
 - `equal work`: tf.data once more. As it is usually written (`plain`), its crops are smaller on average than
   torchvision's and its bilinear scaling is not antialiased; with both as timm and we have them, it costs this.
 
-Our side is the training program's own stream (`train.data`) and what its step does before the network: flip,
+Our side is the training program's own stream (`train.data.loader`) and what its step does before the network: flip,
 RandAugment, normalisation, compiled for the CPU. timm's is `timm.data.create_loader` (Pillow, torchvision), tf.data's
 the chain of `decode_and_crop_jpeg`, `resize` and, for RandAugment, Keras. The code is in `loader_sides.py`.
 
@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.machine import command_line, describe, record
 from benchmarks.worker import Worker
-from se_flax.class_folders import pictures_below
+from se_flax.images.class_folders import pictures_below
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"

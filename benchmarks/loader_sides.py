@@ -24,13 +24,13 @@ Makers = dict[str, Callable[[], Any]]  # of the next batch [n, ...], by the name
 
 
 def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str]]:
-    """Our own: `train.data`, then the part of the training step that comes before the network, compiled for the CPU."""
+    """Our own: `train.data.loader`, then the training step up to the network, compiled for the CPU."""
     import jax
     import jax.numpy as jnp
 
-    from se_flax.memory import keep_memory
-    from train.augment import augment, example_keys
+    from se_flax.runtime import keep_memory
     from train.config import Augment
+    from train.data.augment import augment, example_keys
 
     keep_memory()  # as the training program does
 
@@ -59,8 +59,8 @@ def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
 def our_stream(files: list[str], batch: int, size: int) -> Callable[[], Any]:
     """The training program's batches, made when asked for: read, decoded, cropped, scaled."""
     from train.config import Data
-    from train.data import train_loader
-    from train.sources import DataSplits, FolderSource
+    from train.data.loader import train_loader
+    from train.data.sources import DataSplits, FolderSource
 
     # Grain shuffles fewer than 2**16 numbers more slowly, by up to 0.2 ms for each one. A large data set has more.
     many = files * (2**16 // len(files) + 1)
@@ -216,7 +216,7 @@ def decoders(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str,
 
     import numpy as np
 
-    from train import images
+    from train.data import images
 
     fast = {"simplejpeg": images.simplejpeg, "cykooz_resizer": images.cykooz_resizer}
     ways: dict[str, dict[str, Any]] = {

@@ -50,14 +50,15 @@ wait for the backward pass, 11 gaps between the buffers of its heap, and 11 temp
 
 Lean (`--config.lean=True`, `train.aot --lean`) leaves out a bottleneck's widest map: its last convolution is neither
 written before its norm nor kept, since all that norm and convolution need of it follows from its input, a quarter as
-wide (`se_flax/pointwise.py`). Only the gate's gradient needs the output again, and makes it in a pass that reads that
-input and the gradient; so the ratio is higher than otherwise, while both networks access less and take a fifth less
-memory. It costs arithmetic (4 % more flops in ResNet-50, 11 % in SE-ResNet-50), and no TPU has timed it yet; so it is
-to be asked for.
+wide (`se_flax/lowering/deferred_conv.py`). Only the gate's gradient needs the output again, and makes it in a pass that
+reads that input and the gradient; so the ratio is higher than otherwise, while both networks access less and take a
+fifth less memory. It costs arithmetic (4 % more flops in ResNet-50, 11 % in SE-ResNet-50), and no TPU has timed it yet;
+so it is to be asked for.
 
 Where an activation stands between (EfficientNet, MobileNetV3), the squeeze cannot be had from the norm's means, and the
-activation needs the whole batch's statistics first: one read of the map more is the least. `se_flax/activated.py` adds
-that one and no other; the compiled backward pass has as many as without attention.
+activation needs the whole batch's statistics first: one read of the map more is the least.
+`se_flax/lowering/gated_norm.py` adds that one and no other; the compiled backward pass has as many as without
+attention.
 """
 PLAIN = """
 Beside ResNet-50 written with Linen's own layers as Flax's example has it (`benchmarks/plain_resnet.py`), compiled the
@@ -86,8 +87,8 @@ compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets 
 |---|---|---:|---:|---:|
 """
 CPU_NOTE = """
-What a convolution becomes on a CPU is in `se_flax/cpu`; TPU and GPU keep XLA's own.
-`se_flax.memory.keep_memory()`, called before JAX is used, keeps freed memory in the process, as `python -m train` and
+What a convolution becomes on a CPU is in `se_flax/lowering/cpu`; TPU and GPU keep XLA's own.
+`se_flax.runtime.keep_memory()`, called before JAX is used, keeps freed memory in the process, as `python -m train` and
 `se-flax predict` do; by default glibc gives the pages back after every call. PyTorch gains from the same settings as
 JAX does, so in this table all sides have them.
 """

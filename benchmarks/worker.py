@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Freed memory stays in the process (mallopt(3)), on every side: what `se_flax.memory.keep_memory` does for ours.
+# Freed memory stays in the process (mallopt(3)), on every side: what `se_flax.runtime.keep_memory` does for ours.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
 
 

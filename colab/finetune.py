@@ -57,7 +57,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from se_flax.class_folders import pictures_by_class
+from se_flax.images.class_folders import pictures_by_class
 
 if PHOTOS.endswith(".zip"):
     shutil.unpack_archive(PHOTOS, "photos")
@@ -130,7 +130,7 @@ if SMALL:
 from IPython.display import Image as Display
 from IPython.display import display
 
-from train.loop import run
+from train.run.loop import run
 
 WORKDIR = Path("runs/finetuned")
 outcome = run(config, WORKDIR)
@@ -149,7 +149,7 @@ import jax
 import matplotlib.pyplot as plt
 
 import se_flax
-from train.sources import open_data
+from train.data.sources import open_data
 
 loaded = se_flax.load_pretrained(WORKDIR)
 held_out = open_data(config.data).eval

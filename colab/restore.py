@@ -53,7 +53,7 @@ REF = "seresnet50.ra2_in1k"  # @param {type: "string"}
 
 if SMALL:
     from configs import digits
-    from train.loop import run
+    from train.run.loop import run
 
     config = digits.get_config()
     config.data.image_size, config.data.batch_size = 8, 48
@@ -103,7 +103,7 @@ else:
 import jax
 import numpy as np
 
-from se_flax.analysis import apply_with_gates
+from se_flax.analysis.gates import apply_with_gates
 
 images = loaded.preprocess(list(pictures.values()))  # float32 [N, side, side, 3]
 logits, gates = jax.jit(lambda variables, x: apply_with_gates(loaded.model, variables, x))(loaded.variables, images)

@@ -167,7 +167,7 @@ def mirrored(folder, bucket, seconds):
 # %%
 from contextlib import nullcontext
 
-from train.loop import run
+from train.run.loop import run
 
 with mirrored(WORKDIR, BUCKET, seconds=0.1 if SMALL else 60) if KEEP == "bucket" else nullcontext():
     outcome = run(config, WORKDIR)

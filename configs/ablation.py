@@ -18,9 +18,9 @@ import dataclasses
 from pathlib import Path
 
 from se_flax.errors import UserError, closest
-from train.ablation_table import Cell, Paper
 from train.cli import load_recipe
 from train.config import Attention, Config
+from train.tools.ablation_table import Cell, Paper
 
 # Errors in per cent, tables 10 to 16.
 NONE = Cell("none", Attention(kind="none"), Paper(23.30, 6.55, "25.6M", 3.86))

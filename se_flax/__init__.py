@@ -9,28 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from se_flax import functional
+from se_flax.analysis.costs import Costs, LayerCosts, costs
 from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
-from se_flax.blocks import Placement
-from se_flax.cosine import CosineClassifier
-from se_flax.counting import Costs, LayerCosts, costs
+from se_flax.checkpoints.keras import from_keras, to_keras
+from se_flax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
+from se_flax.checkpoints.torch import from_timm, to_timm
 from se_flax.ctr.layers import SqueezeExciteFields
 from se_flax.errors import UserError
-from se_flax.fused import fuse
-from se_flax.layers import BatchNorm, Conv
-from se_flax.preprocess import Preprocess
+from se_flax.export.folding import fuse
+from se_flax.images.preprocess import Preprocess
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import CosineClassifier
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.residual import Placement
 from se_flax.variant import Variant, Weights
 from se_flax.version import __version__
-from se_flax.weights.keras import from_keras, to_keras
-from se_flax.weights.pretrained import Pretrained, load_pretrained, save_pretrained
-from se_flax.weights.torch import from_timm, to_timm
 from se_flax.zoo import create_model, get_variant, list_models
 
 if TYPE_CHECKING:
-    from se_flax.export import export_pretrained
-    from se_flax.nnx import from_nnx, to_nnx
+    from se_flax.export.nnx import from_nnx, to_nnx
+    from se_flax.export.serving import export_pretrained
 
 # Imported when first asked for: flax.nnx would make the import of this package slower for everybody.
-_LATE = {"export_pretrained": "export", "from_nnx": "nnx", "to_nnx": "nnx"}
+_LATE = {"export_pretrained": "export.serving", "from_nnx": "export.nnx", "to_nnx": "export.nnx"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.activated import squeeze_activated
-from se_flax.bound import Function
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv
-from se_flax.norms import LayerNorm
-from se_flax.sharding import gathered
+from se_flax.lowering.dispatch import Function
+from se_flax.lowering.gated_norm import squeeze_after_act
+from se_flax.lowering.sharding import gathered
+from se_flax.nn.conv import Conv
+from se_flax.nn.norm import BatchNorm, LayerNorm
 
 Array = jax.Array
 Initializer = nn.initializers.Initializer
@@ -58,11 +58,11 @@ class ChannelAttention(Attention):
     """Base of modules that gate channels: x * gates(descriptor(x)).
 
     Subclasses define `gates`, and `descriptor` where it is not the mean over the spatial axes. Whoever reads or
-    replaces gates (`se_flax.analysis`) does it in `gates`.
+    replaces gates (`se_flax.analysis.gates`) does it in `gates`.
 
     Attributes:
       squeezes_mean: whether the gates are a function of the channels' means alone, so that norm, activation and gate
-        can be one step (`se_flax.norm_attention`).
+        can be one step (`se_flax.nn.norm_attention`).
     """
 
     squeezes_mean: ClassVar[Any] = True
@@ -83,7 +83,7 @@ class ChannelAttention(Attention):
         """
         if factor is None or offset is None or act is None:
             return F.squeeze(x)
-        return squeeze_activated(x, factor, offset, act.function)
+        return squeeze_after_act(x, factor, offset, act.function)
 
     def descriptor(self, x: Array) -> Array:
         """What the gates are computed from. Args: x [N, ..., C]. Returns: float32, such as [N, 1, 1, C]."""

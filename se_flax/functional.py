@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.errors import UserError, closest
-from se_flax.sharding import gathered
+from se_flax.lowering.sharding import gathered
 
 Array = jax.Array
 Elementwise = Callable[[Array], Array]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from se_flax.network import Network
+from se_flax.nn.network import Network
 
 
 @dataclass(frozen=True)

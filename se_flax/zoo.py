@@ -29,9 +29,9 @@ from se_flax.backbones import (
     vgg,
     wide_resnet,
 )
-from se_flax.blocks import Placement
 from se_flax.errors import UserError, closest
-from se_flax.network import Network
+from se_flax.nn.network import Network
+from se_flax.nn.residual import Placement
 from se_flax.synonyms import advice
 from se_flax.variant import Variant, published_weights
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from se_flax import UserError
-from se_flax.weights.files import open_arrays
+from se_flax.checkpoints.files import open_arrays
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

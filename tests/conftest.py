@@ -30,5 +30,5 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _memory_goes_back(monkeypatch):
     """Many small runs in one process must not each leave their peak behind; processes of their own keep theirs."""
-    for name in {"train.loop", "train.ctr.loop", "se_flax.cli.images"} & sys.modules.keys():
+    for name in {"train.run.loop", "train.ctr.loop", "se_flax.cli.images"} & sys.modules.keys():
         monkeypatch.setattr(sys.modules[name], "keep_memory", lambda: False)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from se_flax.convolution import convolve
+from se_flax.lowering.convolution import convolve
 
 
 def reference(x, kernel, strides, padding, dilation, groups):

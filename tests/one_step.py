@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from formulas import random_variables
 
-from se_flax import layers
-from se_flax.native import native
+from se_flax.lowering.xla import xla_convolution
+from se_flax.nn import conv
 
 
 def images_of(count, size, seed=0):
@@ -23,7 +23,7 @@ def check_training_step(monkeypatch, model, images, *, exact=True, seed=0):
       exact: False for a network whose backward pass draws noise of its own: the loss must fall, at whatever rate.
       seed: of the variables; one that leaves some of every attention's few hidden units above zero.
     """
-    monkeypatch.setattr(layers, "convolve", native)
+    monkeypatch.setattr(conv, "convolve", xla_convolution)
     variables = random_variables(model, images, seed=seed)
 
     def loss(params):

@@ -101,7 +101,7 @@ TOP1 = {
 
 
 class Training:
-    """Stands in for `train.loop.run`: hands out results, and stops or fails where it is told."""
+    """Stands in for `train.run.loop.run`: hands out results, and stops or fails where it is told."""
 
     def __init__(self, stop=(), interrupt=(), fail=None):
         self.runs, self.stop, self.interrupt, self.fail = [], stop, interrupt, fail or {}

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from se_flax import functional as F
-from se_flax.activated import _gate, _plain_gate, _plain_squeeze, _squeeze
 from se_flax.attention import ECA, SqueezeExcite
-from se_flax.blocks_mobile import InvertedResidual
-from se_flax.layers import BatchNorm, Conv
+from se_flax.lowering.gated_norm import _gate, _plain_gate, _plain_squeeze, _squeeze
+from se_flax.nn.conv import Conv
+from se_flax.nn.mobile import InvertedResidual
+from se_flax.nn.norm import BatchNorm
 
 ACTS = [jax.nn.silu, jax.nn.relu, F.ACTIVATIONS["hard_swish"]]
 

@@ -15,16 +15,17 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import se_flax
-from train import aot, loop
+from train import aot
 from train.build import build_model
 from train.cli import parse
-from train.costs import compile_step
-from train.finetune import complete
-from train.hlo import Collective, array_bytes, collectives
-from train.layers import trace
-from train.parallel import Replicas, make_replicas
-from train.program import make_program
-from train.topology import CHIPS, find_topology
+from train.optim.finetune import complete
+from train.optim.param_groups import trace
+from train.run import loop
+from train.run.parallel import Replicas, make_replicas
+from train.run.program import make_program
+from train.tools.costs import compile_step
+from train.tools.hlo import Collective, array_bytes, collectives
+from train.tools.topology import CHIPS, find_topology
 
 ROOT = Path(__file__).parents[1]
 DIGITS = [f"--config={ROOT / 'configs' / 'digits.py'}"]
@@ -353,7 +354,9 @@ def test_a_step_compiles_for_a_tpu():
 @NEEDS_LIBTPU
 @pytest.mark.parametrize(("name", "count"), [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5p:2x2x1", 4), ("v6e:2x4", 8)])
 def test_every_generation_has_one_device_per_chip(name, count):
-    code = f"from train.topology import find_topology as f; t = f({name!r}); print(len(t.devices), t.memory_bytes)"
+    code = (
+        f"from train.tools.topology import find_topology as f; t = f({name!r}); print(len(t.devices), t.memory_bytes)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == [str(count), str(CHIPS[name.split(":")[0]].memory_gib * 2**30)], done.stderr
 

@@ -11,7 +11,7 @@ from formulas import ACTIVATIONS, GATES, batch_norm, conv, double, excite, rando
 
 import se_flax
 from se_flax import CBAM, ECA, EffectiveSE, Placement, SqueezeExcite, UserError
-from se_flax.blocks import BasicBlock, project
+from se_flax.nn.residual import BasicBlock, project
 
 X = np.random.default_rng(0).standard_normal((2, 5, 4, 16)).astype(np.float32)
 SQUEEZES = {

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 from PIL import Image, ImageEnhance
 
 from se_flax.errors import UserError
-from train import augment as aug
 from train.config import IMAGENET_MEAN, Augment
-from train.randaugment import randaugment
+from train.data import augment as aug
+from train.data.randaugment import randaugment
 
 SIZE = 16
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}

@@ -6,15 +6,15 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from se_flax.class_folders import SUFFIXES, class_folders, pictures_below
 from se_flax.cli import main
 from se_flax.cli.labelled import labelled_images
 from se_flax.errors import UserError
-from se_flax.labels import imagenet_labels
+from se_flax.images.class_folders import SUFFIXES, class_folders, pictures_below
+from se_flax.images.labels import imagenet_labels
 from train.config import Config, Data, Model, Optim, Parallel
-from train.loop import run
-from train.report import read_metrics
-from train.sources import open_data
+from train.data.sources import open_data
+from train.run.loop import run
+from train.run.report import read_metrics
 
 IMAGENET = tuple(label.name for label in imagenet_labels())
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax.class_names import ClassNames
 from se_flax.errors import UserError
-from se_flax.labels import imagenet_labels
+from se_flax.images.class_names import ClassNames
+from se_flax.images.labels import imagenet_labels
 
 IMAGENET = tuple(label.name for label in imagenet_labels())
 

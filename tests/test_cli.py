@@ -96,9 +96,9 @@ def test_a_wrong_command_line_is_one_sentence(words, text, capsys, monkeypatch):
     ],
 )
 def test_a_wrong_setting_is_one_sentence_before_any_compile(setting, text, capsys, tmp_path, monkeypatch):
-    import train.program
+    import train.run.program
 
-    monkeypatch.setattr(train.program, "init_state", lambda *a, **k: pytest.fail("went on to compile"))
+    monkeypatch.setattr(train.run.program, "init_state", lambda *a, **k: pytest.fail("went on to compile"))
     assert main([DIGITS, f"--workdir={tmp_path}", f"--config.{setting}", "--config.compilation_cache="]) == 2
     err = capsys.readouterr().err
     assert re.search(text, err), err

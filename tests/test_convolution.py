@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from se_flax import Conv
-from se_flax.convolution import convolve
-from se_flax.cpu import dense
-from se_flax.cpu.convolution import convolve_on_cpu
-from se_flax.layers import max_pool
-from se_flax.native import native
+from se_flax.lowering.convolution import convolve
+from se_flax.lowering.cpu import dense
+from se_flax.lowering.cpu.convolution import convolve_on_cpu
+from se_flax.lowering.xla import xla_convolution
+from se_flax.nn.pooling import max_pool
 
 # Groups, their input and their output channels: dense with few, some, and many for the map; depthwise, also with a
 # multiplier; groups of which 1, 2 and 4 go together into a dense convolution; many groups of few channels.
@@ -267,7 +267,7 @@ def test_two_groups_of_sixteen_channels_have_gradients():
         return jnp.sum(jnp.sin(form(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), 2)))
 
     got = jax.jit(jax.grad(lambda k: loss(k, convolve_on_cpu)))(kernel)
-    np.testing.assert_allclose(got, jax.grad(lambda k: loss(k, native))(kernel), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, jax.grad(lambda k: loss(k, xla_convolution))(kernel), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("groups", "size"), [(4, 3), (4, 1), (1, 1), (2, 1), (1, 3), (2, 3)])
@@ -294,12 +294,12 @@ def test_bfloat16_stays_bfloat16(kernel, groups):
 def test_max_pooling_is_xlas_and_so_is_its_gradient(size, strides, padding):
     (x,) = arrays((2, 7, 9, 3))
 
-    def native(x):
+    def xla_convolution(x):
         pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         window, steps = (1, size, size, 1), (1, strides, strides, 1)
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, steps, pads)
 
-    expected, pullback = jax.vjp(native, x)
+    expected, pullback = jax.vjp(xla_convolution, x)
     value, own_pullback = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
     np.testing.assert_array_equal(value, expected)
     np.testing.assert_allclose(own_pullback(expected)[0], pullback(expected)[0], rtol=1e-6)

@@ -13,8 +13,8 @@ import se_flax
 from se_flax import CBAM, ECA, EffectiveSE, SqueezeExcite, UserError
 from se_flax.attention import GlobalContext
 from se_flax.backbones.resnet import ResNet
-from se_flax.blocks import BasicBlock, Bottleneck
 from se_flax.cli import main
+from se_flax.nn.residual import BasicBlock, Bottleneck
 
 KEYS = {
     "params", "params_with_statistics", "macs", "macs_paper", "activations", "attention_params", "attention_macs"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import train.report
+import train.run.report
 from train.build import training_loss
 from train.config import Augment, Config, Loss, Optim
-from train.curves import CROSS_ENTROPY, curves, draw_curves, logarithmic_ticks
-from train.evaluate import Result
-from train.loop import _epoch_line
-from train.report import Report
+from train.run.curves import CROSS_ENTROPY, curves, draw_curves, logarithmic_ticks
+from train.run.evaluate import Result
+from train.run.loop import _epoch_line
+from train.run.report import Report
 
 SMOOTHED = "cross-entropy, label smoothing 0.1, mixup 0.2, CutMix 1"
 
@@ -126,7 +126,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(train.report.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(train.run.report.time, "monotonic", lambda: self.now)
 
 
 def test_the_bars_rate_is_of_training_steps_alone(tmp_path, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_drawing_leaves_matplotlibs_backend_alone():
     import subprocess
 
     code = (
-        "import json, matplotlib; before = matplotlib.rcParams._get('backend'); import train.loop; "
+        "import json, matplotlib; before = matplotlib.rcParams._get('backend'); import train.run.loop; "
         "print(json.dumps(repr(before) == repr(matplotlib.rcParams._get('backend'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from se_flax.errors import UserError
 from train.config import Data
-from train.data import BadImages, DataSplits, eval_batches, open_data, steps_per_epoch, train_loader
-from train.sources import ArraySource
+from train.data.loader import BadImages, DataSplits, eval_batches, open_data, steps_per_epoch, train_loader
+from train.data.sources import ArraySource
 
 
 def numbered(count, side=1):
@@ -401,9 +401,9 @@ def test_errors_in_workers_arrive_whole(damaged):
 
 
 def test_evaluation_with_workers(monkeypatch):
-    import train.data
+    import train.data.loader
 
-    monkeypatch.setattr(train.data, "_EVAL_IMAGES_PER_WORKER", 5)
+    monkeypatch.setattr(train.data.loader, "_EVAL_IMAGES_PER_WORKER", 5)
     splits = numbered(11)
     expected = list(eval_batches(splits, small(), process_index=0, process_count=1))
     assert_same(expected, list(eval_batches(splits, small(workers=2), process_index=0, process_count=1)))
@@ -412,7 +412,7 @@ def test_evaluation_with_workers(monkeypatch):
 def test_workers_of_a_program_started_as_a_module(tmp_path):
     (tmp_path / "program.py").write_text(
         "from train.config import Data\n"
-        "from train.data import open_data, train_loader\n"
+        "from train.data.loader import open_data, train_loader\n"
         "if __name__ == '__main__':\n"
         "    data = Data(batch_size=8, workers=1)\n"
         "    loader = train_loader(open_data(data), data, seed=0, process_index=0, process_count=1)\n"

@@ -18,13 +18,13 @@ import safetensors.numpy
 
 import se_flax
 from se_flax import ECA, Preprocess, UserError, load_pretrained, save_pretrained
+from se_flax.checkpoints import keras, keras_files
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.resolve import locate
 from se_flax.cli import main
 from se_flax.cli.images import accuracy
 from se_flax.cli.labelled import labelled_images
-from se_flax.preprocess import SETTINGS
-from se_flax.weights import keras, keras_files
-from se_flax.weights.locate import locate
-from se_flax.weights.strict import variable_shapes
+from se_flax.images.preprocess import SETTINGS
 
 NAME = "seresnet20"
 LABELS = ("crème, brûlée", "日本", 'a "quoted" {name}')

@@ -25,7 +25,7 @@ MODULES = sorted(modules_with_examples())
 
 
 def test_examples_are_found():
-    assert {"se_flax.zoo", "se_flax.fused"} <= set(MODULES)
+    assert {"se_flax.zoo", "se_flax.export.folding"} <= set(MODULES)
     assert doctest.DocTestFinder().find(importlib.import_module("se_flax.zoo").create_model)[0].examples
 
 

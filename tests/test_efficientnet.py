@@ -13,11 +13,11 @@ import se_flax
 from se_flax.attention import CBAM, ECA, SqueezeExcite
 from se_flax.backbones import efficientnet, mnasnet
 from se_flax.backbones.efficientnet import EfficientNet
-from se_flax.blocks_mobile import fan_out_init
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key
 from se_flax.errors import UserError
-from se_flax.mobile_layout import fused, inverted, plain, separable
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key
+from se_flax.nn.mobile import fan_out_init
+from se_flax.nn.mobile_table import fused, inverted, plain, separable
 
 NAMES = sorted({**efficientnet.VARIANTS, **mnasnet.VARIANTS})
 TINY = partial(

@@ -103,7 +103,7 @@ def test_mixed_kernels_and_mixed_maps_are_the_same():
 def test_onnx_of_every_family(name):
     import onnxruntime
 
-    from se_flax import onnx_program
+    from se_flax.export import onnx_program
 
     loaded = trained(name)
     apply = partial(loaded.model.apply, loaded.variables)
@@ -145,7 +145,7 @@ def test_onnx_carries_its_description_and_how_exact_it_is(loaded, tmp_path):
     ],
 )
 def test_onnx_refuses_what_it_does_not_know(function, reason):
-    from se_flax import onnx_program
+    from se_flax.export import onnx_program
 
     with pytest.raises(UserError, match=reason):
         onnx_program.to_onnx(function, (4, 4, 3))
@@ -172,7 +172,7 @@ def test_onnx_refuses_what_it_does_not_know(function, reason):
 def test_onnx_operations_one_by_one(function):
     import onnxruntime
 
-    from se_flax import onnx_program
+    from se_flax.export import onnx_program
 
     session = onnxruntime.InferenceSession(
         onnx_program.to_onnx(function, (4, 4, 3)).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -183,7 +183,7 @@ def test_onnx_operations_one_by_one(function):
 
 def test_onnx_without_its_package_is_one_sentence(loaded, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "se_flax.onnx_program", raising=False)
+    monkeypatch.delitem(sys.modules, "se_flax.export.onnx_program", raising=False)
     with pytest.raises(UserError, match=r'^the format onnx needs the package onnx: pip install "se-flax\[onnx\]"$'):
         se_flax.export_pretrained(tmp_path / "served", loaded, format="onnx")
     assert not list(tmp_path.iterdir())
@@ -214,7 +214,7 @@ def test_fused_or_not_is_the_same_network(loaded, tmp_path):
 
 @needs("flatbuffers")
 def test_a_network_without_batch_norms_goes_as_it_is(tmp_path):
-    loaded = trained("resnet20", depth=1, norm=se_flax.norms.GroupNorm, num_classes=0)
+    loaded = trained("resnet20", depth=1, norm=se_flax.nn.norm.GroupNorm, num_classes=0)
     described = se_flax.export_pretrained(tmp_path / "served", loaded)
     assert not described["fused"] and described["labels"] is None
     assert described["output"] == {"name": "features", "dtype": "float32", "shape": ["batch", 64]}

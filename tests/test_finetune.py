@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import se_flax
-import train.loop
+import train.run.loop
 from se_flax.errors import UserError
-from se_flax.norms import GroupNorm
-from se_flax.preprocess import Preprocess
-from train import finetune, optim
+from se_flax.images.preprocess import Preprocess
+from se_flax.nn.norm import GroupNorm
 from train.build import build_model
 from train.cli import load_recipe, parse
 from train.config import (
@@ -31,8 +30,9 @@ from train.config import (
     check_same_run,
     flatten,
 )
-from train.layers import trace
-from train.loop import run
+from train.optim import finetune, optimizers
+from train.optim.param_groups import trace
+from train.run.loop import run
 from train.validate import check_settings_of_run, check_start
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def small(monkeypatch):
     original = se_flax.create_model
     monkeypatch.setattr(se_flax, "create_model", lambda name, **attributes: original(name, depth=1, **attributes))
     # The folder at a run's end is checked against the network of that name, which has three times as many blocks.
-    monkeypatch.setattr(train.loop, "save_model", lambda *arguments: None)
+    monkeypatch.setattr(train.run.loop, "save_model", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -201,8 +201,8 @@ def test_a_checkpoint_of_the_same_network_with_other_attributes_is_refused():
 
 def digits_result(variables, preprocess):
     """Correct answers and loss on the held-out digits, without the training program's step."""
-    from train.data import BadImages, eval_batches
-    from train.sources import open_data
+    from train.data.loader import BadImages, eval_batches
+    from train.data.sources import open_data
 
     data = dataclasses.replace(make_config().data, interpolation=preprocess.interpolation)
     splits = open_data(data)
@@ -323,7 +323,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_still_the_same_run():
 )
 def test_settings_out_of_range_are_one_sentence(change, text):
     with pytest.raises(UserError, match=text) as error:
-        optim.check(Optim(**change))
+        optimizers.check(Optim(**change))
     assert "\n" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from se_flax.analysis import EVERY_LAYER, UNCHANGED, Answers, GateStatistics
+from se_flax.analysis.gates import EVERY_LAYER, UNCHANGED, Answers, GateStatistics
 from se_flax.cli import gate_plots
 
 SHORT = {"zebra": 4, "dog": 4}

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import se_flax
-from se_flax.analysis import (
+from se_flax.analysis.gates import (
     EVERY_LAYER,
     UNCHANGED,
     GateStatistics,
@@ -30,7 +30,7 @@ from se_flax.attention import CBAM, ECA, EffectiveSE, GlobalContext, SqueezeExci
 from se_flax.cli import main
 from se_flax.cli.gates import parse_groups
 from se_flax.errors import UserError
-from se_flax.labels import imagenet_labels
+from se_flax.images.labels import imagenet_labels
 
 SIDE = 16
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import se_flax
-from train.report import read_metrics
+from train.run.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import train.images
-from train.images import UnreadableImage, eval_image, random_box, train_image
+import train.data.images
+from train.data.images import UnreadableImage, eval_image, random_box, train_image
 
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
 FAST = ("simplejpeg", "cykooz_resizer")
@@ -188,7 +188,7 @@ def only(packages):
         pytest.importorskip(name)
     with pytest.MonkeyPatch.context() as patch:
         for name in set(FAST) - set(packages):
-            patch.setattr(train.images, name, None)
+            patch.setattr(train.data.images, name, None)
         yield
 
 

@@ -19,10 +19,12 @@ from parity import compare
 import se_flax
 from se_flax import CBAM, ECA, SqueezeExcite, UserError
 from se_flax.backbones import inception, inception_resnet_v2, inception_v3
-from se_flax.blocks_inception import Mixed, MixedModule, Unit, average_3x3
-from se_flax.layers import BatchNorm, Conv, max_pool
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key
+from se_flax.nn.conv import Conv
+from se_flax.nn.inception import Mixed, MixedModule, Unit, average_3x3
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.pooling import max_pool
 
 # Output channels of every module: Ioffe and Szegedy 2015, figure 5; Szegedy et al. 2016, table 1; Szegedy et al. 2017.
 WIDTHS = {

@@ -17,9 +17,9 @@ import se_flax
 from se_flax import UserError
 from se_flax.attention import ECA
 from se_flax.backbones import mobilenetv3
-from se_flax.weights import keras
-from se_flax.weights.keras import from_keras, to_keras
-from se_flax.weights.strict import variable_shapes
+from se_flax.checkpoints import keras
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.keras import from_keras, to_keras
 
 NAMES = sorted({path.name.partition(".")[0] for path in reference.FOLDER.glob("*.json.gz")})
 NUMBERS = [name for name in NAMES if "logits" in reference.fixture(name)]

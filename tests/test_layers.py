@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from se_flax import BatchNorm, Conv, UserError
-from se_flax.layers import avg_pool, check_images, drop_path, max_pool, normal_fan_out
+from se_flax.nn.conv import normal_fan_out
+from se_flax.nn.network import check_images
+from se_flax.nn.pooling import avg_pool, max_pool
+from se_flax.nn.residual import drop_path
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ import pytest
 
 from se_flax.errors import UserError
 from train.config import Config, Data, Optim, check_same_run, flatten
-from train.length import length_change
+from train.run.length import length_change
 
 PER_EPOCH = 10.0
 

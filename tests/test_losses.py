@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.losses import cross_entropy, one_hot_smoothed, topk_correct
+from train.optim.losses import cross_entropy, one_hot_smoothed, topk_correct
 
 SHAPES = st.sampled_from([(4, 3), (3, 7), (2, 1)])  # few, since each compiles anew
 EXAMPLES = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)

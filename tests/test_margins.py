@@ -15,16 +15,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import se_flax
-import train.loop
+import train.run.loop
 from se_flax.errors import UserError
-from train import finetune
 from train.build import build_model, loss_margin
 from train.cli import parse
 from train.config import Augment, Config, Data, Loss, Model, Optim, Parallel
-from train.loop import run
-from train.losses import cross_entropy
-from train.margins import arcface, cosface
-from train.report import read_metrics
+from train.optim import finetune
+from train.optim.losses import cross_entropy
+from train.optim.margins import arcface, cosface
+from train.run.loop import run
+from train.run.report import read_metrics
 
 EXAMPLES = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 COSINE = st.floats(-1, 1, width=32)
@@ -269,7 +269,7 @@ def tiny_vgg(monkeypatch):
     """A VGG of a few parameters under the name of one of 133 million, whose classifier is one level down."""
     original = se_flax.create_model
     monkeypatch.setattr(se_flax, "create_model", lambda name, **given: original(name, **{**TINY_VGG, **given}))
-    monkeypatch.setattr(train.loop, "save_model", lambda *arguments: None)
+    monkeypatch.setattr(train.run.loop, "save_model", lambda *arguments: None)
 
 
 def test_margins_start_from_a_network_whose_classifier_is_nested(tmp_path, monkeypatch):

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_flax import memory
+from se_flax import runtime
+from se_flax.lowering.dispatch import share_computation
 
 # Page faults of a call of a compiled function whose result has 256 MB; the fewest, since now and then something small
 # comes to lie where the last result was.
 PROBE = """
 import resource, sys
 import jax, jax.numpy as jnp
-from se_flax.memory import keep_memory
+from se_flax.runtime import keep_memory
 if sys.argv[1] == "keep":
     assert keep_memory()
 double = jax.jit(lambda x: x + x)
@@ -58,7 +59,7 @@ module.keep_memory = keep_memory
 @pytest.mark.parametrize(
     ("module", "start"),
     [
-        ("train.loop", "from train.cli import main; main(['--config=configs/digits.py', '--workdir=never-made'])"),
+        ("train.run.loop", "from train.cli import main; main(['--config=configs/digits.py', '--workdir=never-made'])"),
         (
             "train.ctr.loop",
             "from train.cli import main; main(['--config=configs/ctr_frappe.py', '--workdir=never-made'])",
@@ -77,8 +78,8 @@ def test_other_systems_are_left_alone(monkeypatch):
     class Libc:
         pass
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Libc())
-    assert not memory.keep_memory()
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: Libc())
+    assert not runtime.keep_memory()
 
 
 def residual_chain(depth, share):
@@ -96,11 +97,11 @@ def test_a_sum_that_two_layers_read_is_computed_once():
         run, operands = residual_chain(6, share)
         return jax.jit(run).lower(*operands).compile().as_text().count(" maximum(")
 
-    assert sums(memory.computed_once) == 6 < sums(lambda x: x)
+    assert sums(share_computation) == 6 < sums(lambda x: x)
 
 
 def test_computing_once_changes_no_number():
-    shared, operands = residual_chain(3, memory.computed_once)
+    shared, operands = residual_chain(3, share_computation)
     plain, _ = residual_chain(3, lambda x: x)
 
     def value(f):

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import se_flax
 from se_flax.attention import GlobalContext
-from se_flax.convolution import convolve
-from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
+from se_flax.lowering.convolution import convolve
+from se_flax.nn.norm import EvoNormS0, GroupNorm, LayerNorm
 
 AXES = pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 
@@ -163,7 +163,7 @@ def test_every_family_differentiates_on_explicit_axes(name, monkeypatch):
     def must_not_be_traced(*args, **kwargs):
         raise AssertionError("the form for a CPU is traced")
 
-    monkeypatch.setattr("se_flax.convolution.convolve_on_cpu", must_not_be_traced)
+    monkeypatch.setattr("se_flax.lowering.convolution.convolve_on_cpu", must_not_be_traced)
     model, shapes = model_and_shapes(name)
     mesh, side = make_mesh(AxisType.Explicit), small_side(name)
     x = placed(jax.ShapeDtypeStruct((16, side, side, 3), jnp.float32), mesh, images)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from se_flax.attention import GlobalContext
-from se_flax.blocks_mobile import CondConv, DepthwiseSeparable, InvertedResidual, mixed_conv
+from se_flax.checkpoints.torch import from_torch_layout, to_torch_layout
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, blur_pool
-from se_flax.mobile_layout import (
+from se_flax.nn.conv import Conv
+from se_flax.nn.mobile import CondConv, DepthwiseSeparable, InvertedResidual, mixed_conv
+from se_flax.nn.mobile_table import (
     change,
     fused,
     inverted,
@@ -23,8 +24,8 @@ from se_flax.mobile_layout import (
     separable,
     start_with_space_to_depth,
 )
-from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
-from se_flax.weights.torch import from_torch_layout, to_torch_layout
+from se_flax.nn.norm import BatchNorm, EvoNormS0, GroupNorm, LayerNorm
+from se_flax.nn.pooling import blur_pool
 
 RANDOM = np.random.default_rng(0)
 X = jnp.asarray(RANDOM.standard_normal((2, 8, 6, 16)), jnp.float32)

@@ -11,9 +11,9 @@ from parity import compare, synthetic
 import se_flax
 from se_flax import ECA, SqueezeExcite, UserError
 from se_flax.backbones import mobilenetv1, mobilenetv2
-from se_flax.mobile_layout import scale_width
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key, torch_shape
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key, torch_shape
+from se_flax.nn.mobile_table import scale_width
 
 # (output channels, side of the output) of every block at 224 pixels: Howard et al. 2017, table 1, and Sandler et al.
 # 2018, table 2 with (expanded channels, input's side) in front.

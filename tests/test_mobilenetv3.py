@@ -8,8 +8,8 @@ from parity import compare
 import se_flax
 from se_flax.attention import ECA
 from se_flax.backbones import mobilenetv3
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key
 
 # The minimalistic two carry no attention; test_keras_weights.py holds them against Keras.
 NAMES = sorted(name for name in mobilenetv3.VARIANTS if "minimal" not in name)

@@ -7,8 +7,8 @@ import pytest
 
 import se_flax
 from se_flax import UserError, load_pretrained
-from se_flax.weights import locate, names
-from se_flax.weights.strict import variable_shapes
+from se_flax.checkpoints import names, resolve
+from se_flax.checkpoints.convert import variable_shapes
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_name_beside_a_description_must_be_the_same_network(tmp_path):
 
 
 def test_a_published_checkpoint_by_any_spelling():
-    assert locate.published("SE-ResNet50.ra2_in1k") == locate.published("seresnet50.ra2_in1k")
+    assert resolve.published("SE-ResNet50.ra2_in1k") == resolve.published("seresnet50.ra2_in1k")
 
 
 def test_a_revision_belongs_to_a_repository(tmp_path):

@@ -14,12 +14,12 @@ import se_flax
 from se_flax import UserError, zoo
 from se_flax.backbones import inception_resnet_v2
 from se_flax.backbones.resnet import stem_7x7
-from se_flax.network import Network, lies_in, reads_images
-from se_flax.weights import torch
-from se_flax.weights.pretrained import NATIVE
-from se_flax.weights.strict import sizes_in
+from se_flax.checkpoints import torch
+from se_flax.checkpoints.convert import sizes_in
+from se_flax.checkpoints.pretrained import NATIVE
+from se_flax.nn.network import Network, lies_in, reads_images
 from train.config import Optim
-from train.layers import frozen_parts, layer_depths, trace
+from train.optim.param_groups import frozen_parts, layer_depths, trace
 
 # The smallest of every family, and how many blocks its source counts in it: residual blocks, units, modules of branches
 # (and with them the two convolutions before the first), for VGG all layers but the first and the last.

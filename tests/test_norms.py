@@ -11,7 +11,7 @@ import pytest
 import se_flax
 from se_flax import CBAM, BatchNorm, UserError
 from se_flax.attention import GlobalContext
-from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
+from se_flax.nn.norm import EvoNormS0, GroupNorm, LayerNorm
 
 BATCH_REMEDY = (
     "train with more images per device and micro-batch, larger images, or statistics over all devices (axis_name; in "

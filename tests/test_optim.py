@@ -12,7 +12,7 @@ import pytest
 
 from se_flax.errors import UserError
 from train.config import Optim
-from train.optim import OPTIMIZERS, check, ema_update, kernels, make_optimizer, muon_labels, schedule
+from train.optim.optimizers import OPTIMIZERS, check, ema_update, kernels, make_optimizer, muon_labels, schedule
 
 
 def rates(settings, steps_per_epoch, total_steps, steps):

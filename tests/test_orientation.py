@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import se_flax
-import train.images
+import train.data.images
 from se_flax import Preprocess
 from se_flax.cli.images import padded_batches
-from se_flax.images import open_image, orientation, to_rgb
+from se_flax.images.decode import open_image, orientation, to_rgb
 from train.config import Data
-from train.data import DataSplits, eval_batches, open_data, train_loader
-from train.images import eval_image, random_box, train_image
-from train.sources import TfdsSource
+from train.data.images import eval_image, random_box, train_image
+from train.data.loader import DataSplits, eval_batches, open_data, train_loader
+from train.data.sources import TfdsSource
 
 FAST = ("simplejpeg", "cykooz_resizer")
 PACKAGES = pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def only(packages):
         pytest.importorskip(name)
     with pytest.MonkeyPatch.context() as patch:
         for name in set(FAST) - set(packages):
-            patch.setattr(train.images, name, None)
+            patch.setattr(train.data.images, name, None)
         yield
 
 
@@ -270,7 +270,7 @@ def test_training_evaluation_and_prediction_see_the_same_picture(photos, exif):
 @pytest.mark.parametrize("exif", [True, False])
 def test_a_run_saves_how_it_read_its_pictures(exif, tmp_path):
     from train.config import Config
-    from train.save_model import save_model
+    from train.run.save_model import save_model
 
     model = se_flax.create_model("seresnet20", num_classes=2)
     config = Config()

@@ -60,7 +60,7 @@ def test_a_module_stands_above_all_that_it_imports(edges):
         for row, names in enumerate(levels):
             rows |= {name: (layers_picture.PACKAGES.index(package), row) for name in names}
     assert rows["se_flax.attention"] < rows["se_flax.functional"]  # rows count from the top
-    assert rows["train.loop"] < rows["train.step"] < rows["se_flax.zoo"]
+    assert rows["train.run.loop"] < rows["train.run.step"] < rows["se_flax.zoo"]
     for name, others in edges.items():
         assert all(rows[name] < rows[other] for other in others if name in rows and other in rows), name
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
 
 from se_flax import Preprocess, UserError
-from se_flax.images import FORMATS, MOST_PIXELS, ExtremeShape, UnreadableImage, check_resize, open_image, to_rgb
+from se_flax.images.decode import FORMATS, MOST_PIXELS, ExtremeShape, UnreadableImage, check_resize, open_image, to_rgb
 from train.config import Data
-from train.data import BadImages, eval_batches, open_data, train_loader
-from train.images import eval_image, train_image
+from train.data.images import eval_image, train_image
+from train.data.loader import BadImages, eval_batches, open_data, train_loader
 from train.validate import check_settings_of_run
 
 
@@ -158,7 +158,7 @@ def test_memory_that_is_not_there_is_a_reason_too(tmp_path, monkeypatch, method)
 
 
 def test_a_file_larger_than_the_memory_is_passed_over(tmp_path, monkeypatch):
-    from train.sources import FolderSource
+    from train.data.sources import FolderSource
 
     data, read = folder(tmp_path, strip(20, 20)), FolderSource.__getitem__
 
@@ -225,16 +225,16 @@ def test_a_picture_that_you_opened_yourself_may_be_of_any_format():
 
 
 def test_a_format_that_this_pillow_lacks_is_passed_over(monkeypatch):
-    from se_flax import images
+    from se_flax.images import decode
 
-    monkeypatch.setattr(images, "FORMATS", (*FORMATS, "NoSuch"))
-    images._formats.cache_clear()
+    monkeypatch.setattr(decode, "FORMATS", (*FORMATS, "NoSuch"))
+    decode._formats.cache_clear()
     try:
         assert to_rgb(open_image(strip(3, 4))).size == (3, 4)
         with pytest.raises(UnreadableImage, match="not a JPEG"):
             open_image(b"nothing")
     finally:
-        images._formats.cache_clear()
+        decode._formats.cache_clear()
 
 
 # ---- numbers

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax import pointwise
 from se_flax.attention import ECA, SqueezeExcite
-from se_flax.blocks import Bottleneck, project
-from se_flax.layers import BatchNorm, Conv
-from se_flax.norm_attention import norm_act_attend
+from se_flax.lowering import deferred_conv
+from se_flax.nn.conv import Conv
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.residual import Bottleneck, project
 
 LEAN = partial(BatchNorm, defer_conv=True)
 
@@ -26,7 +27,7 @@ def as_on_tpu(monkeypatch):
     def form(f):
         def call(*args):
             with monkeypatch.context() as patch:
-                patch.setattr(pointwise, "_pick", lambda *operands, tpu, default: tpu(*operands))
+                patch.setattr(deferred_conv, "_pick", lambda *operands, tpu, default: tpu(*operands))
                 return f(*args)
 
         return call
@@ -58,10 +59,12 @@ def assert_close(got, wanted, tolerance):
 def test_statistics_of_a_product_from_its_input(n, h, w, narrow, features):
     x, kernel = (np.asarray(drawn(s, i, np.float32)) for i, s in enumerate([(n, h, w, narrow), (narrow, features)]))
     y = x.astype(np.float64) @ kernel
-    mean, square = pointwise._moments_through(x, kernel)
+    mean, square = deferred_conv._moments_through(x, kernel)
     np.testing.assert_allclose(mean, y.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(square, (y**2).mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(pointwise._means_through(x, kernel), y.mean((1, 2), keepdims=True), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        deferred_conv._means_through(x, kernel), y.mean((1, 2), keepdims=True), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -76,7 +79,7 @@ def test_the_affine_map_has_the_gradients_of_its_formula(float64, per_image):
     def plain(x, kernel, factor, offset):
         return x @ kernel * factor + offset
 
-    operands, through = (x, kernel, factor, offset), partial(pointwise._affine_through, jnp.float64)
+    operands, through = (x, kernel, factor, offset), partial(deferred_conv._affine_through, jnp.float64)
     for derivative in (jax.value_and_grad, lambda f, *a: jax.grad(lambda *x: jnp.sum(jax.grad(f)(*x) ** 2), *a)):
         got, wanted = (derivative(value(f), (0, 1, 2, 3))(*operands) for f in (through, plain))
         assert_close(got, wanted, 1e-10)
@@ -135,7 +138,7 @@ def test_replicas_share_their_statistics_in_both_forms(as_on_tpu, float64):
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 12)))
 
     def run(x):
-        return norm.apply(variables, pointwise.product(x, kernel), train=True, mutable=["batch_stats"])
+        return norm.apply(variables, deferred_conv.defer_conv(x, kernel), train=True, mutable=["batch_stats"])
 
     y = x @ kernel
     normalised, updated = as_on_tpu(jax.vmap(run, axis_name="replicas"))(x)
@@ -174,7 +177,7 @@ def test_an_activation_before_the_gate_gets_the_written_map(as_on_tpu):
 
     variables = NormActAttend().init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
     run = partial(NormActAttend().apply, variables, mutable=["batch_stats"])
-    got, _ = as_on_tpu(lambda: run(pointwise.product(x, kernel)))()
+    got, _ = as_on_tpu(lambda: run(deferred_conv.defer_conv(x, kernel)))()
     np.testing.assert_allclose(got, run(x @ kernel)[0], rtol=1e-5, atol=1e-5)
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import train.loop
+import train.run.loop
 from train.config import Config, Data
 
-STEPS, LAG = 6, train.loop._LAG
+STEPS, LAG = 6, train.run.loop._LAG
 
 
 class Figure:
@@ -38,7 +38,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
     report = SimpleNamespace(
         rows=rows, say=lambda text: None, advance=lambda *_: None, write=lambda step, epoch, row: rows.append(row)
     )
-    trainer = train.loop._Trainer(
+    trainer = train.run.loop._Trainer(
         config=Config(data=Data(batch_size=4), log_every_steps=log_every),
         workdir=tmp_path,
         state=None,
@@ -92,7 +92,7 @@ def test_the_log_says_what_share_of_the_time_was_spent_waiting_for_data(
     tmp_path, monkeypatch, loading, computing, share
 ):
     now = 100.0
-    monkeypatch.setattr(train.loop, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train.run.loop, "time", SimpleNamespace(monotonic=lambda: now))
 
     def later(seconds):
         nonlocal now

@@ -21,11 +21,11 @@ import safetensors.numpy
 
 import se_flax
 from se_flax import ECA, Preprocess, SqueezeExcite, UserError, load_pretrained, save_pretrained
+from se_flax.checkpoints import resolve
 from se_flax.cli.images import accuracy
 from se_flax.cli.labelled import labelled_images
-from se_flax.labels import imagenet_labels
-from se_flax.norms import GroupNorm
-from se_flax.weights import locate
+from se_flax.images.labels import imagenet_labels
+from se_flax.nn.norm import GroupNorm
 
 NAME = "seresnet20"
 PREPARE = Preprocess(image_size=32, crop=1.0, interpolation="bilinear")
@@ -158,7 +158,7 @@ def test_a_folder_of_something_else_is_never_replaced(variables, tmp_path):
 
 
 def test_a_failed_save_changes_nothing(saved, variables, monkeypatch):
-    from se_flax.weights import pretrained
+    from se_flax.checkpoints import pretrained
 
     def no_space(path, host):
         raise OSError(28, "No space left on device")
@@ -372,8 +372,8 @@ def hub(variables, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    published = locate.published("seresnet50.ra2_in1k")[1]
-    monkeypatch.setattr(locate, "published", lambda ref: (NAME, published))
+    published = resolve.published("seresnet50.ra2_in1k")[1]
+    monkeypatch.setattr(resolve, "published", lambda ref: (NAME, published))
     commit, folder = "0123456789" * 4, tmp_path / "cache" / "models--timm--seresnet50.ra2_in1k"
     files, snapshot = timm_folder(tmp_path / "files", variables), folder / "snapshots" / commit
     for part in (folder / "blobs", folder / "refs", snapshot):
@@ -461,7 +461,7 @@ def test_every_published_checkpoint_of_our_networks_is_found():
     found = 0
     for name in se_flax.list_models():
         for weights in se_flax.get_variant(name).weights:
-            assert locate.published(f"{name}.{weights.tag}") == (name, weights)
+            assert resolve.published(f"{name}.{weights.tag}") == (name, weights)
             assert Preprocess.of(weights).image_size == weights.image_size
             found += 1
     assert found >= 176

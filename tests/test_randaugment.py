@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from train import randaugment as ra
+from train.data import randaugment as ra
 
 HEIGHT, WIDTH = 28, 36  # not square: a swap of the axes shows
 FILL = (50, 128, 200)

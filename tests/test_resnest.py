@@ -11,7 +11,7 @@ from parity import compare
 import se_flax
 from se_flax.backbones import resnest
 from se_flax.backbones.resnest import SplitAttention, SplitAttentionBottleneck
-from se_flax.blocks import average_by_2, project
+from se_flax.nn.residual import average_by_2, project
 
 RNG = np.random.default_rng(4)
 PARTS = {"conv": se_flax.Conv, "norm": se_flax.BatchNorm, "downsample": project}

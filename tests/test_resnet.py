@@ -16,7 +16,7 @@ from parity import compare
 import se_flax
 from se_flax import CBAM, ECA, BatchNorm, Conv, EffectiveSE, Placement, SqueezeExcite, UserError
 from se_flax.backbones.resnet import ResNet
-from se_flax.blocks import BasicBlock, Bottleneck, PreActBottleneck, pad_channels, project, project_linear
+from se_flax.nn.residual import BasicBlock, Bottleneck, PreActBottleneck, pad_channels, project, project_linear
 
 RESNET50 = 25_557_032
 # Blocks and channels of the stages of ResNet-50, the N_s and C_s of Hu et al. 2020, equation 5.

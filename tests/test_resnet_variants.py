@@ -13,11 +13,11 @@ import se_flax
 from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
 from se_flax.backbones import resnest, resnet, senet, sknet
 from se_flax.backbones.resnet import ResNet, conv_pooling, deep_stem, mean_pooling, stem_7x7
-from se_flax.blocks import BasicBlock, Bottleneck, average_by_2, project
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key
 from se_flax.errors import UserError
-from se_flax.layers import avg_pool
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key
+from se_flax.nn.pooling import avg_pool
+from se_flax.nn.residual import BasicBlock, Bottleneck, average_by_2, project
 
 IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
 TINY = partial(ResNet, depths=(1, 1, 1, 1), block=Bottleneck, width=16, num_classes=5)

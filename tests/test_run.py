@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import se_flax
-import train.loop
+import train.run.loop
 from se_flax.errors import UserError
-from train.checkpoint import Checkpoints
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
-from train.loop import run
-from train.report import read_metrics
-from train.sources import open_data
+from train.data.sources import open_data
+from train.run.checkpoint import Checkpoints
+from train.run.loop import run
+from train.run.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -81,7 +81,7 @@ def assert_same_bits(one, other):
 
 def stop_after(step, monkeypatch, number=signal.SIGTERM):
     """Sends this process a signal while the given step is being computed."""
-    original = train.loop._Trainer._look_at_losses
+    original = train.run.loop._Trainer._look_at_losses
     sent = []
 
     def look(self, keep):
@@ -90,7 +90,7 @@ def stop_after(step, monkeypatch, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         original(self, keep)
 
-    monkeypatch.setattr(train.loop._Trainer, "_look_at_losses", look)
+    monkeypatch.setattr(train.run.loop._Trainer, "_look_at_losses", look)
 
 
 def test_a_finished_run_is_a_checkpoint_to_load(uninterrupted):
@@ -314,7 +314,7 @@ def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys,
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
-    monkeypatch.setattr(train.loop.Report, "write", full)
+    monkeypatch.setattr(train.run.loop.Report, "write", full)
     monkeypatch.setattr(cli, "parse", lambda words: (config, str(tmp_path)))
     assert cli.main([]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

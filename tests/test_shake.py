@@ -17,7 +17,7 @@ import se_flax
 from se_flax import BatchNorm, Conv, UserError
 from se_flax.backbones import shake
 from se_flax.backbones.shake import ShakeBasicBlock, ShakeBottleneck, draw_weights, mix
-from se_flax.blocks import Placement, project
+from se_flax.nn.residual import Placement, project
 
 KINDS = [(f, b, level) for f in shake.FORWARD for b in shake.BACKWARD for level in shake.LEVELS]
 SMALL_26 = {"depth": 1, "width": 16, "stem": 8}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from se_flax.errors import UserError
 from train.config import Data
-from train.sources import open_data, stratified_split
+from train.data.sources import open_data, stratified_split
 
 
 def write(path, value=0, size=4):
@@ -319,6 +319,6 @@ def test_wrong_settings(changes, message):
 
 
 def test_heavy_imports_happen_only_for_the_source_that_needs_them():
-    code = "import sys, train.data; print({'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules))"
+    code = "import sys, train.data.loader; print({'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -15,11 +15,11 @@ import pytest
 
 import se_flax
 from se_flax import BatchNorm, Conv
-from se_flax.layers import normal_fan_out
-from train import optim
+from se_flax.nn.conv import normal_fan_out
 from train.config import Augment, Optim
-from train.parallel import Replicas, make_replicas
-from train.step import AXIS, draw, init_state, make_eval_step, make_train_step
+from train.optim import optimizers
+from train.run.parallel import Replicas, make_replicas
+from train.run.step import AXIS, draw, init_state, make_eval_step, make_train_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 4
@@ -33,7 +33,7 @@ def a_model(scope=None, **attributes):
 @functools.cache
 def initial_state(ema):
     """The same for every test: parameters do not depend on devices, and drawing them compiles for seconds."""
-    optimizer = optim.make_optimizer(Optim(weight_decay=1e-3), optax.constant_schedule(0.05))
+    optimizer = optimizers.make_optimizer(Optim(weight_decay=1e-3), optax.constant_schedule(0.05))
     return jax.device_get(init_state(a_model(), optimizer, 8, seed=3, ema=ema))
 
 
@@ -48,7 +48,7 @@ def batches(count, size=16, seed=0):
 def train(backend, devices, steps=4, scope=AXIS, accumulate=1, settings=None, optimizer=None, ema=0.0, size=16):
     replicas = make_replicas(backend, devices)
     schedule = optax.constant_schedule(0.05)
-    optimizer = optimizer or optim.make_optimizer(Optim(weight_decay=1e-3), schedule)
+    optimizer = optimizer or optimizers.make_optimizer(Optim(weight_decay=1e-3), schedule)
     model = a_model(scope)
     state = initial_state(ema > 0)
     state = replicas.replicate(state.replace(opt_state=optimizer.init(state.params)))

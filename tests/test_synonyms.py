@@ -9,8 +9,8 @@ import pytest
 import se_flax
 import train.synonyms
 from se_flax import UserError, load_pretrained, synonyms, zoo
+from se_flax.checkpoints import hub
 from se_flax.errors import closest
-from se_flax.weights import hub
 from train.cli import main, parse
 from train.config import Config, flatten
 from train.ctr.config import Config as TableConfig

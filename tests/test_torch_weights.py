@@ -9,8 +9,8 @@ import pytest
 
 import se_flax
 from se_flax import ECA, UserError, zoo
-from se_flax.weights.strict import sizes_in, variable_shapes
-from se_flax.weights.torch import LAYOUT, torch_key, torch_shape
+from se_flax.checkpoints.convert import sizes_in, variable_shapes
+from se_flax.checkpoints.torch import LAYOUT, torch_key, torch_shape
 
 SMALLEST = [min(family.VARIANTS, key=lambda name, f=family: f.VARIANTS[name].num_params) for family in zoo.FAMILIES]
 

@@ -14,15 +14,15 @@ import optax
 import pytest
 
 import se_flax
-import train.loop
+import train.run.loop
 from se_flax.errors import UserError
-from train import optim
 from train.config import (
     Optim,
 )
-from train.layers import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split, trace
-from train.parallel import make_replicas
-from train.step import init_state, make_train_step
+from train.optim import optimizers
+from train.optim.param_groups import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split, trace
+from train.run.parallel import make_replicas
+from train.run.step import init_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +105,7 @@ def tree(seed):
 
 
 def updates_of(settings, steps=3):
-    optimizer = optim.make_optimizer(settings, lambda step: 0.1 / (1.0 + step), DEPTHS)
+    optimizer = optimizers.make_optimizer(settings, lambda step: 0.1 / (1.0 + step), DEPTHS)
     params, state, seen = tree(0), None, []
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -115,7 +115,7 @@ def updates_of(settings, steps=3):
     return seen
 
 
-@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
 def test_layer_rates_multiply_every_update_exactly(name):
     """The factor is a power in float64, rounded once; the parameters stay, so that the gradients are the same."""
     settings = Optim(name=name, weight_decay=0.05, clip_norm=1.0)
@@ -140,7 +140,7 @@ def test_layer_rates_are_rates_in_the_formula_of_sgd():
 
 def test_equal_rates_leave_the_optimizers_state_as_it_was():
     settings, rate = Optim(), optax.constant_schedule(0.1)
-    with_depths, without = (optim.make_optimizer(settings, rate, depths) for depths in (DEPTHS, None))
+    with_depths, without = (optimizers.make_optimizer(settings, rate, depths) for depths in (DEPTHS, None))
     assert jax.tree.structure(with_depths.init(tree(0))) == jax.tree.structure(without.init(tree(0)))
 
 
@@ -180,7 +180,7 @@ def take_steps(settings, *, steps=2, devices=1, backend="shard_map", seed=0, **a
     model, rate = a_model(**attributes), optax.constant_schedule(0.1)
     shapes = trace(model, 8)
     frozen = frozen_parts(settings, model, shapes)
-    optimizer = optim.make_optimizer(settings, rate, layer_depths(model, shapes["params"]))
+    optimizer = optimizers.make_optimizer(settings, rate, layer_depths(model, shapes["params"]))
     replicas = make_replicas(backend, devices)
     state = init_state(
         model, optimizer, 8, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()

@@ -12,10 +12,10 @@ import pytest
 import se_flax
 from se_flax import functional as F
 from se_flax.attention import GlobalContext
-from se_flax.bound import Function
 from se_flax.ctr import functional as C
 from se_flax.ctr.layers import BilinearInteraction
-from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
+from se_flax.lowering.dispatch import Function
+from se_flax.nn.norm import EvoNormS0, GroupNorm, LayerNorm
 from tests.random_variables import random_variables
 
 KEY = jax.random.key(0)

@@ -14,11 +14,11 @@ import pytest
 from array_files import ARRAYS, BFLOAT16, HUGE, read, refuses
 
 import se_flax
-from se_flax.weights.files import open_arrays
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key, torch_shape
-from train.checkpoint import Checkpoints
-from train.step import TrainState
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.files import open_arrays
+from se_flax.checkpoints.torch import torch_key, torch_shape
+from train.run.checkpoint import Checkpoints
+from train.run.step import TrainState
 
 NETWORK = {
     "params": {"conv1": {"kernel": ARRAYS["columns"]}, "layer1_0": {"bn1": {"scale": ARRAYS["half"]}}},

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from se_flax import UserError
-from se_flax.weights import files
-from se_flax.weights.files import open_arrays, write_arrays
+from se_flax.checkpoints import files
+from se_flax.checkpoints.files import open_arrays, write_arrays
 
 
 @pytest.mark.parametrize("suffix", SAVE)

@@ -18,8 +18,8 @@ import pytest
 from array_files import ARRAYS, HUGE, SAVE, read, refuses, save_h5, save_safetensors
 
 from se_flax import UserError
-from se_flax.weights import lazy
-from se_flax.weights.files import write_arrays
+from se_flax.checkpoints import array_file
+from se_flax.checkpoints.files import write_arrays
 
 
 def raw_safetensors(header, data=b""):
@@ -74,7 +74,7 @@ def test_a_claimed_size_is_not_allocated(tmp_path):
         import resource, sys
         import h5py, numpy
         from se_flax import UserError
-        from se_flax.weights.files import open_arrays
+        from se_flax.checkpoints.files import open_arrays
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
@@ -121,14 +121,14 @@ def test_names_that_could_become_paths_are_refused(name, tmp_path):
 
 
 def test_other_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy, "MAX_ARRAYS", 2)
+    monkeypatch.setattr(array_file, "MAX_ARRAYS", 2)
     for suffix in SAVE:
         SAVE[suffix](tmp_path / f"m.{suffix}", ARRAYS)
         refuses(tmp_path / f"m.{suffix}", "it holds over 2 arrays, more than any network; give one with fewer")
     with pytest.raises(UserError, match="cannot be written: it holds over 2 arrays"):
         write_arrays(tmp_path / "new.npz", ARRAYS)
     monkeypatch.undo()
-    header = b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' + b" " * lazy.MAX_HEADER_BYTES + b"}"
+    header = b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' + b" " * array_file.MAX_HEADER_BYTES + b"}"
     (tmp_path / "m.safetensors").write_bytes(raw_safetensors(header))
     refuses(tmp_path / "m.safetensors", r"its header claims 67,108,918 bytes; allowed: 67,108,864")
 

@@ -12,7 +12,7 @@ from one_step import check_training_step, images_of
 import se_flax
 from se_flax import BatchNorm, Conv
 from se_flax.backbones.wide_resnet import VARIANTS, PreActBasicBlock
-from se_flax.blocks import Placement, project_linear
+from se_flax.nn.residual import Placement, project_linear
 
 
 def costs(layers, widen, se):

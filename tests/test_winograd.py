@@ -10,8 +10,8 @@ from convolution_reference import arrays, check, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from se_flax.cpu import winograd
-from se_flax.cpu.convolution import convolve_on_cpu
+from se_flax.lowering.cpu import winograd
+from se_flax.lowering.cpu.convolution import convolve_on_cpu
 
 SIDES = st.integers(1, 8)
 PADS = st.tuples(st.integers(1, 2), st.integers(1, 3))

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import se_flax
-from se_flax.counting import costs
+from se_flax.analysis.costs import costs
 from se_flax.variant import Variant
 from se_flax.zoo import FAMILIES
 

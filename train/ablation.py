@@ -14,9 +14,9 @@ from typing import Any
 
 from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
-from train.ablation_table import Cell, Results, write_tables
 from train.cli import exit_code, parse
 from train.config import RESUMABLE, Config, flatten
+from train.tools.ablation_table import Cell, Results, write_tables
 
 USAGE = """\
 Train every cell of an ablation with several seeds, and write one table.
@@ -148,7 +148,7 @@ def run_study(study: Study, run: Callable[[Config, Path], Any], say: Callable[[s
 
     Args:
       study: the cells and seeds.
-      run: trains one run in its folder, as `train.loop.run` does.
+      run: trains one run in its folder, as `train.run.loop.run` does.
       say: prints a line of progress.
 
     Returns:
@@ -205,9 +205,9 @@ def _write(study: Study, results: Results) -> None:
 
 def network_costs(config: Config) -> dict[str, int]:
     """Parameters and multiply-adds of a run's network, as the paper counts them."""
-    from se_flax.counting import costs
+    from se_flax.analysis.costs import costs
     from train.build import build_model
-    from train.sources import open_data
+    from train.data.sources import open_data
 
     classes = config.model.num_classes or len(open_data(config.data).class_names)
     counted = costs(build_model(config, classes), config.data.image_size)
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: Config, folder: Path) -> Any:
     import jax
 
-    from train.loop import run  # imports JAX, which a wrong flag need not wait for
+    from train.run.loop import run  # imports JAX, which a wrong flag need not wait for
 
     outcome = run(config, folder)
     jax.clear_caches()  # the next network is another program

@@ -23,14 +23,14 @@ from se_flax.errors import UserError
 from train import cli
 from train.build import build_model
 from train.config import Config, Data, Model, Optim
-from train.costs import Costs, compile_step
-from train.evaluate import padded_size
-from train.finetune import complete
-from train.length import total_steps
-from train.parallel import Replicas, make_replicas
-from train.program import Program, make_program
-from train.sources import open_data
-from train.topology import GIB, Topology, find_topology
+from train.data.sources import open_data
+from train.optim.finetune import complete
+from train.run.evaluate import padded_size
+from train.run.length import total_steps
+from train.run.parallel import Replicas, make_replicas
+from train.run.program import Program, make_program
+from train.tools.costs import Costs, compile_step
+from train.tools.topology import GIB, Topology, find_topology
 from train.validate import check_batch, check_settings_of_run
 
 # The length of a run is a constant of its schedule; any number compiles to the same operations.

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import se_flax
 from se_flax.errors import UserError, closest
 from train.config import Attention, Config
-from train.curves import CROSS_ENTROPY
-from train.margins import arcface, cosface
-from train.step import AXIS
+from train.optim.margins import arcface, cosface
+from train.run.curves import CROSS_ENTROPY
+from train.run.step import AXIS
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_NORMS = {"replica": None, "global": AXIS}
@@ -146,8 +146,8 @@ def training_loss(config: Config) -> str:
       config: the settings.
 
     Returns:
-      `train.curves.CROSS_ENTROPY` for what evaluation computes too; anything else is another quantity, which cannot be
-      compared with the loss on held-out data.
+      `train.run.curves.CROSS_ENTROPY` for what evaluation computes too; anything else is another quantity, which
+      cannot be compared with the loss on held-out data.
     """
     loss, augment = config.loss, config.augment
     words = [CROSS_ENTROPY]

@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
     def run() -> int:
         config, workdir = parse(words)
         # Imports JAX, which a wrong flag need not wait for.
-        loop = importlib.import_module("train.ctr.loop" if isinstance(config, TableConfig) else "train.loop")
+        loop = importlib.import_module("train.ctr.loop" if isinstance(config, TableConfig) else "train.run.loop")
         outcome = loop.run(config, workdir)
         if outcome.bad_images:
             print(outcome.bad_images, file=sys.stderr)

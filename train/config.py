@@ -1,7 +1,7 @@
 """The settings of a training run: plain typed data, validated once, before anything is compiled.
 
 A recipe (`configs/<name>.py`) builds a `Config` in `get_config()`; the command line overrides single fields
-(`--config.optim.learning_rate=0.1`). Nothing below `train.loop` reads a `Config`: the loop hands each part its values.
+(`--config.optim.learning_rate=0.1`). A module below `train.run` takes the section that it needs.
 """
 
 import dataclasses

@@ -4,15 +4,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from se_flax.class_folders import canonical
 from se_flax.errors import UserError
-from se_flax.preprocess import Preprocess
-from train import augment, optim
+from se_flax.images.class_folders import canonical
+from se_flax.images.preprocess import Preprocess
 from train.build import build_model
 from train.config import CHECKPOINT, IMAGENET_MEAN, IMAGENET_STD, NETWORK, Config
-from train.layers import trace
-from train.parallel import Replicas
-from train.sources import check_settings
+from train.data import augment
+from train.data.sources import check_settings
+from train.optim import optimizers
+from train.optim.param_groups import trace
+from train.run.parallel import Replicas
 
 
 def check_settings_of_run(config: Config) -> None:
@@ -57,7 +58,7 @@ def check_settings_of_run(config: Config) -> None:
     for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
         if not 0.0 <= value < 1.0:
             raise UserError(f"got model.{name}={value}; a probability below 1 is allowed")
-    optim.check(config.optim)
+    optimizers.check(config.optim)
     augment.check(config.augment, config.data.image_size)
     check_settings(config.data)
     _check_frozen(config)

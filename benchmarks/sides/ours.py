@@ -15,7 +15,7 @@ import optax
 
 import se_flax
 from benchmarks.sides.pace import serve
-from se_flax.memory import keep_memory
+from se_flax.runtime import keep_memory
 
 # Matrix products by oneDNN, which XLA brings along on x86, instead of XLA's usual library.
 ONEDNN = {

@@ -12,12 +12,12 @@ from importlib.metadata import version  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from se_flax.memory import keep_memory  # noqa: E402
+from se_flax.runtime import keep_memory  # noqa: E402
 from train.aot import lower_train_step, settings_for_model, with_batch  # noqa: E402
-from train.finetune import complete  # noqa: E402
-from train.parallel import make_replicas  # noqa: E402
-from train.process import use_compilation_cache  # noqa: E402
-from train.program import make_program  # noqa: E402
+from train.optim.finetune import complete  # noqa: E402
+from train.run.parallel import make_replicas  # noqa: E402
+from train.run.program import make_program  # noqa: E402
+from train.run.runtime import use_compilation_cache  # noqa: E402
 
 
 def main() -> None:

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
-from se_flax.blocks import BasicBlock, ModuleDef, Placement, PreActBottleneck, pad_channels, project_linear
-from se_flax.layers import BatchNorm, Conv, check_images, classify
-from se_flax.network import Network, Path, numbered_blocks
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import classify
+from se_flax.nn.network import Network, Path, check_images, numbered_blocks
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.residual import BasicBlock, ModuleDef, Placement, PreActBottleneck, pad_channels, project_linear
 from se_flax.variant import Variant
 
 Array = jax.Array

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from se_flax.attention import GlobalContext, SqueezeExcite
 from se_flax.backbones import pruned_widths
-from se_flax.blocks_mobile import InvertedResidual, ModuleDef, fan_out_init
 from se_flax.errors import UserError
 from se_flax.functional import ACTIVATIONS, round_to_multiple
-from se_flax.layers import BatchNorm, Conv, blur_pool, check_images, classify, he_normal_fan_out
-from se_flax.mobile_layout import (
-    Layout,
+from se_flax.nn.conv import Conv, he_normal_fan_out
+from se_flax.nn.head import classify
+from se_flax.nn.mobile import InvertedResidual, ModuleDef, fan_out_init
+from se_flax.nn.mobile_table import (
+    NetworkTable,
     change,
     fused,
     inverted,
@@ -29,8 +30,9 @@ from se_flax.mobile_layout import (
     separable,
     start_with_space_to_depth,
 )
-from se_flax.network import Network, Path, numbered_blocks
-from se_flax.norms import EvoNormS0, GroupNorm, LayerNorm
+from se_flax.nn.network import Network, Path, check_images, numbered_blocks
+from se_flax.nn.norm import BatchNorm, EvoNormS0, GroupNorm, LayerNorm
+from se_flax.nn.pooling import blur_pool
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -38,7 +40,7 @@ Attention = ModuleDef | None
 
 
 def attention_by_stage(
-    attention: Attention | tuple[Attention, ...], layout: Layout, stages: Sequence[int] | None
+    attention: Attention | tuple[Attention, ...], layout: NetworkTable, stages: Sequence[int] | None
 ) -> list[list[Attention]]:
     """Which attention every row of the table carries.
 
@@ -94,7 +96,7 @@ class EfficientNet(Network):
       dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
     """
 
-    layout: Layout
+    layout: NetworkTable
     stem: int = 32
     head: int = 1280
     num_classes: int = 1000
@@ -214,7 +216,7 @@ TF: dict[str, Any] = {"conv": partial(Conv, padding="SAME"), "norm": partial(Bat
 """Convolution and norm of networks whose weights come from TensorFlow."""
 
 
-def v1_layout(experts: int = 0) -> Layout:
+def v1_layout(experts: int = 0) -> NetworkTable:
     """EfficientNet-B0 (Tan and Le 2019, table 1).
 
     Args:
@@ -232,7 +234,7 @@ def v1_layout(experts: int = 0) -> Layout:
     )
 
 
-def x_layout(expand: float = 6.0) -> Layout:
+def x_layout(expand: float = 6.0) -> NetworkTable:
     """EfficientNet-X-B0 (Li et al. 2021, section 4.2), before space to depth.
 
     Args:
@@ -248,7 +250,7 @@ def x_layout(expand: float = 6.0) -> Layout:
     )
 
 
-def v2_layout(*rows: tuple[int, int]) -> Layout:
+def v2_layout(*rows: tuple[int, int]) -> NetworkTable:
     """EfficientNetV2 (Tan and Le 2021, table 4): convolutions, two fused stages, and MBConv with attention.
 
     Args:
@@ -296,7 +298,7 @@ SCALES: dict[str, tuple[float, float]] = {
 
 
 def scaled(
-    layout: Layout,
+    layout: NetworkTable,
     width: float = 1.0,
     depth: float | tuple[float, ...] = 1.0,
     *,

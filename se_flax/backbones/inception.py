@@ -14,11 +14,14 @@ import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.senet import caffe_max_pooling
-from se_flax.blocks import ModuleDef
-from se_flax.blocks_inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
-from se_flax.network import Network, Path
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import classify
+from se_flax.nn.inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
+from se_flax.nn.network import Network, Path, check_images
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.pooling import max_pool
+from se_flax.nn.residual import ModuleDef
 from se_flax.variant import Variant
 
 Array = jax.Array

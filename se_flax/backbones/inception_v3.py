@@ -7,8 +7,9 @@ from functools import partial
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.inception import Inception, Layout
-from se_flax.blocks_inception import Mixed, Unit, average_3x3
-from se_flax.layers import BatchNorm, max_pool
+from se_flax.nn.inception import Mixed, Unit, average_3x3
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.pooling import max_pool
 from se_flax.variant import Variant
 
 unpadded = partial(Unit, padding="VALID")

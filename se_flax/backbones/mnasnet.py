@@ -10,13 +10,13 @@ import jax
 
 from se_flax.backbones.efficientnet import SE, SE_RELU, TF, EfficientNet, v1_layout
 from se_flax.functional import round_to_multiple
-from se_flax.mobile_layout import Layout, inverted, scale_depth, scale_width, separable
+from se_flax.nn.mobile_table import NetworkTable, inverted, scale_depth, scale_width, separable
 from se_flax.variant import Variant
 
 SILU, RELU = jax.nn.silu, jax.nn.relu
 HALF = partial(SE, fraction=0.5)
 
-MNASNET_A1: Layout = (
+MNASNET_A1: NetworkTable = (
     (separable(16, skip=False),),
     (inverted(24, 2, strides=2),),
     (inverted(40, 3, kernel=5, strides=2, expand=3, attends=True),),
@@ -25,7 +25,7 @@ MNASNET_A1: Layout = (
     (inverted(160, 3, kernel=5, strides=2, attends=True),),
     (inverted(320),),
 )
-MNASNET_SMALL: Layout = (
+MNASNET_SMALL: NetworkTable = (
     (separable(8),),
     (inverted(16, strides=2, expand=3),),
     (inverted(16, 2, strides=2),),
@@ -41,7 +41,7 @@ BOTH: dict[str, Any] = {"expand_kernel": (1, 1), **OUT}
 SWISH: dict[str, Any] = {"attends": True, "act": SILU}
 K35, K357, K3579 = (3, 5), (3, 5, 7), (3, 5, 7, 9)
 
-MIXNET_S: Layout = (
+MIXNET_S: NetworkTable = (
     (separable(16),),
     (inverted(24, strides=2, **BOTH), inverted(24, expand=3, **BOTH)),
     (inverted(40, kernel=K357, strides=2, **SWISH), inverted(40, 3, kernel=K35, **BOTH, **SWISH)),
@@ -52,7 +52,7 @@ MIXNET_S: Layout = (
         inverted(200, 2, kernel=K3579, **OUT, **SWISH),
     ),
 )
-MIXNET_M: Layout = (
+MIXNET_M: NetworkTable = (
     (separable(24),),
     (inverted(32, kernel=K357, strides=2, **BOTH), inverted(32, expand=3, **BOTH)),
     (inverted(40, kernel=K3579, strides=2, **SWISH), inverted(40, 3, kernel=K35, **BOTH, **SWISH)),
@@ -62,13 +62,13 @@ MIXNET_M: Layout = (
 )
 
 
-def mnasnet(layout: Layout, width: float = 1.0, stem: int = 32) -> partial[EfficientNet]:
+def mnasnet(layout: NetworkTable, width: float = 1.0, stem: int = 32) -> partial[EfficientNet]:
     """A MnasNet; the last convolution keeps its width."""
     stem = round_to_multiple(stem * width)
     return partial(EfficientNet, layout=scale_width(layout, width), stem=stem, attention=SE_RELU, act=RELU)
 
 
-def mixnet(layout: Layout, stem: int, width: float = 1.0, depth: float = 1.0, **attributes: Any) -> Any:
+def mixnet(layout: NetworkTable, stem: int, width: float = 1.0, depth: float = 1.0, **attributes: Any) -> Any:
     """A MixNet; its squeeze-and-excitation has half the width of the block's input, in the fourth stage a quarter."""
     return partial(
         EfficientNet,

@@ -12,8 +12,8 @@ import jax
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.efficientnet import EfficientNet
-from se_flax.layers import he_normal_fan_out
-from se_flax.mobile_layout import Blocks, Layout, separable
+from se_flax.nn.conv import he_normal_fan_out
+from se_flax.nn.mobile_table import BlockRow, NetworkTable, separable
 from se_flax.variant import Variant, Weights
 
 SE = partial(SqueezeExcite, names=("conv_reduce", "conv_expand"), kernel_init=he_normal_fan_out)
@@ -21,13 +21,13 @@ SETTINGS: dict[str, Any] = {"act": jax.nn.relu6, "from_expanded": True}
 """Of both MobileNets: attention's reduction is a share of the map that it acts on."""
 
 
-def _blocks(features: int, repeats: int = 1, strides: int = 1) -> Blocks:
+def _blocks(features: int, repeats: int = 1, strides: int = 1) -> BlockRow:
     settings: dict[str, Any] = {"attends": True, "attention_last": True, "project_act": True, "skip": False}
     return separable(features, repeats, 3, strides, **settings)
 
 
 # Howard et al. 2017, table 1.
-LAYOUT: Layout = (
+LAYOUT: NetworkTable = (
     (_blocks(64),),
     (_blocks(128, 2, strides=2),),
     (_blocks(256, 2, strides=2),),

@@ -11,13 +11,13 @@ from typing import Any
 from se_flax.attention import ECA
 from se_flax.backbones.efficientnet import EfficientNet
 from se_flax.backbones.mobilenetv1 import SE, SETTINGS
-from se_flax.mobile_layout import Layout, inverted, separable
+from se_flax.nn.mobile_table import NetworkTable, inverted, separable
 from se_flax.variant import Variant, Weights
 
 AT_END: dict[str, Any] = {"attends": True, "attention_last": True}
 
 # Sandler et al. 2018, table 2.
-LAYOUT: Layout = (
+LAYOUT: NetworkTable = (
     (separable(16, **AT_END),),
     (inverted(24, 2, strides=2, **AT_END),),
     (inverted(32, 3, strides=2, **AT_END),),

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.efficientnet import TF, EfficientNet
-from se_flax.blocks_mobile import fan_out_init
 from se_flax.functional import hard_swish, round_to_multiple
-from se_flax.layers import Conv, he_normal_fan_out
-from se_flax.mobile_layout import Blocks, Layout, inverted, plain, scale_depth, scale_width, separable
+from se_flax.nn.conv import Conv, he_normal_fan_out
+from se_flax.nn.mobile import fan_out_init
+from se_flax.nn.mobile_table import BlockRow, NetworkTable, inverted, plain, scale_depth, scale_width, separable
 from se_flax.variant import Variant, Weights
 
 Array = jax.Array
@@ -60,7 +60,7 @@ SE_FBNET = partial(SE, rounding=partial(round_to_multiple, limit=0.95), activati
 
 # Howard et al. 2019, table 1: kernel, features, attention, activation, stride; the expanded widths 200 and 184 of the
 # fourth stage are 2.5 and 2.3 times its input.
-LARGE: Layout = (
+LARGE: NetworkTable = (
     (separable(16, act=RELU),),
     (inverted(24, strides=2, expand=4, act=RELU), inverted(24, expand=3, act=RELU)),
     (inverted(40, 3, kernel=5, strides=2, expand=3, act=RELU, attends=True),),
@@ -70,7 +70,7 @@ LARGE: Layout = (
     (plain(960, kernel=1),),
 )
 # Howard et al. 2019, table 2; 72 and 88 expanded channels.
-SMALL: Layout = (
+SMALL: NetworkTable = (
     (separable(16, strides=2, act=RELU, attends=True),),
     (inverted(24, strides=2, expand=4.5, act=RELU), inverted(24, expand=3.67, act=RELU)),
     (inverted(40, kernel=5, strides=2, expand=4, attends=True), inverted(40, 2, kernel=5, attends=True)),
@@ -79,11 +79,13 @@ SMALL: Layout = (
     (plain(576, kernel=1),),
 )
 # Before the authors' code came out: no skip in the first block, and see `SE_BY_STAGE`.
-RW: Layout = ((separable(16, act=RELU, skip=False),), *LARGE[1:])
+RW: NetworkTable = ((separable(16, act=RELU, skip=False),), *LARGE[1:])
 SE_BY_STAGE = (None, None, SE_EXACT, None, SE_HARD_SWISH, SE_HARD_SWISH, None)
 
 
-def mobilenetv3(layout: Layout, width: float = 1.0, depth: float = 1.0, head: int = 1280, **attributes: Any) -> Any:
+def mobilenetv3(
+    layout: NetworkTable, width: float = 1.0, depth: float = 1.0, head: int = 1280, **attributes: Any
+) -> Any:
     """A MobileNetV3 of scaled width and depth; the head keeps its width, and below 0.75 the stem too."""
     stem = 16 if width < 0.75 else round_to_multiple(16 * width)
     layout = scale_depth(scale_width(layout, width), depth)
@@ -93,10 +95,10 @@ def mobilenetv3(layout: Layout, width: float = 1.0, depth: float = 1.0, head: in
 small = partial(mobilenetv3, SMALL, head=1024)
 
 
-def minimalistic(layout: Layout, head: int) -> Any:
+def minimalistic(layout: NetworkTable, head: int) -> Any:
     """The authors' variant without attention, 5x5 kernels and hard swish, for hardware that is slow at those."""
 
-    def smaller(row: Blocks) -> Blocks:
+    def smaller(row: BlockRow) -> BlockRow:
         assert isinstance(row.block, partial)
         return replace(row, block=partial(row.block, kernel=min(row.block.keywords["kernel"], 3)), act=None)
 
@@ -104,7 +106,7 @@ def minimalistic(layout: Layout, head: int) -> Any:
     return mobilenetv3(stages, head=head, attention=None, act=RELU, **TF)
 
 
-def _fbnet(*rows: tuple[tuple[int, int, int, float, int], ...], first: Blocks, last: int) -> Layout:
+def _fbnet(*rows: tuple[tuple[int, int, int, float, int], ...], first: BlockRow, last: int) -> NetworkTable:
     """FBNetV3's table: rows of (features, repeats, kernel, expand, stride); attention in stages 4, 6 and 7."""
     stages = [
         tuple(inverted(c, n, k, strides=s, expand=e, attends=i in (1, 3, 4)) for c, n, k, e, s in stage)
@@ -142,7 +144,7 @@ FBNETV3_G = _fbnet(
 )
 
 
-def fbnetv3(layout: Layout, stem: int) -> Any:
+def fbnetv3(layout: NetworkTable, stem: int) -> Any:
     """An FBNetV3; attention's reduction is a share of the block's input."""
     settings: dict[str, Any] = {"stem": stem, "head": 1984, "head_bias": False, "from_expanded": False}
     return partial(MobileNetV3, layout=layout, attention=SE_FBNET, **settings)
@@ -209,13 +211,15 @@ def hardcorenas(name: str) -> Any:
     return partial(MobileNetV3, layout=layout, stem=32, attention=SE)
 
 
-def _lcnet_blocks(features: int, repeats: int = 1, kernel: int = 3, strides: int = 1, attends: bool = False) -> Blocks:
+def _lcnet_blocks(
+    features: int, repeats: int = 1, kernel: int = 3, strides: int = 1, attends: bool = False
+) -> BlockRow:
     settings: dict[str, Any] = {"attends": attends, "project_act": True, "skip": False}
     return separable(features, repeats, kernel, strides, **settings)
 
 
 # Cui et al. 2021, table 1.
-LCNET: Layout = (
+LCNET: NetworkTable = (
     (_lcnet_blocks(32),),
     (_lcnet_blocks(64, 2, strides=2),),
     (_lcnet_blocks(128, 2, strides=2),),

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 
 from se_flax.attention import ECA, SqueezeExcite
 from se_flax.backbones import pruned_widths
-from se_flax.blocks import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
-from se_flax.network import Network, Path, first_layer, numbered_blocks, reads_images
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import classify
+from se_flax.nn.network import Network, Path, check_images, first_layer, numbered_blocks, reads_images
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.pooling import max_pool
+from se_flax.nn.residual import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.variant import Variant
 
 Array = jax.Array

@@ -14,9 +14,9 @@ import jax
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
-from se_flax.blocks import Block, Bottleneck, ModuleDef, Placement
-from se_flax.network import reads_images
-from se_flax.norm_attention import norm_act_attend
+from se_flax.nn.network import reads_images
+from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.residual import Block, Bottleneck, ModuleDef, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array

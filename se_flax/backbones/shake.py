@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.cifar_resnet import CifarResNet
-from se_flax.blocks import Block, ModuleDef, Placement, project
 from se_flax.errors import UserError, closest
-from se_flax.norm_attention import norm_act_attend
+from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.residual import Block, ModuleDef, Placement, project
 from se_flax.variant import Variant
 
 Array = jax.Array

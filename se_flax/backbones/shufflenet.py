@@ -17,12 +17,15 @@ import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import attention_stages
-from se_flax.blocks import Block, ModuleDef, Placement
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
-from se_flax.network import Network, Path, numbered_blocks
-from se_flax.norm_attention import norm_act_attend
-from se_flax.sharding import gathered
+from se_flax.lowering.sharding import gathered
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import classify
+from se_flax.nn.network import Network, Path, check_images, numbered_blocks
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.pooling import max_pool
+from se_flax.nn.residual import Block, ModuleDef, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array

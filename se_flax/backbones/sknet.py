@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from se_flax import functional as F
 from se_flax.attention import Attention, weigh_branches
 from se_flax.backbones.resnet import AVERAGED, D18, D34, D50, DEEP, ResNet
-from se_flax.blocks import Block, ConvNorm, ModuleDef, Placement
+from se_flax.nn.residual import Block, ConvNorm, ModuleDef, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array

@@ -11,11 +11,13 @@ import numpy as np
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.inception import check_side
-from se_flax.blocks import ModuleDef
 from se_flax.errors import UserError
-from se_flax.layers import BatchNorm, Conv, check_images, classify, max_pool
-from se_flax.network import Network, Path
-from se_flax.sharding import own_dense
+from se_flax.nn.conv import Conv
+from se_flax.nn.head import classify, own_dense
+from se_flax.nn.network import Network, Path, check_images
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.pooling import max_pool
+from se_flax.nn.residual import ModuleDef
 from se_flax.variant import Variant
 
 Array = jax.Array

@@ -12,7 +12,7 @@ import jax
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.cifar_resnet import PRE_ACTIVATION
-from se_flax.blocks import Block, Placement
+from se_flax.nn.residual import Block, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from se_flax.images import INTERPOLATIONS
-from se_flax.preprocess import CROP_MODES
-from se_flax.weights.arguments import to_json
-from se_flax.weights.locate import SUFFIXES
-from se_flax.weights.pretrained import Pretrained, load_pretrained
+from se_flax.checkpoints.model_json import to_json
+from se_flax.checkpoints.pretrained import Pretrained, load_pretrained
+from se_flax.checkpoints.resolve import SUFFIXES
+from se_flax.images.decode import INTERPOLATIONS
+from se_flax.images.preprocess import CROP_MODES
 
 _SETTINGS = ("image_size", "crop", "crop_mode", "interpolation", "mean", "std", "exif_orientation")
 

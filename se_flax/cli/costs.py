@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from se_flax.analysis.costs import Costs, LayerCosts, costs
+from se_flax.checkpoints.names import meanings
 from se_flax.cli.layout import print_table, wrapped
-from se_flax.counting import Costs, LayerCosts, costs
-from se_flax.weights.names import meanings
 from se_flax.zoo import create_model, get_variant
 
 

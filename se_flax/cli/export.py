@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
-from se_flax.export import FORMATS, export_pretrained
+from se_flax.export.serving import FORMATS, export_pretrained
 
 
 def add_commands(commands: Any) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from se_flax.checkpoints.description import beside, write_described
+from se_flax.checkpoints.keras import to_keras
+from se_flax.checkpoints.pretrained import Pretrained
+from se_flax.checkpoints.torch import to_timm
 from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
 from se_flax.errors import UserError
-from se_flax.weights.description import beside, write_described
-from se_flax.weights.keras import to_keras
-from se_flax.weights.pretrained import Pretrained
-from se_flax.weights.torch import to_timm
 
 
 def _own_names(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from se_flax.analysis import EVERY_LAYER, UNCHANGED, Answers, LayerGates
+from se_flax.analysis.gates import EVERY_LAYER, UNCHANGED, Answers, LayerGates
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#7F7F7F")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from se_flax.analysis import (
+from se_flax.analysis.gates import (
     EVERY_LAYER,
     UNCHANGED,
     Answers,
@@ -22,12 +22,12 @@ from se_flax.analysis import (
     gate_layers,
     usefulness,
 )
-from se_flax.class_names import ClassNames
+from se_flax.checkpoints.pretrained import Pretrained
 from se_flax.cli.images import add_common, load, padded_batches
 from se_flax.cli.labelled import labelled_images
 from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
-from se_flax.weights.pretrained import Pretrained
+from se_flax.images.class_names import ClassNames
 
 # Hu et al. 2020, figure 6: goldfish, pug, plane, cliff.
 _PAPERS = ("goldfish", "pug", "airliner", "cliff")

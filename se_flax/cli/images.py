@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from se_flax.class_folders import SUFFIXES, pictures_below
+from se_flax.checkpoints.pretrained import Pretrained
 from se_flax.cli.checkpoints import add_checkpoint, add_preprocessing, load_checkpoint
 from se_flax.cli.labelled import Example, labelled_images
 from se_flax.cli.layout import wrapped
 from se_flax.errors import UserError
-from se_flax.memory import keep_memory
-from se_flax.weights.pretrained import Pretrained
+from se_flax.images.class_folders import SUFFIXES, pictures_below
+from se_flax.runtime import keep_memory
 
 
 def add_commands(commands: Any) -> None:

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from se_flax.class_folders import SUFFIXES, are_splits, pictures_below, pictures_beside_folders, pictures_by_class
-from se_flax.class_names import ClassNames
 from se_flax.errors import UserError
+from se_flax.images.class_folders import (
+    SUFFIXES,
+    are_splits,
+    pictures_below,
+    pictures_beside_folders,
+    pictures_by_class,
+)
+from se_flax.images.class_names import ClassNames
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,10 @@ class Example:
 def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) -> list[Example]:
     """Pictures under a folder with their classes.
 
-    What counts as a picture and as a class folder is the same as in training (`se_flax.class_folders`), and so are the
-    classes of folders that a network was trained on: they are its labels. A network without labels takes folders by
-    their class numbers, or as many folders as it has classes in sorted order, which one line on standard error says.
+    What counts as a picture and as a class folder is the same as in training (`se_flax.images.class_folders`), and so
+    are the classes of folders that a network was trained on: they are its labels. A network without labels takes
+    folders by their class numbers, or as many folders as it has classes in sorted order, which one line on standard
+    error says.
 
     Args:
       root: one folder per class; or pictures whose names begin with a WordNet id or a class number and `_`.

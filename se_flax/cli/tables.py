@@ -5,12 +5,12 @@ import functools
 import json
 from typing import Any
 
+from se_flax.checkpoints.names import meanings
 from se_flax.cli.checkpoints import add_checkpoint, describe, facts, is_checkpoint, load_checkpoint
 from se_flax.cli.layout import print_table, wrapped
 from se_flax.errors import UserError, closest
-from se_flax.preprocess import Preprocess
+from se_flax.images.preprocess import Preprocess
 from se_flax.variant import Variant, Weights
-from se_flax.weights.names import meanings
 from se_flax.zoo import get_variant, list_models
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 import se_flax
 from parity import synthetic
-from se_flax.weights.strict import variable_shapes
-from se_flax.weights.torch import torch_key, torch_shape
+from se_flax.checkpoints.convert import variable_shapes
+from se_flax.checkpoints.torch import torch_key, torch_shape
 
 HERE = Path(__file__).parent
 

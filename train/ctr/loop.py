@@ -14,8 +14,7 @@ import numpy as np
 import optax
 
 from se_flax.errors import UserError
-from se_flax.memory import keep_memory
-from train.checkpoint import Checkpoints
+from se_flax.runtime import keep_memory
 from train.config import check_same_run, flatten
 from train.ctr.config import Config, check
 from train.ctr.encode import Encoder, fit
@@ -23,8 +22,9 @@ from train.ctr.metrics import auc, log_loss
 from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
-from train.process import prepare_workdir, stop_signals, use_compilation_cache
-from train.report import read_metrics
+from train.run.checkpoint import Checkpoints
+from train.run.report import read_metrics
+from train.run.runtime import prepare_workdir, stop_signals, use_compilation_cache
 
 ENCODER = "encoder.json"
 _METRIC = "eval_auc"

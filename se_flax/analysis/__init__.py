@@ -1,0 +1,1 @@
+"""What a network costs (`costs`) and what its gates do (`gates`)."""

@@ -1,0 +1,193 @@
+"""An array that lies in a file, and the checks that every file format shares.
+
+What a file declares (names, shapes, dtypes, sizes) is checked before it is believed; what the libraries that read it
+raise when it is damaged becomes one sentence about that file.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from se_flax.errors import UserError
+
+MAX_ARRAYS = 100_000  # the largest networks have a few thousand; each costs memory before its name is checked
+MAX_NAME = 512  # characters; the longest known names have under 100
+MAX_HEADER_BYTES = 64 << 20  # 100,000 entries of the longest names fit; a larger one only fills the memory
+MAX_RANK = 32  # NumPy's own bound was 32 for decades; kernels have 5
+MAX_RATIO = 1100  # of declared to stored bytes: deflate, the usual compression, reaches 1,032 at most
+
+BFLOAT16 = np.dtype(jnp.bfloat16)
+_TO_FLOAT32 = ("float16", "bfloat16", "float64")
+DTYPES = {
+    **{f"{kind}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "bfloat16": BFLOAT16,
+    "bool": np.dtype(bool),
+}
+
+
+def is_raw_bfloat16(dtype: np.dtype) -> bool:
+    """Whether NumPy wrote bfloat16 under this name: it saves types that are not its own as raw bytes, here `|V2`.
+
+    No other type of two bytes is saved so: float16 has a name, and what else JAX has takes one byte.
+    """
+    return dtype == np.dtype("V2")
+
+
+def raw_bfloat16_notes(count: int) -> tuple[str, ...]:
+    """The sentence on so many arrays that were read so."""
+    return (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",) if count else ()
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array in a file.
+
+    Attributes:
+      shape: as the file declares it.
+      dtype: as stored; `numpy.asarray` turns float16, bfloat16 and float64 into float32.
+      read: reads it; raises UserError when the file does not hold such an array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("an array in a file cannot be had without a copy; use copy=None")
+        value = self.read()
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class ArrayFile(Mapping[str, LazyArray]):
+    """The arrays of an open file by name.
+
+    Attributes:
+      arrays: the same as a plain dictionary.
+      metadata: the text that a .safetensors file carries beside its arrays; empty for others.
+      notes: a sentence on each thing that was read otherwise than the file names it.
+    """
+
+    arrays: Mapping[str, LazyArray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> LazyArray:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+class InvalidFile(ValueError):
+    """What is wrong with a file, without its path."""
+
+
+@dataclass
+class Source:
+    """A file being read.
+
+    Attributes:
+      path: its.
+      size: bytes it really has.
+      closing: what to close at the end.
+      closed: whether that has happened.
+    """
+
+    path: Path
+    size: int
+    closing: contextlib.ExitStack
+    closed: bool = False
+
+
+@contextlib.contextmanager
+def as_user_error(path: Path) -> Iterator[None]:
+    """Turns whatever reading a damaged file raises into one sentence about that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except InvalidFile as error:
+        raise UserError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"{path} holds more than fits into memory; free some, or use a smaller file") from error
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise UserError(
+            f"{path} is damaged or of another format ({one_line(error)}); download or save it again"
+        ) from error
+
+
+def one_line(text: object) -> str:
+    """The first line of an error or name, short and fit for a terminal."""
+    one_line = next(iter(str(text).strip().splitlines()), "") or type(text).__name__
+    one_line = "".join(c if c.isprintable() else "?" for c in one_line)
+    return one_line if len(one_line) <= 160 else one_line[:157] + "..."
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that could not be exported safely.
+
+    Args:
+      name: of an array, parts joined by `/` or `.`.
+
+    Raises:
+      ValueError: it is empty, too long, has unprintable characters or could be taken for a path out of a folder.
+    """
+    if not 0 < len(name) <= MAX_NAME:
+        raise InvalidFile(f"the name {one_line(name)!r} has {len(name)} characters; allowed: 1 to {MAX_NAME}")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise InvalidFile(
+            f"the name {one_line(name)!r} could be misused as a path; allowed: printable parts joined by / or ."
+        )
+
+
+def nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of an array, as an exact integer."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def lazy(source: Source, name: str, shape: Any, dtype: Any, read: Callable[[], Any]) -> LazyArray:
+    """An array as the file declares it, after every check that needs no data."""
+    check_name(name)
+    raw = isinstance(dtype, np.dtype) and is_raw_bfloat16(dtype)
+    kept = BFLOAT16 if raw else DTYPES.get(str(getattr(dtype, "name", dtype)))
+    if kept is None:
+        nameless = isinstance(dtype, np.dtype) and dtype.kind == "V"
+        why = ", raw bytes as NumPy saves types that it does not know; save it as float32" if nameless else ""
+        raise InvalidFile(f"array {name!r} has dtype {one_line(dtype)}{why}; allowed: {', '.join(DTYPES)}")
+    shape = tuple(shape)
+    # NumPy computes sizes in 64 bits, also of arrays with a side of zero.
+    sane = len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
+    if not sane or math.prod(max(n, 1) for n in shape) * kept.itemsize >= 1 << 63:
+        raise InvalidFile(f"array {name!r} has the impossible shape {one_line(shape)}; save it again")
+    return LazyArray(shape, kept, partial(_read, source, name, shape, kept, read))
+
+
+def _read(source: Source, name: str, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], Any]) -> np.ndarray:
+    if source.closed:
+        raise ValueError(f"{source.path} is closed; read its arrays inside the with block")
+    with as_user_error(source.path):
+        value = np.asarray(read())
+        value = value.view(BFLOAT16) if is_raw_bfloat16(value.dtype) else value
+        if value.shape != shape or value.dtype.name != dtype.name:
+            raise InvalidFile(f"array {name!r} is {value.dtype.name} {value.shape}, declared as {dtype.name} {shape}")
+        with np.errstate(over="raise"):  # a float64 that float32 cannot hold is no weight
+            return value.astype(np.float32 if dtype.name in _TO_FLOAT32 else dtype, copy=False)
+
+
+def check_count(count: int) -> None:
+    """Refuses more than `MAX_ARRAYS` arrays."""
+    if count > MAX_ARRAYS:
+        raise InvalidFile(f"it holds over {MAX_ARRAYS:,} arrays, more than any network; give one with fewer")

@@ -1,0 +1,294 @@
+"""From arrays in some layout to variables: every key used once, every target filled, every shape equal.
+
+Two deviations are made on request and noted: another number of classes draws the classifier anew, another number of
+image channels adapts the stem. A prefix that all keys have is no deviation: `unprefixed` takes it off.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_flax.checkpoints.array_file import BFLOAT16, is_raw_bfloat16
+from se_flax.checkpoints.mismatch import mismatch_report
+from se_flax.checkpoints.prefix import best_prefix, common_prefixes, outer_part, taken_off, without
+from se_flax.errors import UserError
+from se_flax.nn.network import Network, Path, lies_in
+from se_flax.zoo import create_model, get_variant
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another library names and lays out the variables of a network.
+
+    Attributes:
+      what: a set of such arrays in the user's words, for messages: `state dict`.
+      key: its key of a variable, from the variable's path (collection first).
+      shape: the shape there, from path and our shape.
+      to_ours: from path, array in that layout and our shape to the array in our layout.
+      ignored: keys, given as the set of all targets' keys, that belong to no variable and carry nothing to import.
+    """
+
+    what: str
+    key: Callable[[Path], str]
+    shape: Callable[[Path, Shape], Shape]
+    to_ours: Callable[[Path, np.ndarray, Shape], np.ndarray]
+    ignored: Callable[[Mapping[str, Path]], set[str]] = lambda targets: set()
+
+    def without(self, prefix: str) -> "Layout":
+        """The same for keys from which a prefix was taken off, which its messages say."""
+        return replace(self, what=f"{self.what} without the prefix {prefix!r}")
+
+
+def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shapes of a network's variables, without computing any.
+
+    Args:
+      model: a network.
+      image_size: side of the images to trace it with.
+
+    Returns:
+      Shape and dtype by path (collection first).
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return flax.traverse_util.flatten_dict(variables)
+
+
+def import_variables(
+    name: str,
+    arrays: Mapping[str, Any],
+    layout: Layout,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    attributes: Mapping[str, Any] = {},
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fills a network's variables from arrays in another layout.
+
+    Names and shapes are compared before any array is read.
+
+    Args:
+      name: the network.
+      arrays: by key; whatever has a `shape` and turns into a NumPy array.
+      layout: whose keys and shapes these are.
+      num_classes: of the network; where the arrays have another number the classifier is drawn anew.
+      in_channels: of the network; from 3 to 1 the stem's kernel is summed over the colours, from 3 to any other number
+        its colours are repeated and scaled by 3 / in_channels (timm's `adapt_input_conv`).
+      attributes: as given to `create_model`, when the network differs from its default.
+
+    Returns:
+      The variables (float32 on the default device), and a sentence on each deviation that was asked for.
+
+    Raises:
+      UserError: keys that are missing, left over or of another shape, all in one message, and what to do about it.
+    """
+    size = get_variant(name).input_size
+    requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    attributes = {**attributes, **{key: value for key, value in requested.items() if value is not None}}
+    model = create_model(name, **attributes)
+    shapes = variable_shapes(model, size)
+    head = {} if num_classes is None else _head(model, size, shapes)
+    stem = set() if in_channels is None else _stem(model, shapes)
+
+    targets = {layout.key(path): path for path in shapes}
+    given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
+    wanted = {path: tuple(layout.shape(path, leaf.shape)) for path, leaf in shapes.items()}
+    fits = {path for key, path in targets.items() if given.get(key) == wanted[path]}
+    # A classifier is one thing: a bias that happens to fit is of no use without its kernel.
+    redrawn = head.keys() & shapes.keys() if head.keys() - fits else set()
+    adapted = {
+        path: _with_channels(shapes[path].shape, 3)
+        for path in (stem & shapes.keys()) - fits
+        if given.get(layout.key(path)) == tuple(layout.shape(path, _with_channels(shapes[path].shape, 3)))
+    }
+    settled = fits | redrawn | adapted.keys()
+    missing = [key for key, path in targets.items() if key not in given and path not in settled]
+    wrong = [
+        f"{key} {given[key]} instead of {wanted[path]}"
+        for key, path in targets.items()
+        if key in given and path not in settled
+    ]
+    known = targets.keys() | layout.ignored(targets) | {layout.key(path) for path in head}
+    unexpected = [key for key in given if key not in known]
+    if missing or unexpected or wrong:
+        unsettled = {path for path in targets.values() if path not in settled}
+        advice = _advice(name, given, layout, attributes, unsettled, unexpected)
+        raise UserError(mismatch_report(name, missing, unexpected, wrong, layout.what) + advice)
+
+    flat: dict[Path, Any] = {}
+    for key, path in targets.items():
+        if path in redrawn:
+            continue
+        source = adapted.get(path, shapes[path].shape)
+        value = layout.to_ours(path, _numbers(key, arrays[key]), source)
+        if path in adapted:
+            value = adapt_channels(value, shapes[path].shape[-2])
+        flat[path] = jnp.asarray(value, shapes[path].dtype)
+    notes = []
+    if redrawn or any(layout.key(path) in given for path in head.keys() - fits):
+        flat.update(_draw(model, size, redrawn) if redrawn else {})
+        classes = _classes(head, given, layout)
+        before = f"{classes:,} classes" if classes else "none"
+        after = f"drawn anew for {num_classes:,} classes" if redrawn else "left out"
+        notes.append(f"{name}: the classifier was {after} (the checkpoint's: {before})")
+    if adapted:
+        rule = "summed over the colours" if in_channels == 1 else f"its colours repeated and scaled by 3/{in_channels}"
+        notes.append(f"{name}: the stem was adapted from 3 channels to {in_channels} ({rule})")
+    return flax.traverse_util.unflatten_dict(flat), tuple(notes)
+
+
+def unprefixed(
+    name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
+    """Takes off the parts that all keys begin with, where the keys fit the network without them.
+
+    Args:
+      name: the network.
+      arrays: by key.
+      layout: whose keys these are.
+      attributes: as for `import_variables`.
+
+    Returns:
+      The arrays by the shorter keys, the layout (which names the prefix in its messages), and a sentence that says so;
+      arguments as they were and no sentence where there is no such prefix.
+    """
+    prefixes = common_prefixes(arrays)
+    if len(prefixes) == 1:
+        return arrays, layout, ()
+    known = known_keys(name, layout, attributes)
+    prefix = best_prefix(prefixes, lambda prefix: len(known & without(arrays, prefix).keys()))
+    if not prefix:
+        return arrays, layout, ()
+    return without(arrays, prefix), layout.without(prefix), (taken_off(prefix),)
+
+
+def known_keys(name: str, layout: Layout, attributes: Mapping[str, Any]) -> set[str]:
+    """Keys of a network's variables in a layout; arguments as for `import_variables`."""
+    shapes = variable_shapes(create_model(name, **attributes), get_variant(name).input_size)
+    return {layout.key(path) for path in shapes}
+
+
+def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes: Mapping[str, Any]) -> dict[str, int]:
+    """How many classes and image channels a checkpoint was trained for, by its classifier and its stem.
+
+    Args:
+      name: the network.
+      shapes: of the arrays, by key.
+      layout: whose keys and shapes these are.
+      attributes: as for `import_variables`.
+
+    Returns:
+      `num_classes` and `in_channels`, each where it shows: without a classifier there is no `num_classes`.
+    """
+    model, size = create_model(name, **attributes), get_variant(name).input_size
+    ours = variable_shapes(model, size)
+    classes = _classes(_head(model, size, ours), shapes, layout)
+    found = {} if classes is None else {"num_classes": classes}
+    for path in _stem(model, ours):
+        shape = shapes.get(layout.key(path), ())
+        fitting = [n for n in shape if tuple(layout.shape(path, _with_channels(ours[path].shape, n))) == shape]
+        found |= {"in_channels": fitting[0]} if fitting and len(shape) == 4 else {}
+    return found
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """A stem's kernel for another number of image channels, so that a grey image gives what it gave in colour.
+
+    timm's rule (`timm/models/_manipulate.py`, `adapt_input_conv`).
+
+    Args:
+      kernel: HWIO with I = 3.
+      channels: 1 (the sum over I), or any other number (I repeated, times 3 / channels).
+
+    Returns:
+      HWIO with I = channels.
+    """
+    if channels == 1:
+        return kernel.sum(axis=-2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, math.ceil(channels / 3), 1))[:, :, :channels]
+    return repeated * np.float32(3 / channels)
+
+
+def _with_channels(shape: Shape, channels: int) -> Shape:
+    return (*shape[:-2], channels, shape[-1]) if len(shape) == 4 else shape
+
+
+def _head(model: Network, size: int, shapes: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Shapes of the classifier's variables, as one of a single class where the network has none."""
+    if not getattr(model, "num_classes", 1):
+        shapes = variable_shapes(model.clone(num_classes=1), size)
+    return {path: leaf for path, leaf in shapes.items() if lies_in(path[1:], model.head_path)}
+
+
+def _stem(model: Network, shapes: Mapping[Path, Any]) -> set[Path]:
+    """Variables of the convolution that reads the images."""
+    return {path for path in shapes if lies_in(path[1:], model.stem_path)}
+
+
+def _classes(head: Mapping[Path, Any], given: Mapping[str, Shape], layout: Layout) -> int | None:
+    """Width of the classifier in arrays of given shapes; its kernel or bias must be of that width in their layout."""
+    for path, leaf in head.items():
+        shape = given.get(layout.key(path), ())
+        for classes in shape:
+            if tuple(layout.shape(path, (*leaf.shape[:-1], classes))) == shape:
+                return classes
+    return None
+
+
+def _advice(
+    name: str,
+    given: Mapping[str, Shape],
+    layout: Layout,
+    attributes: Mapping[str, Any],
+    unsettled: set[Path],
+    unexpected: list[str],
+) -> str:
+    """What to do about arrays that do not fit: the end of a sentence, with its `; `, or nothing."""
+    model, size = create_model(name, **attributes), get_variant(name).input_size
+    ours = variable_shapes(model, size)
+    head, stem = _head(model, size, ours).keys(), _stem(model, ours)
+    rest = unsettled - head - stem
+    if rest or unexpected:
+        outer = outer_part(map(layout.key, rest), unexpected)
+        beside = next((key for key in unexpected if not key.startswith(outer)), "")
+        return f"; what is missing stands under {outer!r} beside {beside!r}: save it alone" if outer else ""
+    found = sizes_in(name, given, layout, attributes)
+    advice = ""
+    if unsettled & stem and "in_channels" in found:
+        channels = found["in_channels"]
+        advice += f"; its stem takes {channels} channel{'s' * (channels != 1)}: pass in_channels={channels}"
+    if unsettled & head and "num_classes" in found:
+        advice += f"; its classifier has {found['num_classes']} classes: pass num_classes={found['num_classes']}"
+    elif unsettled & head and not any(layout.key(path) in given for path in head):
+        advice += "; it has no classifier: pass num_classes=0 for a network without one, or the classes of a new one"
+    return advice
+
+
+def _numbers(key: str, array: Any) -> np.ndarray:
+    """An array of real numbers; bfloat16 that NumPy saved without its name is read as such."""
+    value = np.asarray(array)
+    if is_raw_bfloat16(value.dtype):
+        return value.view(BFLOAT16)
+    if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise UserError(f"{key} has dtype {value.dtype}; give an array of real numbers, such as float32 or bfloat16")
+    return value
+
+
+def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:
+    """Initial values of some variables only; the compiler drops what the others would need."""
+    images = jnp.zeros((1, size, size, getattr(model, "in_channels", 3)))
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        flat = flax.traverse_util.flatten_dict(model.init(key, images))
+        return [flat[path] for path in sorted(paths)]
+
+    return dict(zip(sorted(paths), jax.jit(draw)(jax.random.key(0)), strict=True))

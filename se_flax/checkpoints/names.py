@@ -1,0 +1,83 @@
+"""Which network a word means: the name of a file, or what a person gives as `name=`. Both are read alike."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from se_flax.checkpoints import keras_files
+from se_flax.checkpoints.files import open_arrays
+from se_flax.errors import UserError, closest
+from se_flax.zoo import VARIANTS, get_variant
+
+_BY_LETTERS = {re.sub(r"[^a-z0-9]", "", name): name for name in VARIANTS}
+
+
+def kind_of(keys: Iterable[str]) -> str:
+    """Whose names arrays have: `se-flax` (`params/...`), `keras` (`<layer>/<weight>`) or `timm` (`layer.weight`)."""
+    keys = list(keys)
+    if any(re.search(r"(^|/)params/", key) for key in keys):
+        return "se-flax"
+    return "keras" if any("/" in key for key in keys) else "timm"
+
+
+def our_name(words: str, *, whole: bool) -> str | None:
+    """The network of ours that words mean, however they are joined: `SE-ResNet_50` is `seresnet50`.
+
+    Args:
+      words: joined by `-`, `_` or spaces, in upper or lower case.
+      whole: all of them are the name; otherwise they begin with it (`seresnet50_ra-8efdb4bb`), and the longest counts.
+
+    Returns:
+      None where there is no such network.
+    """
+    parts = re.split(r"[-_ ]", words.lower())
+    heads = [parts] if whole else [parts[:length] for length in range(len(parts), 0, -1)]
+    exact = (name for head in heads if (name := "_".join(head)) in VARIANTS)
+    return next(exact, None) or next((_BY_LETTERS[head] for head in map("".join, heads) if head in _BY_LETTERS), None)
+
+
+def meanings(name: str) -> tuple[str, ...]:
+    """The networks that a person can mean by a name: ours, and that of keras.applications, which spells it so too.
+
+    Args:
+      name: such as `seresnet50`, `SE-ResNet-50`, `seresnet50.ra2_in1k`, `EfficientNetV2B0`.
+
+    Raises:
+      UserError: there is no such network, or none of its published checkpoints has that tag.
+    """
+    head, _, tag = name.partition(".")
+    found = (our_name(head, whole=True), keras_files.network(head, whole=True))
+    if not any(found):
+        raise UserError(f"unknown model {name!r}; {closest(name, VARIANTS)} (se_flax.list_models() gives all)")
+    networks = tuple(each for each in found if each)
+    tags = [weights.tag for weights in get_variant(networks[0]).weights]
+    if tag and tag not in tags:
+        raise UserError(f"unknown checkpoint {name!r}; {networks[0]} has {', '.join(tags) or 'none'}")
+    return networks
+
+
+def network_of(path: Path, name: str | None) -> str:
+    """The network whose weights a bare file or folder holds.
+
+    Args:
+      path: of the file.
+      name: what the user says; None reads the file's name, which may have more behind the network's.
+
+    Returns:
+      One of `list_models()`. Where a network of ours and one of keras.applications share their spelling
+      (`efficientnet_b0`), the names of the arrays tell which it is.
+
+    Raises:
+      UserError: neither says it.
+    """
+    if name is not None:
+        found = meanings(name)
+    else:
+        own, keras = our_name(path.name.partition(".")[0], whole=False), keras_files.network(path.name)
+        found = tuple(each for each in (own, keras) if each)
+    if not found:
+        raise UserError(f"{path} does not say which network it holds; pass name=... (se_flax.list_models() gives all)")
+    if len(set(found)) > 1 and path.suffix.lower() in keras_files.SUFFIXES:
+        with open_arrays(path) as arrays:
+            return found[kind_of(arrays) == "keras"]
+    return found[0]

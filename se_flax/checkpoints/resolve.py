@@ -1,0 +1,278 @@
+"""From what a person calls a checkpoint to its file, network and preprocessing."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from se_flax.checkpoints import description, hub, keras_files
+from se_flax.checkpoints.description import completed, network_name, read_json
+from se_flax.checkpoints.files import open_arrays
+from se_flax.checkpoints.names import kind_of, meanings, network_of, our_name
+from se_flax.errors import UserError, closest
+from se_flax.images.labels import imagenet_labels
+from se_flax.images.preprocess import SETTINGS, Preprocess
+from se_flax.variant import Weights
+from se_flax.zoo import VARIANTS, get_variant
+
+OWN = "se_flax.json"
+SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+# What timm's `model_args` may hold that changes nothing in evaluation.
+_HARMLESS = {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "scriptable", "exportable"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint before its arrays are read.
+
+    Attributes:
+      name: the network.
+      arrays: file or folder that holds them.
+      preprocess: what belongs to it; what nothing says is marked as assumed.
+      arguments: for `create_model`, where it differs from the network's default.
+      labels: names of the classes; None where nothing says.
+      labels_assumed: they are ImageNet's because the network was made for it.
+      provenance: where it came from.
+      digests: SHA-256 by relative path of the files under `arrays`, where they are recorded.
+      bare: there is nothing but the arrays; how many classes they have shows in the classifier.
+    """
+
+    name: str
+    arrays: Path
+    preprocess: Preprocess
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] | None = None
+    bare: bool = False
+    labels_assumed: bool = False
+
+
+def locate(
+    ref: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Source:
+    """Finds a checkpoint.
+
+    Args:
+      ref: as for `load_pretrained`.
+      name: the network, for files that do not say.
+      revision: of a repository on the hub.
+      cache_dir: of the hub.
+
+    Returns:
+      What is known about it without reading its arrays.
+
+    Raises:
+      UserError: it does not exist, cannot be told apart or describes itself wrongly.
+    """
+    text = os.fspath(ref)
+    path = Path(text).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"got revision={revision!r} with {text}, which is no repository; leave it out")
+        return (_folder if path.is_dir() else _file)(path, name)
+    if text.endswith(SUFFIXES) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
+        raise UserError(
+            f"{text}: no such file or folder; give one, or a published checkpoint such as seresnet50.ra2_in1k"
+        )
+    repo = re.sub(r"^hf[-_]hub:", "", text)
+    weights: Weights | None = None
+    if "/" not in repo:
+        architecture, weights = published(repo)
+        _check_same_network(name, architecture, repo)
+        if weights.hub_id is None:
+            raise UserError(f"{text} is published at its authors' address only; download it and pass the file")
+        repo = weights.hub_id
+    try:
+        fetched = hub.fetch(repo, revision, cache_dir)
+    except UserError as error:
+        if repo == text and "/" in text:  # it may have been meant as a path
+            raise UserError(f"{text}: no such file or folder; as a repository, {error}") from error
+        raise
+    source = _timm_config(fetched.config, fetched.arrays, name, weights)
+    provenance = {"source": f"https://huggingface.co/{repo}", "revision": fetched.revision, "sha256": fetched.sha256}
+    if weights is not None:
+        provenance["licence"] = weights.licence
+    return replace(source, provenance=provenance)
+
+
+def published(ref: str) -> tuple[str, Weights]:
+    """A published checkpoint by `arch.tag`, or by `arch` where there is just one.
+
+    Raises:
+      UserError: no such network or tag, none published, or several to choose from.
+    """
+    head, _, tag = ref.partition(".")
+    name = our_name(head, whole=True)
+    if name is None:
+        known = [*VARIANTS, *(f"{n}.{w.tag}" for n in VARIANTS for w in get_variant(n).weights)]
+        raise UserError(
+            f"unknown checkpoint {ref!r}; {closest(ref, known)} (no such file or folder either; se-flax list shows all)"
+        )
+    weights = get_variant(name).weights
+    if not weights:
+        raise UserError(f"no checkpoint of {name} is published; train one, or pass the path of a file")
+    tags = {w.tag: w for w in weights}
+    if not tag and len(tags) == 1:
+        return name, weights[0]
+    if tag not in tags:
+        given = f"unknown checkpoint {ref!r}" if tag else f"{name} has several checkpoints"
+        raise UserError(f"{given}; choose one of {', '.join(f'{name}.{t}' for t in tags)}")
+    return name, tags[tag]
+
+
+def default_preprocess(name: str, weights: Weights | None = None) -> Preprocess:
+    """That of a checkpoint; else, marked as assumed, of the network's first one, or ImageNet's at its own size."""
+    if weights is not None:
+        return Preprocess.of(weights)
+    rows = get_variant(name).weights
+    guess = Preprocess.of(rows[0]) if rows else Preprocess(image_size=get_variant(name).input_size)
+    return replace(guess, assumed=SETTINGS)
+
+
+def _folder(path: Path, name: str | None) -> Source:
+    if (path / OWN).is_file():
+        return _own(path, name)
+    if (path / "model" / OWN).is_file():  # a work directory of the training program
+        return _own(path / "model", name)
+    if (path / hub.CONFIG).is_file():
+        arrays = next((path / file for file in hub.ARRAYS if (path / file).is_file()), None)
+        if arrays is not None:
+            return replace(_timm_config(path / hub.CONFIG, arrays, name, None), provenance={"source": str(path)})
+    if name is None:
+        raise UserError(
+            f"{path} holds neither {OWN} (save_pretrained) nor {hub.CONFIG} with {hub.ARRAYS[0]} (timm); "
+            "for a bare Orbax checkpoint say which network it is: name=..."
+        )
+    name = network_of(path, name)
+    return _bare(path, name, default_preprocess(name))
+
+
+def _own(path: Path, name: str | None) -> Source:
+    where = path / OWN
+    data = read_json(where)
+    if "format" not in data:
+        raise UserError(f"{where} has format None; this version reads {description.FORMAT}")
+    said, digests = description.from_json(data, str(where)), data.get("digests")
+    architecture = network_name(said.architecture, where)
+    _check_same_network(name, architecture, where)
+    if said.preprocess is None or "arguments" not in data or not isinstance(digests, dict):
+        raise UserError(f"{where} lacks arguments, preprocess or digests; save the checkpoint again")
+    preprocess = completed(said.preprocess, default_preprocess(architecture))
+    arrays = path / "variables"
+    return Source(architecture, arrays, preprocess, said.arguments, said.labels, said.provenance, digests)
+
+
+def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights | None) -> Source:
+    """A folder or repository that timm wrote: `config.json` beside the weights."""
+    data = read_json(config)
+    architecture = network_name(data.get("architecture"), config)
+    _check_same_network(name, architecture, config)
+    cfg = data["pretrained_cfg"] if isinstance(data.get("pretrained_cfg"), dict) else data
+    given: dict[str, Any] = {}
+    classes = data.get("num_classes", cfg.get("num_classes", 1000))
+    if classes != 1000 or "num_classes" in data:
+        given["num_classes"] = classes
+    for key, value in dict(data.get("model_args") or {}).items():
+        if key in ("num_classes", "in_chans"):
+            given["num_classes" if key == "num_classes" else "in_channels"] = value
+        elif key not in _HARMLESS:
+            raise UserError(f"{config} asks for {key}={value!r}, an argument of timm's that has no counterpart here")
+    labels = data.get("label_names", cfg.get("label_names"))
+    names = tuple(map(str, labels)) if isinstance(labels, list) and len(labels) == classes else None
+    if names is None and classes == 1000:
+        names = tuple(label.name for label in imagenet_labels())
+    return Source(architecture, arrays, _timm_preprocess(cfg, config, architecture, weights), given, names)
+
+
+# timm's names of the settings, and what timm takes where a description leaves one out (`timm/models/_pretrained.py`).
+_TIMM = {"crop": "crop_pct", "crop_mode": "crop_mode", "interpolation": "interpolation", "mean": "mean", "std": "std"}
+
+
+def _timm_preprocess(cfg: Mapping[str, Any], where: Path, name: str, weights: Weights | None) -> Preprocess:
+    said: dict[str, Any] = {"crop_mode": "center"}  # older descriptions do not know another one
+    said |= {ours: cfg[theirs] for ours, theirs in _TIMM.items() if cfg.get(theirs) is not None}
+    size = cfg.get("input_size")
+    if size is not None:
+        if not (isinstance(size, list) and len(size) == 3 and size[1] == size[2]):
+            raise UserError(f"{where} has input_size {size!r}; [channels, side, side] is needed")
+        said["image_size"] = size[1]
+    side = default_preprocess(name).image_size
+    return completed(said, Preprocess.of(weights) if weights else Preprocess(image_size=side, assumed=SETTINGS))
+
+
+def _file(path: Path, name: str | None) -> Source:
+    """A file of arrays, with what it says of itself."""
+    found = description.of_file(path)
+    if found is None:
+        return _bare_file(path, name)
+    said, where = found
+    if said.architecture is not None:
+        _check_same_network(name, said.architecture, where)
+        name = said.architecture
+    source = _bare_file(path, name)
+    return replace(
+        source,
+        preprocess=source.preprocess if said.preprocess is None else completed(said.preprocess, source.preprocess),
+        arguments=said.arguments,
+        labels=said.labels if said.says_labels else source.labels,
+        labels_assumed=not said.says_labels,
+        provenance=said.provenance or source.provenance,
+    )
+
+
+def _bare_file(path: Path, name: str | None) -> Source:
+    """A file that says nothing; the network is given, or read off the file's name.
+
+    Its preprocessing is that of the published checkpoint that the name says, as timm writes them; else Keras's, where
+    the arrays have Keras's names; else that of the network's first checkpoint. The second is certain only where the
+    name is Keras's too, the third never.
+    """
+    network = network_of(path, name)
+    weights = _published_in(name or "", network) or _published_in(path.name, network)
+    preprocess = default_preprocess(network, weights)
+    if weights is None and network in keras_files.NETWORKS and path.suffix.lower() in keras_files.SUFFIXES:
+        with open_arrays(path) as arrays:
+            if kind_of(arrays) == "keras":
+                spelled = (keras_files.network(name or path.name), keras_files.network(path.name))
+                preprocess = replace(keras_files.preprocess(network), assumed=() if network in spelled else SETTINGS)
+    return _bare(path, network, preprocess)
+
+
+def _bare(path: Path, name: str, preprocess: Preprocess) -> Source:
+    imagenet = get_variant(name).attributes().get("num_classes", 1000) == 1000
+    labels = _imagenet() if imagenet else None
+    return Source(name, path, preprocess, {}, labels, {"source": str(path)}, bare=True, labels_assumed=True)
+
+
+def _imagenet() -> tuple[str, ...]:
+    return tuple(label.name for label in imagenet_labels())
+
+
+def _published_in(words: str, name: str) -> Weights | None:
+    """The checkpoint of a network that a file's name, or what a person calls it, says.
+
+    timm writes `seresnet50.ra2_in1k.safetensors`, in older releases `seresnet50_ra2-c3c1a7f2.pth`: a tag, or its
+    beginning where it is the only one of the network that begins so.
+    """
+    tags = {w.tag: w for w in get_variant(name).weights}
+    word = words.lower().partition(".")[2].partition(".")[0]
+    if word in tags:
+        return tags[word]
+    stem = words.lower().partition(".")[0].replace("-", "_")
+    if not stem.startswith(name + "_"):
+        return None
+    word = re.split(r"[.-]", words.lower()[len(name) + 1 :])[0]
+    begun = [w for tag, w in tags.items() if word and tag.startswith(word + "_")]
+    return tags.get(word) or (begun[0] if len(begun) == 1 else None)
+
+
+def _check_same_network(name: str | None, architecture: str, where: Path | str) -> None:
+    if name is not None and architecture not in meanings(name):
+        raise UserError(f"{where} is {architecture}, not the given name={name}; leave that out, or pass a bare file")

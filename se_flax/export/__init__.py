@@ -1,0 +1,1 @@
+"""Networks for other programs: folded batch norms, StableHLO, ONNX and SavedModel, NNX."""

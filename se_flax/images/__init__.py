@@ -1,0 +1,1 @@
+"""Pictures before a network sees them: decoding, preprocessing, class folders, names of classes."""

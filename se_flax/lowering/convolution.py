@@ -1,0 +1,61 @@
+"""2-D convolution that knows where it runs: TPU and GPU keep XLA's own, a CPU gets a form that it is fast at.
+
+`jax.lax.platform_dependent` traces the form of every platform, also of those that will not run it. The forms for a CPU
+cut, reshape and loop over maps, which needs heights and widths that are numbers, and images that are not sharded over
+explicit mesh axes; elsewhere every platform gets XLA's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from se_flax.lowering.cpu.convolution import convolve_on_cpu
+from se_flax.lowering.dispatch import memoized_partial
+from se_flax.lowering.sharding import has_explicit_axes, over_images
+from se_flax.lowering.xla import xla_convolution
+
+Array = jax.Array
+Padding = str | Sequence[tuple[int, int]]
+
+
+def convolve(
+    x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding, dilation: tuple[int, ...], groups: int
+) -> Array:
+    """Convolution (cross-correlation, as everywhere in deep learning) over one or more spatial axes.
+
+    Args:
+      x: [N, H, W, C], or with any other number of spatial axes.
+      kernel: [kh, kw, C / groups, features], of the same dtype; one axis per spatial axis of x.
+      strides: along the spatial axes.
+      padding: `"SAME"`, `"VALID"` or ((top, bottom), (left, right)).
+      dilation: spacing of the kernel's taps along the spatial axes.
+      groups: input and output channels are split in so many groups.
+
+    Returns:
+      [N, h, w, features], of the same dtype. On explicit mesh axes it is sharded as the images are, and its features
+      are on every device.
+    """
+    sides = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:-2], dilation, strict=True)]
+    pads = jax.lax.padtype_to_pads(x.shape[1:-1], sides, strides, padding) if isinstance(padding, str) else padding
+    settings: dict[str, Any] = {
+        "strides": tuple(strides),
+        "padding": tuple((low, high) for low, high in pads),
+        "dilation": tuple(dilation),
+        "groups": groups,
+    }
+    if has_explicit_axes(x, kernel):
+        return over_images(memoized_partial(xla_convolution, **settings), x, kernel)
+    if not _fits_cpu_forms(x):
+        return xla_convolution(x, kernel, **settings)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=memoized_partial(convolve_on_cpu, **settings),
+        default=memoized_partial(xla_convolution, **settings),
+    )
+
+
+def _fits_cpu_forms(x: Array) -> bool:
+    """Whether there are height and width, both are numbers, and there is at least one image of at least one pixel."""
+    return x.ndim == 4 and all(isinstance(side, int) for side in x.shape[1:]) and 0 not in x.shape

@@ -1,0 +1,104 @@
+"""Functions that JAX recognises again, and arrays that XLA computes once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+Array = jax.Array
+
+
+@lru_cache(maxsize=1024)
+def memoized_partial(function: Callable[..., Any], *settings: Any, **named: Any) -> Callable[..., Any]:
+    """`functools.partial`, the same object for the same settings.
+
+    JAX keeps what it traced of a function that is given to a transformation or a branch, and its derivative, by the
+    function itself and the shapes of the arrays. A new closure for each layer is traced each time.
+
+    Args:
+      function: of these settings and of arrays.
+      *settings: hashable, before the arrays.
+      **named: hashable, by name.
+
+    Returns:
+      The function of the arrays alone.
+    """
+    return partial(function, *settings, **named)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False, init=False)
+class Function:
+    """A function that is given to a call of a Linen module, and called like it.
+
+    `nn.tabulate` takes every leaf of what a call was given for an array, and JAX warns of a leaf that is none (in a
+    later version it is an error). This is a tree without leaves.
+
+    Attributes:
+      name: what the table shows.
+    """
+
+    name: str
+
+    def __init__(self, function: Callable[..., Any]):
+        own: Any = function
+        while isinstance(own, partial):
+            own = own.func
+        object.__setattr__(self, "name", getattr(own, "__name__", type(own).__name__))
+        # Not a field: the table would show it with all that it holds.
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args, **kwargs)
+
+    @property
+    def function(self) -> Any:
+        """The function itself, which JAX knows again where it is given to a transformation."""
+        return self.__dict__["_function"]
+
+
+def share_computation(x: Array) -> Array:
+    """Lets all readers of an array share one computation of it on a CPU; the identity elsewhere.
+
+    XLA's fusion on a CPU computes what is cheap again for each reader. A residual network's sum is cheap, and has two:
+    the next block's convolution and its sum. So every sum of a stage starts again from the first block's, which takes
+    more and more maps to read, and keeps all of them.
+
+    Args:
+      x: any array.
+
+    Returns:
+      The same.
+    """
+    return jax.lax.platform_dependent(x, cpu=materialize, default=_as_it_is)
+
+
+def _as_it_is(x: Array) -> Array:
+    # With a name: JAX traces the same function once for all arrays of a shape.
+    return x
+
+
+def materialize(x: Array) -> Array:
+    """`computed_once` in code that only a CPU runs: whatever x is made of ends in memory, not in its readers' loops.
+
+    So does the gradient on its way back: what is added up to it is written before anything reads it.
+
+    Args:
+      x: any array.
+
+    Returns:
+      The same.
+    """
+    # A function of its own, that is not to be merged into the program, is what its operand is computed for.
+    with set_xla_metadata(inlineable="false"):
+        return _same(x)
+
+
+@jax.jit
+def _same(x: Array) -> Array:
+    # The bare identity would be taken out before XLA sees it.
+    return jax.lax.optimization_barrier(x)

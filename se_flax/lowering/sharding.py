@@ -1,0 +1,72 @@
+"""Arrays sharded over explicit mesh axes (`jax.sharding.AxisType.Explicit`, what `jax.make_mesh` gives by default).
+
+On explicit axes an array's sharding is part of its type, and JAX refuses an operation whose result's sharding would be
+ambiguous. The rule here: images stay sharded as they are; kernels, and channels where an operation mixes them, are
+gathered first. So parameters may be sharded in any way (fully sharded data parallelism, FSDP), and their gradients are
+sharded as they are. On automatic axes and inside `jax.shard_map` nothing changes.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Array = jax.Array
+
+
+def has_explicit_axes(*arrays: Array) -> bool:
+    """Whether any of the arrays lives on a mesh with an explicit axis."""
+    return any(AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ()) for x in arrays)
+
+
+def gathered(x: Array, *axes: int) -> Array:
+    """The array with some of its axes on every device.
+
+    Args:
+      x: any array.
+      *axes: which of its axes; all when none is named.
+
+    Returns:
+      The same numbers, not sharded along these axes; `x` itself where they are not sharded explicitly.
+    """
+    if not has_explicit_axes(x):
+        return x
+    sharding = jax.typeof(x).sharding
+    spec = list(sharding.spec) + [None] * (x.ndim - len(sharding.spec))
+    rest = list(spec)
+    for axis in axes or range(x.ndim):
+        rest[axis] = None
+    return x if rest == spec else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*rest)))
+
+
+def over_images(function: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    """Applies a function of maps and a kernel to the maps of every device by themselves.
+
+    XLA's partitioner multiplies the gradient of a grouped convolution's kernel by the size of each mesh axis that the
+    images are not sharded over (seen with JAX 0.10.2 and 0.12.0). Inside `jax.shard_map` nothing is left to partition.
+
+    Args:
+      function: of maps [n, ..., C] and the kernel to maps [n, ..., features], image by image.
+      x: [N, ..., C], with explicit axes or with a kernel that has them.
+      kernel: in any way sharded; gathered.
+
+    Returns:
+      [N, ..., features]; N is sharded as in x, the other axes are not.
+    """
+    x, kernel = gathered(x, *range(1, x.ndim)), gathered(kernel)
+    sharding = jax.typeof(x if has_explicit_axes(x) else kernel).sharding
+    images = PartitionSpec(*jax.typeof(x).sharding.spec[:1])
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=(images, PartitionSpec()), out_specs=images)(x, kernel)
+
+
+def matched(x: Array, like: Array) -> Array:
+    """The array, sharded as another one of its shape: what a custom derivative owes the operand that it differentiates.
+
+    Args:
+      x: any array.
+      like: of the same shape.
+
+    Returns:
+      The numbers of `x`; `x` itself without explicit axes.
+    """
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if has_explicit_axes(like) else x

@@ -1,0 +1,311 @@
+"""Inverted residual blocks of the mobile networks: MobileNet, MnasNet, EfficientNet and their kin.
+
+A block receives convolution, norm, activation and attention, as the residual blocks of `se_flax.nn.residual` do. Its
+layers have timm's names: `conv_pw`, `conv_dw`, `conv_pwl`, `bn1`, `bn2`, `bn3`, `se`.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_flax.functional import round_to_multiple
+from se_flax.lowering.convolution import convolve
+from se_flax.lowering.sharding import has_explicit_axes
+from se_flax.nn.conv import normal_fan_out
+from se_flax.nn.head import Dense
+from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.residual import drop_path
+
+Array = jax.Array
+ModuleDef = Callable[..., Any]
+
+
+def fan_out_init(groups: int = 1) -> nn.initializers.Initializer:
+    """Normal with variance 2 / (kernel area * output channels / groups), as TensorFlow's mobile networks start.
+
+    Args:
+      groups: of the convolution; a depthwise kernel counts its area only.
+    """
+    return normal_fan_out(2.0 * groups)
+
+
+def mixed_conv(
+    conv: ModuleDef, features: int, kernel: int | tuple[int, ...], x: Array, *, name: str, groups: int = 1, **kw: Any
+) -> Array:
+    """Convolution; several kernel sizes share the channels between them (Tan and Le 2019b, section 3.1: MixConv).
+
+    Channels are split evenly and the first part takes the remainder. The parts are named `<name>_0`, `<name>_1`, ...
+
+    Args:
+      conv: convolution class or partial.
+      features: output channels.
+      kernel: one size, or one per part.
+      x: [N, H, W, C].
+      name: of the submodule.
+      groups: of the convolution; with several kernels 1 or C (depthwise).
+      **kw: further arguments of `conv`.
+
+    Returns:
+      [N, h, w, features].
+    """
+    if isinstance(kernel, int):
+        return conv(features, kernel, groups=groups, kernel_init=fan_out_init(groups), name=name, **kw)(x)
+
+    def split(total: int) -> list[int]:
+        part = total // len(kernel)
+        return [total - part * (len(kernel) - 1)] + [part] * (len(kernel) - 1)
+
+    outputs, start = [], 0
+    for i, (size, width, out) in enumerate(zip(kernel, split(x.shape[-1]), split(features), strict=True)):
+        part = jax.lax.slice_in_dim(x, start, start + width, axis=-1)
+        part_groups = width if groups > 1 else 1
+        init = fan_out_init(part_groups)
+        outputs.append(conv(out, size, groups=part_groups, kernel_init=init, name=f"{name}_{i}", **kw)(part))
+        start += width
+    return jnp.concatenate(outputs, axis=-1)
+
+
+class CondConv(nn.Module):
+    """Convolution whose kernel is mixed from experts for every image (Yang et al. 2019, section 3, equation 1).
+
+    Parameters: `experts` [E, kh, kw, C_in / groups, C_out].
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the kernel.
+      experts: E.
+      strides: of both axes.
+      groups: as in `layers.Conv`.
+      padding: `symmetric` or `SAME`, as in `layers.Conv`.
+      dtype: of the arithmetic; None takes the input's.
+    """
+
+    features: int
+    kernel_size: int
+    experts: int
+    strides: int = 1
+    groups: int = 1
+    padding: str = "symmetric"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, routing: Array) -> Array:
+        """Args: x [N, H, W, C]; routing [N, E], the experts' shares. Returns: [N, h, w, features]."""
+        n, h, w, channels = x.shape
+        size = (self.kernel_size, self.kernel_size)
+        init = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "normal", batch_axis=0)
+        shape = (self.experts, *size, channels // self.groups, self.features)
+        experts = self.param("experts", init, shape, jnp.float32)
+        dtype = self.dtype or x.dtype
+        padding = "SAME" if self.padding == "SAME" else [((self.kernel_size - 1) // 2,) * 2] * 2
+        strides = (self.strides, self.strides)
+        x = x.astype(dtype)
+        if not isinstance(n, int) or n == 0 or has_explicit_axes(x, experts):
+            # A batch of any size (jax.export), of none, or sharded over explicit axes cannot be a group per image:
+            # every expert's map is computed, and the maps are mixed instead of the kernels.
+            shares = jnp.split(routing.astype(dtype), self.experts, axis=1)
+            maps = (convolve(x, kernel.astype(dtype), strides, padding, (1, 1), self.groups) for kernel in experts)
+            return functools.reduce(
+                jnp.add, [y * share[:, :, None, None] for y, share in zip(maps, shares, strict=True)]
+            )
+        kernels = jnp.einsum("ne,ehwio->nhwio", routing.astype(jnp.float32), experts).astype(dtype)
+        if self.kernel_size == 1 and self.strides == 1 and self.groups == 1:
+            return jnp.einsum("nhwi,nio->nhwo", x, jnp.squeeze(kernels, (1, 2)))
+        # One kernel per image is one group of channels per image, in a batch of one.
+        folded = x.transpose(1, 2, 0, 3).reshape(1, h, w, n * channels)
+        kernel = kernels.transpose(1, 2, 3, 0, 4).reshape(*size, channels // self.groups, n * self.features)
+        y = convolve(folded, kernel, strides, padding, (1, 1), self.groups * n)
+        return y.reshape(*y.shape[1:3], n, self.features).transpose(2, 0, 1, 3)
+
+
+class MobileBlock(nn.Module):
+    """What the mobile blocks share.
+
+    Attributes:
+      features: output channels.
+      conv: convolution, called as `conv(features, kernel_size, strides=..., groups=..., name=...)`.
+      norm: batch norm, called as `norm(name=...)(x, train=...)`.
+      act: activation.
+      linear_norm: norm where no activation follows; None takes `norm`. They differ where norm and activation are one
+        module (`norms.EvoNormS0`).
+      strides: of the block.
+      kernel: side of the kernel, or the sides of a mixed depthwise convolution.
+      attention: attention class or partial, or None.
+      attention_base: channels that a reduction is a share of; None: the block's input, or see `from_expanded`.
+      from_expanded: a reduction is a share of the map that the attention acts on (MobileNetV3) instead of the block's
+        input (MnasNet, EfficientNet).
+      attention_last: attention acts on the block's last map, before the sum, instead of the depthwise one.
+      skip: adds the input where the shape allows.
+      group_size: channels per group of the spatial convolution; 1 is depthwise.
+      antialias: takes over a stride of 2 after norm and activation (`layers.blur_pool`); None leaves it to the
+        convolution.
+      drop_path_rate: stochastic depth.
+    """
+
+    features: int
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array] = jax.nn.relu
+    linear_norm: ModuleDef | None = None
+    strides: int = 1
+    kernel: int | tuple[int, ...] = 3
+    attention: ModuleDef | None = None
+    attention_base: int | None = None
+    from_expanded: bool = False
+    attention_last: bool = False
+    skip: bool = True
+    group_size: int = 1
+    antialias: Callable[[Array], Array] | None = None
+    drop_path_rate: float = 0.0
+
+    @nn.nowrap
+    def activate(self, x: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
+        """Norm and activation."""
+        return (act or self.act)(self.norm(name=name)(x, train=train))
+
+    @property
+    def conv_strides(self) -> int:
+        """Stride that the convolution itself makes."""
+        return self.strides if self.antialias is None else 1
+
+    @nn.nowrap
+    def blur(self, x: Array) -> Array:
+        """The rest of the stride."""
+        return x if self.antialias is None or self.strides == 1 else self.antialias(x)
+
+    @nn.nowrap
+    def activate_attend(self, x: Array, name: str, in_channels: int, train: bool) -> Array:
+        """Norm, activation, the rest of the stride, and attention if the block carries it here."""
+        if self.attention is None or self.attention_last:
+            return self.blur(self.activate(x, name, train))
+        attention, base = self.attention(name="se"), self._attention_base(x, in_channels)
+        if self.antialias is not None and self.strides > 1:
+            return attention(self.blur(self.activate(x, name, train)), train=train, base_channels=base)
+        return norm_act_attend(self.norm(name=name), attention, x, train=train, base_channels=base, act=self.act)
+
+    @nn.nowrap
+    def close(self, x: Array, y: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
+        """The branch's last norm, its activation if there is one, attention if the block carries it here, the sum."""
+        norm = (self.norm if act else self.linear_norm or self.norm)(name=name)
+        attention = self.attention(name="se") if self.attention is not None and self.attention_last else None
+        base = self._attention_base(y, x.shape[-1])
+        y = norm_act_attend(norm, attention, y, train=train, act=act, base_channels=base)
+        return self.add(x, y, train)
+
+    @nn.nowrap
+    def _attention_base(self, x: Array, in_channels: int) -> int:
+        return self.attention_base or (x.shape[-1] if self.from_expanded else in_channels)
+
+    @nn.nowrap
+    def add(self, x: Array, branch: Array, train: bool) -> Array:
+        """The residual sum, where the block has one, with stochastic depth on the branch."""
+        if not self.skip or self.strides != 1 or x.shape != branch.shape:
+            return branch
+        if train and self.drop_path_rate > 0.0:
+            branch = drop_path(branch, self.drop_path_rate, self.make_rng("dropout"))
+        return x + branch
+
+
+class ConvBlock(MobileBlock):
+    """One convolution with norm and activation (EfficientNetV2's first stage, MobileNetV3's last). No attention."""
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+        y = mixed_conv(self.conv, self.features, self.kernel, x, strides=self.conv_strides, name="conv")
+        return self.add(x, self.blur(self.activate(y, "bn1", train)), train)
+
+
+class DepthwiseSeparable(MobileBlock):
+    """Depthwise and pointwise convolution (Howard et al. 2017, section 3.1); an inverted residual that expands by 1.
+
+    Attributes:
+      project_act: activation after the pointwise convolution too (MobileNetV1, LCNet).
+      space_to_depth: starts with a 2x2 convolution of stride 2 to four times the channels and halves the depthwise
+        kernel (Li et al. 2021, section 4.2: EfficientNet-X).
+    """
+
+    project_act: bool = False
+    space_to_depth: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features], halved by space to depth."""
+        y, kernel, kw = x, self.kernel, {}
+        if self.space_to_depth:
+            assert isinstance(kernel, int)
+            y = self.conv(4 * x.shape[-1], 2, strides=2, padding="SAME", kernel_init=fan_out_init(), name="conv_s2d")(y)
+            y = self.activate(y, "bn_s2d", train)
+            kernel = (kernel + 1) // 2
+            kw = {"padding": "SAME"} if kernel % 2 == 0 else {}
+        width = y.shape[-1]
+        groups = width // self.group_size
+        y = mixed_conv(self.conv, width, kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw", **kw)
+        y = self.activate_attend(y, "bn1", x.shape[-1], train)
+        y = mixed_conv(self.conv, self.features, 1, y, name="conv_pw")
+        return self.close(x, y, "bn2", train, self.act if self.project_act else None)
+
+
+class InvertedResidual(MobileBlock):
+    """Expand, depthwise convolution, attention, project (Sandler et al. 2018, section 3.3; MBConv).
+
+    Attributes:
+      expand: expanded channels over input channels; the product is rounded to a multiple of eight.
+      hidden: expanded channels outright.
+      expand_kernel: of the expansion, `(1, 1)` for two groups (MixNet).
+      project_kernel: of the projection, likewise.
+      experts: kernels per convolution, mixed for every image (CondConv); 0 for one.
+    """
+
+    expand: float = 6.0
+    hidden: int | None = None
+    expand_kernel: int | tuple[int, ...] = 1
+    project_kernel: int | tuple[int, ...] = 1
+    experts: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+        in_channels = x.shape[-1]
+        hidden = self.hidden or round_to_multiple(in_channels * self.expand)
+        if self.experts:
+            init = nn.initializers.variance_scaling(1 / 6, "fan_avg", "uniform")
+            pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+            routing = jax.nn.sigmoid(Dense(self.experts, kernel_init=init, name="routing_fn")(pooled))
+
+            def conv(features: int, kernel: Any, y: Array, *, name: str, groups: int = 1, strides: int = 1) -> Array:
+                # The padding and dtype that the network chose are bound to its convolution.
+                bound = {k: v for k, v in getattr(self.conv, "keywords", {}).items() if k in ("padding", "dtype")}
+                layer = CondConv(features, kernel, self.experts, strides=strides, groups=groups, name=name, **bound)
+                return layer(y, routing)
+        else:
+            conv = partial(mixed_conv, self.conv)
+
+        y = self.activate(conv(hidden, self.expand_kernel, x, name="conv_pw"), "bn1", train)
+        groups = hidden // self.group_size
+        y = conv(hidden, self.kernel, y, strides=self.conv_strides, groups=groups, name="conv_dw")
+        y = self.activate_attend(y, "bn2", in_channels, train)
+        return self.close(x, conv(self.features, self.project_kernel, y, name="conv_pwl"), "bn3", train)
+
+
+class FusedInvertedResidual(MobileBlock):
+    """Expansion and depthwise convolution fused into one (Tan and Le 2021, section 3.2: Fused-MBConv).
+
+    Attributes:
+      expand: expanded channels over input channels, as in `InvertedResidual`.
+    """
+
+    expand: float = 4.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+        hidden = round_to_multiple(x.shape[-1] * self.expand)
+        y = mixed_conv(self.conv, hidden, self.kernel, x, strides=self.conv_strides, name="conv_exp")
+        y = self.activate_attend(y, "bn1", x.shape[-1], train)
+        return self.close(x, mixed_conv(self.conv, self.features, 1, y, name="conv_pwl"), "bn2", train)

@@ -1,0 +1,324 @@
+"""Norms, called as `norm(name=...)(x, train=train)`. Statistics are float32.
+
+Batch norm differs from Linen's where checkpoints demand it: the running variance is the unbiased estimate (PyTorch),
+and statistics cannot go negative. The others normalise each image by itself: training and evaluation are the same.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
+
+from se_flax.errors import UserError
+from se_flax.lowering.deferred_conv import DeferredConv, affine, image_means, moments
+from se_flax.lowering.sharding import gathered
+
+Array = jax.Array
+Dtype = Any
+
+
+def check_spread(module: nn.Module, count: int, values: str, remedy: str) -> None:
+    """Refuses statistics of a single value: it is its own mean, and a norm's output is its bias whatever the image.
+
+    Args:
+      module: the norm that is being called.
+      count: values that its mean and variance are taken of.
+      values: where there is one, in words.
+      remedy: what to do, in words.
+
+    Raises:
+      UserError: there is one value.
+    """
+    if count == 1 and not module.is_initializing():
+        where = f" at {'/'.join(module.path)}" if module.path else ""
+        raise UserError(
+            f"{type(module).__name__}{where} has {values} to normalise by, so that the difference from the mean, the "
+            f"variance and every gradient through them are zero; {remedy}"
+        )
+
+
+class Coefficients(NamedTuple):
+    """A norm as an affine function per channel, factor * x + offset, not applied yet.
+
+    Attributes:
+      x: what the norm was called with.
+      factor: float32 [C]; None for the identity (a norm that was folded into its convolution).
+      offset: likewise.
+      means: of factor * x + offset over the spatial axes, float32 [N, 1, 1, C], where they were asked for.
+    """
+
+    x: Array | DeferredConv
+    factor: Array | None
+    offset: Array | None
+    means: Array | None
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over N, H, W (Ioffe and Szegedy 2015, algorithm 1).
+
+    Statistics are computed in float32. The running variance is updated with the unbiased estimate (n / (n - 1)), as
+    PyTorch does and TensorFlow does not: a network trained there continues here with the same statistics. The
+    difference matters for small batches only (n counts pixels too).
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: share of the old running statistic that is kept, Flax's and TensorFlow's convention. PyTorch's 0.1 is
+        0.9 here.
+      axis_name: mapped device axis over which the batch statistics are averaged while training; None normalises each
+        replica by its own.
+      defer_conv: training on a TPU does not store the output of a 1x1 convolution before this norm where it can do
+        without: fewer passes over memory for more multiply-adds, see `se_flax.lowering.deferred_conv`. The numbers
+        are the same.
+      scale_init: initialiser of the scale.
+      dtype: of the output; None takes the input's.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    axis_name: str | None = None
+    defer_conv: bool = False
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    dtype: Dtype = None
+
+    def __call__(self, x: Array | DeferredConv, *, train: bool = False) -> Array:
+        """Normalises.
+
+        Args:
+          x: [..., C], or a convolution's deferred output.
+          train: use and record the batch's statistics.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: training on a single value per channel: one image of one pixel, on all devices that share the
+            statistics.
+        """
+        x, factor, offset, _ = self.coefficients(x, train=train)
+        return self.affine(x, factor, offset)
+
+    def affine(self, x: Array | DeferredConv, factor: Array | None, offset: Array | None) -> Array:
+        """The function factor * x + offset in this norm's dtype; for `factor` [C], or [N, 1, 1, C] with gates in it."""
+        return affine(x, factor, offset, self.dtype or x.dtype)
+
+    @nn.compact
+    def coefficients(self, x: Array | DeferredConv, *, train: bool = False, per_image: bool = False) -> Coefficients:
+        """The norm of x as an affine function per channel.
+
+        Args:
+          x: [..., C]; [N, H, W, C] with `per_image`. Or a convolution's deferred output.
+          train: use and record the batch's statistics.
+          per_image: also give every image's means after the norm, from the same pass over x.
+
+        Returns:
+          The coefficients, with x.
+        """
+        x = x if isinstance(x, DeferredConv) else jnp.asarray(x)
+        shape = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        means = image_means(x) if per_image else None
+        if train:
+            mean, var, count = self._batch_statistics(x, means)
+            if not self.is_initializing():
+                unbiased = var * (count / max(count - 1, 1))
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
+        offset = gathered(bias - mean * factor)
+        return Coefficients(x, factor, offset, None if means is None else means * factor + offset)
+
+    def _batch_statistics(self, x: Array | DeferredConv, pooled: Array | None) -> tuple[Array, Array, int]:
+        across = self.axis_name if not self.is_initializing() else None
+        count = math.prod(x.shape[:-1])
+        if across is not None:
+            count *= jax.lax.axis_size(across)
+        check_spread(
+            self,
+            count,
+            "one value per channel (one image, one pixel)",
+            "train with more images per device and micro-batch, larger images, or statistics over all devices "
+            "(axis_name; in the training program parallel.batch_norm=global)",
+        )
+        if not isinstance(x, DeferredConv) and x.size == x.shape[0] * x.shape[-1]:
+            # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
+            # second pass over a vector per image costs nothing.
+            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            mean = _replica_mean(jnp.mean(wide, axes, keepdims=True), across)
+            return mean.reshape(-1), _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
+        mean, square = _replica_mean(moments(x, pooled), across)
+        # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
+        # root of that is NaN.
+        return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
+
+
+def _replica_mean(tree: Any, axis_name: str | None) -> Any:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
+    """Mean and (biased) variance over the pixels and over each group of adjacent channels.
+
+    Args:
+      x: map [N, H, W, C].
+      group_size: channels per group; divides C.
+
+    Returns:
+      float32 mean and variance [N, 1, 1, C], the same within a group.
+
+    Raises:
+      UserError: the groups do not fit the channels.
+    """
+    x = jnp.asarray(x)
+    n, h, w, channels = x.shape
+    if group_size < 1 or channels % group_size:
+        raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
+    grouped = gathered(x, -1).astype(jnp.float32).reshape(n, h, w, channels // group_size, group_size)
+    mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
+    # Two passes: there is no running statistic to save a pass for, and this never goes negative.
+    var = jnp.mean(jnp.square(grouped - mean), axis=(1, 2, 4), keepdims=True)
+    return tuple(jnp.repeat(m[..., 0], group_size, axis=-1) for m in (mean, var))  # type: ignore[return-value]
+
+
+def _check_group(module: Any, x: Array) -> None:
+    pixels = x.shape[1] * x.shape[2]
+    check_spread(
+        module, pixels * module.group_size, "one value per group", "give larger images, or more channels per group"
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018, section 3.1).
+
+    Attributes:
+      group_size: channels per group.
+      epsilon: added to the variance.
+      scale_init: initialiser of the scale.
+      dtype: of the output; None takes the input's.
+    """
+
+    group_size: int = 8
+    epsilon: float = 1e-5
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Normalises.
+
+        Args:
+          x: [N, H, W, C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: groups that do not fit the channels, or hold a single value (one channel of a map of one pixel).
+        """
+        del train
+        x = jnp.asarray(x)
+        scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
+        _check_group(self, x)
+        mean, var = group_moments(x, self.group_size)
+        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.astype(self.dtype or x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of every pixel over its channels (Ba et al. 2016, section 3; per pixel as in ConvNeXt).
+
+    Attributes:
+      epsilon: added to the variance.
+      scale_init: initialiser of the scale.
+      dtype: of the output; None takes the input's.
+    """
+
+    epsilon: float = 1e-5
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Normalises.
+
+        Args:
+          x: [..., C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: a single channel.
+        """
+        del train
+        x = jnp.asarray(x)
+        scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
+        check_spread(self, x.shape[-1], "one channel", "give a map of more channels, or leave the norm out")
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        var = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = y * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.astype(self.dtype or x.dtype)
+
+
+class EvoNormS0(nn.Module):
+    """EvoNorm-S0: x sigmoid(v x) / std over a group, scaled and shifted (Liu et al. 2020, table 2).
+
+    Norm and activation in one: a network built with it takes `act=functional.ACTIVATIONS["identity"]`, and this module
+    with `nonlinear=False` where a norm is not followed by an activation.
+
+    Attributes:
+      group_size: channels per group.
+      epsilon: added to the variance.
+      nonlinear: False leaves only scale and shift, without normalisation (as timm does).
+      scale_init: initialiser of the scale.
+      dtype: of the output; None takes the input's.
+    """
+
+    group_size: int = 8
+    epsilon: float = 1e-5
+    nonlinear: bool = True
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Normalises and activates.
+
+        Args:
+          x: [N, H, W, C].
+          train: no effect.
+
+        Returns:
+          The shape of x.
+
+        Raises:
+          UserError: as `GroupNorm`.
+        """
+        del train
+        x = jnp.asarray(x)
+        shape = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
+        y = x.astype(jnp.float32)
+        if self.nonlinear:
+            v = broadcast_to_rank(gathered(self.param("v", nn.initializers.ones_init(), shape, jnp.float32)), x.ndim)
+            _check_group(self, x)
+            _, var = group_moments(x, self.group_size)
+            y = y * jax.nn.sigmoid(y * v) * jax.lax.rsqrt(var + self.epsilon)
+        return (y * scale + bias).astype(self.dtype or x.dtype)

@@ -1,0 +1,54 @@
+"""Pooling of maps [N, H, W, C] as PyTorch and timm do it."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Array:
+    """Maximum over size x size windows; x [N, H, W, C], `padding` pixels of -inf on every side.
+
+    Of equal values in a window the first gets the gradient; on a CPU, where XLA's form is slow, they share it.
+    """
+
+    def xla_convolution(x: Array) -> Array:
+        return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
+
+    def by_axis(x: Array) -> Array:
+        for axis in (1, 2):
+            edge = [(padding, padding) if i == axis else (0, 0) for i in range(x.ndim)]
+            x = jnp.pad(x, edge, constant_values=-jnp.inf)
+            end = x.shape[axis] - size + 1
+            windows = [jax.lax.slice_in_dim(x, i, i + end, strides, axis) for i in range(size)]
+            x = functools.reduce(jnp.maximum, windows)
+        return x
+
+    return jax.lax.platform_dependent(x, cpu=by_axis, default=xla_convolution)
+
+
+def avg_pool(x: Array, size: int, strides: int) -> Array:
+    """Mean over size x size windows of x [N, H, W, C]; windows that hang over the end average what they hold."""
+    # A window that starts in the padding is none, so the most that can hang over serves a side of unknown length.
+    hang = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
+    return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
+
+
+def blur_pool(x: Array) -> Array:
+    """Halves the resolution behind a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
+
+    Args:
+      x: [N, H, W, C].
+
+    Returns:
+      [N, ceil(H / 2), ceil(W / 2), C]; one pixel of zeros is assumed around the map.
+    """
+    for axis in (1, 2):
+        size = x.shape[axis]
+        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        before, here, after = (jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3))
+        x = (before + 2 * here + after) * 0.25
+    return x

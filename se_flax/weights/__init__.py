@@ -1,1 +1,0 @@
-"""Weights of other frameworks and of our own, to and from variables."""

@@ -1,0 +1,126 @@
+"""From an index of a source to a finished example, and what happens to images that cannot be read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from se_flax.errors import UserError
+from train.config import INTERPOLATION, Data
+from train.data.images import UnreadableImage, eval_image, train_image
+from train.data.sources import Source
+
+_MOST_IN_A_ROW = 100  # so many unreadable images in a row are no accident
+
+
+def _read(source: Source, index: int) -> dict[str, Any]:
+    try:
+        return source[index]
+    except OSError as error:  # only these: a wrong label is no damage of the image
+        raise UnreadableImage(error.strerror or str(error)) from error
+    except MemoryError as error:
+        raise UnreadableImage("not enough memory for it") from error
+
+
+@dataclass(frozen=True)
+class PrepareTrain:
+    """Index and random numbers to a finished example. `skipped` images from `index` on were unreadable."""
+
+    source: Source
+    data: Data
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The example of an index, or the next one that can be read."""
+        data, total = self.data, len(self.source)
+        for skipped in range(min(total, _MOST_IN_A_ROW)):
+            at = (index + skipped) % total
+            try:
+                example = _read(self.source, at)
+                image = _train_image(example["image"], rng, data)
+            except UnreadableImage as error:
+                _forgive(error, self.source, at, data)
+                continue
+            label = np.int32(example["label"])
+            return {"image": image, "label": label, "index": np.int64(index), "skipped": np.int64(skipped)}
+        raise UserError(
+            f"{min(total, _MOST_IN_A_ROW)} images in a row from {self.source.name(index)} on could not be read; "
+            "check the data."
+        )
+
+
+@dataclass(frozen=True)
+class PrepareEval:
+    """Index to a finished example; beyond the end, and where an image is unreadable, zeros that are masked."""
+
+    source: Source
+    data: Data
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """The example of an index, masked where there is none."""
+        size, skipped = self.data.image_size, 0
+        image, label, good = np.zeros((size, size, 3), np.uint8), 0, False
+        if index < len(self.source):
+            try:
+                example = _read(self.source, index)
+                image = _eval_image(example["image"], self.data)
+                label, good = example["label"], True
+            except UnreadableImage as error:
+                _forgive(error, self.source, index, self.data)
+                skipped = 1
+        notes = {"index": np.int64(index), "skipped": np.int64(skipped)}
+        return {"image": image, "label": np.int32(label), "mask": np.bool_(good), **notes}
+
+
+def _forgive(error: UnreadableImage, source: Source, index: int, data: Data) -> None:
+    if data.bad_images == "error":
+        raise UserError(
+            f"{source.name(index)} could not be read ({error}); mend or remove it, or let a run pass over such images "
+            "with --config.data.bad_images=skip."
+        ) from error
+
+
+def _train_image(image: bytes | np.ndarray, rng: np.random.Generator, data: Data) -> np.ndarray:
+    return train_image(
+        image,
+        rng,
+        size=data.image_size,
+        crop=data.train_crop,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        interpolation=data.interpolation or INTERPOLATION,
+        exif_orientation=data.exif_orientation,
+    )
+
+
+def _eval_image(image: bytes | np.ndarray, data: Data) -> np.ndarray:
+    return eval_image(
+        image,
+        size=data.image_size,
+        crop_fraction=data.eval_crop_fraction,
+        interpolation=data.interpolation or INTERPOLATION,
+        exif_orientation=data.exif_orientation,
+    )
+
+
+def why_bad(source: Source, index: int, data: Data, training: bool) -> str:
+    """Why an image could not be prepared, found by doing it again.
+
+    Args:
+      source: where it is from.
+      index: in the source.
+      data: the settings.
+      training: prepared for training, or for evaluation.
+
+    Returns:
+      The reason in a few words.
+    """
+    try:
+        image = _read(source, index)["image"]
+        eval_image(image, size=8)  # all of it: a crop of a JPEG passes over the damage below it
+        if training:
+            _train_image(image, np.random.default_rng(0), data)
+        else:
+            _eval_image(image, data)
+    except UnreadableImage as error:
+        return str(error)
+    return "readable by now"

@@ -1,0 +1,409 @@
+"""Where examples come from: random access to images and labels, with every question about the data settled up front.
+
+A source is opened once, in the main process, and may be pickled to worker processes. It hands out images undecoded
+wherever it can: decoding belongs to the code that knows the wanted size.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from se_flax.errors import UserError, closest
+from se_flax.images.class_folders import (
+    SPLITS,
+    SUFFIXES,
+    canonical,
+    class_folders,
+    pictures_beside_folders,
+    pictures_by_class,
+)
+from train.config import Data
+from train.data.images import INTERPOLATIONS, TRAIN_CROPS
+
+KINDS = ("digits", "folder:<path>", "tfds:<name>")
+EVAL_FOLDERS = SPLITS[1:]
+EVAL_SPLITS = ("test", "validation")
+
+
+class Source(Protocol):
+    """Random access to labelled images; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`{"image": encoded bytes or uint8 [H, W, C], "label": int}`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call this example in a message: a file's path, or split and number."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """What a run trains on and what it is evaluated on.
+
+    Attributes:
+      train: the training examples.
+      eval: the held-out examples.
+      class_names: name of each label, `0 ... len - 1`.
+    """
+
+    train: Source
+    eval: Source
+    class_names: tuple[str, ...]
+
+
+def open_data(data: Data) -> DataSplits:
+    """Opens the two splits that the settings name. No image is decoded and nothing is downloaded.
+
+    Args:
+      data: the settings.
+
+    Returns:
+      The splits.
+
+    Raises:
+      UserError: a setting is out of range, or the data is not there, not complete or not what it should be.
+    """
+    check_settings(data)
+    kind, _, rest = data.source.partition(":")
+    if data.source == "digits":
+        return _open_digits(data)
+    if kind == "folder" and rest:
+        return _open_folder(Path(rest).expanduser(), data)
+    if kind == "tfds" and rest:
+        return _open_tfds(rest, data)
+    hint = closest(kind, KINDS)
+    if os.path.isdir(os.path.expanduser(data.source)):
+        hint = f"for that folder, write folder:{data.source}"
+    raise UserError(f"data.source={data.source!r} is not a source of images; {hint}.")
+
+
+def check_settings(data: Data) -> None:
+    """Refuses settings that could not work, before anything is read.
+
+    Args:
+      data: the settings.
+
+    Raises:
+      UserError: naming the setting, its value and what is allowed.
+    """
+    choices = {"train_crop": TRAIN_CROPS, "interpolation": tuple(INTERPOLATIONS), "bad_images": ("error", "skip")}
+    for name, allowed in choices.items():
+        value = getattr(data, name)
+        if name == "interpolation" and not value:  # left to `init_from`
+            continue
+        if value not in allowed:
+            raise UserError(f"data.{name}={value!r} is not known; {closest(str(value), allowed)}.")
+    ranges = {
+        "image_size": (data.image_size >= 1, "at least 1"),
+        "batch_size": (data.batch_size >= 1, "at least 1"),
+        "eval_batch_size": (data.eval_batch_size >= 0, "at least 1, or 0 for data.batch_size"),
+        "workers": (data.workers >= 0, "at least 0"),
+        "eval_fraction": (0 < data.eval_fraction < 1, "between 0 and 1, both excluded"),
+        "eval_crop_fraction": (0 < data.eval_crop_fraction <= 1, "above 0 and at most 1"),
+        "crop_scale": (_ordered(data.crop_scale) and data.crop_scale[1] <= 1, "two numbers, 0 < least <= most <= 1"),
+        "crop_ratio": (_ordered(data.crop_ratio), "two numbers, 0 < least <= most"),
+    }
+    for name, (good, allowed_range) in ranges.items():
+        if not good:
+            raise UserError(f"data.{name}={getattr(data, name)!r} is out of range: it must be {allowed_range}.")
+
+
+def _ordered(pair: tuple[float, ...]) -> bool:
+    return len(pair) == 2 and 0 < pair[0] <= pair[1]
+
+
+def stratified_split(
+    labels: Sequence[int], keys: Sequence[str], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Holds out the same share of every class, the same examples everywhere.
+
+    Examples are ranked by a hash of seed and key, so that neither the order of the file system nor a version of NumPy
+    matters, and one more image moves at most one other across the border.
+
+    Args:
+      labels: label of each example.
+      keys: a unique name of each example.
+      fraction: share to hold out; the total is rounded up and shared out by largest remainder. A class of one image
+        stays in training, every other one is on both sides.
+      seed: another seed holds out others.
+
+    Returns:
+      Indices to train on and indices held out, each ascending.
+    """
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    exact = {label: len(indices) * fraction for label, indices in members.items()}
+    left_over = math.ceil(round(len(labels) * fraction, 6)) - sum(math.floor(share) for share in exact.values())
+    by_remainder = sorted(exact, key=lambda label: (math.floor(exact[label]) - exact[label], label))
+    rounded_up = set(by_remainder[:left_over])
+    held_out: set[int] = set()
+    for label, indices in members.items():
+        wanted = math.floor(exact[label]) + (label in rounded_up)
+        count = min(max(wanted, 1), len(indices) - 1)
+        ranked = sorted(indices, key=lambda index: hashlib.sha256(f"{seed}:{keys[index]}".encode()).digest())
+        held_out.update(ranked[:count])
+    return [index for index in range(len(labels)) if index not in held_out], sorted(held_out)
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory.
+
+    Attributes:
+      images: uint8 `[N, H, W, C]`.
+      labels: int `[N]`.
+      title: how `name` calls them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        """Split and number."""
+        return f"{self.title} {index}"
+
+
+def _open_digits(data: Data) -> DataSplits:
+    """Scikit-learn's 1,797 handwritten digits: 8x8 grey, part of the package, so no network is needed."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    labels = digits.target.astype(np.int32)
+    # Always the same 1,437 and 360: results on the digits are compared with each other.
+    train, test = stratified_split(labels.tolist(), [str(i) for i in range(len(labels))], fraction=0.2, seed=0)
+    parts = {
+        title: ArraySource(images[indices], labels[indices], f"digits {title}")
+        for title, indices in (("train", train), ("test", test))
+    }
+    wanted = {"train_split": data.train_split or "train", "eval_split": data.eval_split or "test"}
+    for setting, split in wanted.items():
+        if split not in parts:
+            raise UserError(f"data.{setting}={split!r} is not a split of digits; {closest(split, parts)}.")
+    return DataSplits(parts[wanted["train_split"]], parts[wanted["eval_split"]], tuple("0123456789"))
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files.
+
+    Attributes:
+      root: the folder above the class folders.
+      files: paths below `root`.
+      labels: label of each file.
+    """
+
+    root: str
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with open(self.name(index), "rb") as file:
+            return {"image": file.read(), "label": self.labels[index]}
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.path.join(self.root, self.files[index])
+
+    def subset(self, indices: Iterable[int]) -> "FolderSource":
+        """The same folder with only these files."""
+        kept = list(indices)
+        return FolderSource(self.root, tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
+
+
+def _open_folder(root: Path, data: Data) -> DataSplits:
+    if not root.exists():
+        raise UserError(f"the folder {root} of data.source does not exist; check the path.")
+    if not root.is_dir():
+        raise UserError(f"{root} of data.source is a file; give the folder that holds the class folders.")
+    folders = class_folders(root)
+    if not (data.train_split or data.eval_split or _is_split(root / "train")):
+        whole, names = _scan(root)
+        keys = [canonical(file) for file in whole.files]
+        train, held_out = stratified_split(whole.labels, keys, data.eval_fraction, data.split_seed)
+        if not held_out:
+            raise UserError(f"every class in {root} holds a single image, so none can be held out; add images.")
+        return DataSplits(whole.subset(train), whole.subset(held_out), names)
+
+    train_name = data.train_split or "train"
+    eval_name = data.eval_split or next((name for name in EVAL_FOLDERS if name in folders), "")
+    if not eval_name:
+        raise UserError(
+            f"{root} has {train_name}/ but no folder to evaluate on ({', '.join(EVAL_FOLDERS)}); name it in "
+            f"data.eval_split, or give folder:{root / train_name} to hold out a share of it."
+        )
+    for setting, name in (("train_split", train_name), ("eval_split", eval_name)):
+        if name not in folders:
+            raise UserError(f"data.{setting}: {root} has no folder {name!r}; {closest(name, folders)}.")
+    train_source, names = _scan(root / train_name)
+    eval_source, _ = _scan(root / eval_name, names)
+    return DataSplits(train_source, eval_source, names)
+
+
+def _is_split(path: Path) -> bool:
+    """Whether this holds class folders; a folder of images called `train` is the class of railway vehicles."""
+    return path.is_dir() and bool(class_folders(path))
+
+
+def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[FolderSource, tuple[str, ...]]:
+    """Lists class folders. With `class_names` given (those of training), a class may be absent but none may be new."""
+    # Names are compared and saved in one spelling, files are opened under the one that they have.
+    folders = {canonical(name): name for name in class_folders(root)}
+    if not folders:
+        raise UserError(f"{root} has no class folders; put the images of each class into a folder named after it.")
+    if class_names is not None and (unknown := sorted(folders.keys() - set(class_names))):
+        raise UserError(
+            f"{root} has class folders that training does not have: {_listed(unknown)}; "
+            "remove them or add them to the training images."
+        )
+    found = pictures_by_class(root)
+    images = {name: found[folder] for name, folder in folders.items()}
+    if class_names is None:
+        if empty := [name for name, files in images.items() if not files]:
+            raise UserError(
+                f"empty class: no image ({', '.join(SUFFIXES)}) in {_listed(str(root / name) for name in empty)}; "
+                "add images or remove the folder."
+            )
+        if len(folders) < 2:
+            raise UserError(
+                f"{root} has only one class folder ({next(iter(folders))}); classification needs at least two."
+            )
+    elif not any(images.values()):
+        raise UserError(
+            f"no image ({', '.join(SUFFIXES)}) in any class folder of {root}; there is nothing to evaluate."
+        )
+    if beside := pictures_beside_folders(root):
+        raise UserError(
+            f"{root} holds images beside class folders, such as {beside[0]}; move them away or into a class folder."
+        )
+    names = class_names or tuple(folders)
+    labels = {name: label for label, name in enumerate(names)}
+    rows = [(f"{folders[name]}/{file}", labels[name]) for name, files in images.items() for file in files]
+    return FolderSource(str(root), tuple(file for file, _ in rows), tuple(label for _, label in rows)), names
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    given = list(names)
+    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A split prepared by TensorFlow Datasets as ArrayRecord, read without TensorFlow.
+
+    Attributes:
+      records: `tfds.data_source` of the split, images undecoded.
+      image_key: name of the image feature.
+      label_key: name of the label feature.
+      num_classes: labels must lie below.
+      title: how `name` calls them.
+    """
+
+    records: Any
+    image_key: str
+    label_key: str
+    num_classes: int
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        label = int(record[self.label_key])
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.name(index)} has the label {label}, but the data has the classes 0 ... {self.num_classes - 1}; "
+                "-1 marks a split without labels: choose others with data.train_split and data.eval_split."
+            )
+        return {"image": record[self.image_key], "label": label}
+
+    def name(self, index: int) -> str:
+        """Data set, split and number."""
+        return f"{self.title} example {index}"
+
+
+def _open_tfds(name: str, data: Data) -> DataSplits:
+    import tensorflow_datasets as tfds  # imported here because it takes a second and only this source needs it
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    try:
+        # Reads the files alone: neither the data set's own code, which may want TensorFlow, nor the network.
+        builder = builder_from_files(name, data_dir=data.data_dir or None)
+    except ValueError as error:  # includes "not found"
+        raise UserError(_why_no_tfds(name, data.data_dir, tfds)) from error
+
+    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    features = dict(builder.info.features.items())
+    label = features.get(label_key)
+    if not isinstance(features.get(image_key), tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"tfds:{name} is not image classification: it needs an image and a class label, and has "
+            f"{_listed(sorted(features))}; choose another data set."
+        )
+
+    available = list(builder.info.splits)
+    train_split = data.train_split or "train"
+    eval_split = data.eval_split or next((split for split in EVAL_SPLITS if split in available), "")
+    if not eval_split:
+        raise UserError(
+            f"tfds:{name} has no test or validation split (only {', '.join(available)}); name one in "
+            "data.eval_split or divide: --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'."
+        )
+
+    def open_split(setting: str, split: str) -> TfdsSource:
+        try:
+            records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:
+            raise UserError(
+                f"tfds:{name} in {builder.data_dir} is stored without random access; prepare it again in another "
+                f"data_dir: {_preparing(name, '<folder>')}"
+            ) from error
+        except ValueError as error:
+            hint = closest(split, available)
+            raise UserError(f"data.{setting}={split!r} is not a split of tfds:{name}; {hint}.") from error
+        return TfdsSource(records, image_key, label_key, label.num_classes, f"tfds:{name} {split}")
+
+    names = tuple(label.names or map(str, range(label.num_classes)))
+    return DataSplits(open_split("train_split", train_split), open_split("eval_split", eval_split), names)
+
+
+def _preparing(name: str, data_dir: str) -> str:
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        "pip install 'se-flax[tfds]' && python -c \"import tensorflow_datasets as tfds; "
+        f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _why_no_tfds(name: str, data_dir: str, tfds: Any) -> str:
+    """The sentence for a data set that is not on disk: one to be prepared, or a name that nobody knows."""
+    where = data_dir or "the default folder of TensorFlow Datasets"
+    known = set(tfds.list_builders(with_community_datasets=False))
+    base = name.partition(":")[0].partition("/")[0]
+    if base in known:
+        return (
+            f"tfds:{name} is not prepared in {where}; prepare it once (needs TensorFlow): {_preparing(name, data_dir)}"
+        )
+    return f"tfds:{name} is neither in {where} nor a data set of TensorFlow Datasets; {closest(base, known)}."

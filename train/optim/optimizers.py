@@ -1,0 +1,415 @@
+"""Learning-rate schedules, optimizers and the moving average of the weights, from the settings in `config.Optim`.
+
+Names are strings only here: `SCHEDULES` and `OPTIMIZERS` map them to small builders. Accumulation over micro-batches
+is the step's business; everything below counts *updates*.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from se_flax.errors import UserError, closest
+from train.config import Optim
+from train.optim.param_groups import Path, layer_factors, scale_layers
+
+PyTree: TypeAlias = Any
+
+# --- Validation -------------------------------------------------------------------------------------------------------
+
+
+class _Limit(NamedTuple):
+    """What a number must satisfy, and how an error says so."""
+
+    holds: Callable[[float], bool]
+    allowed: str
+    remedy: str
+
+
+def _at_least_zero(remedy: str) -> _Limit:
+    return _Limit(lambda x: 0 <= x < math.inf, "0 or a positive number", remedy)
+
+
+def _positive(remedy: str) -> _Limit:
+    return _Limit(lambda x: 0 < x < math.inf, "a positive number", remedy)
+
+
+def _below_one(remedy: str) -> _Limit:
+    return _Limit(lambda x: 0 <= x < 1, "at least 0 and below 1", remedy)
+
+
+_LIMITS = {
+    "learning_rate": _at_least_zero("the sign of the step is not part of it"),
+    "warmup_epochs": _at_least_zero("0 starts at the full rate"),
+    "decay_factor": _positive("the paper's is 0.1 for step, EfficientNet's 0.97 for exponential"),
+    "decay_every_epochs": _positive("EfficientNet's is 2.4"),
+    "final_learning_rate": _at_least_zero("0 lets the cosine end at zero"),
+    "momentum": _below_one("0.9 is usual, 0 turns it off"),
+    "b1": _below_one("0.9 is usual"),
+    "b2": _below_one("0.999 is usual"),
+    "eps": _positive("1e-8 is usual for adamw, 1e-3 for rmsprop"),
+    "rmsprop_decay": _below_one("0.9 is usual"),
+    "weight_decay": _at_least_zero("0 turns it off"),
+    "clip_norm": _at_least_zero("0 turns clipping off"),
+    "accumulate": _Limit(
+        lambda x: x >= 1 and float(x).is_integer(), "a whole number from 1", "1 turns accumulation off"
+    ),
+    "ema_decay": _below_one("0.9999 is usual, 0 turns the average off"),
+    "label_smoothing": _below_one("0.1 is usual, 0 turns it off"),
+    "layer_decay": _Limit(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.8 is usual, 1 gives all layers one rate"),
+    "backbone_multiplier": _positive("0.1 is usual, 1 turns it off; optim.train_only='head' stops the backbone"),
+}
+
+
+def _check_name(field: str, given: str, allowed: Mapping[str, Any]) -> None:
+    if given not in allowed:
+        raise UserError(f"optim.{field} is {given!r}, which does not exist; {closest(given, allowed)}")
+
+
+def check(settings: Optim) -> None:
+    """Looks at every setting of the optimizer, before anything is compiled.
+
+    Args:
+      settings: the run's `optim` section.
+
+    Raises:
+      UserError: an unknown name or a number out of range; the text says the value, what is allowed and what to do.
+    """
+    _check_name("name", settings.name, OPTIMIZERS)
+    _check_name("schedule", settings.schedule, SCHEDULES)
+    for field, limit in _LIMITS.items():
+        value = getattr(settings, field)
+        if not limit.holds(value):  # NaN holds nothing
+            raise UserError(f"optim.{field} is {value}; it must be {limit.allowed} ({limit.remedy})")
+    _check_boundaries(settings.schedule, tuple(settings.boundaries))
+    if settings.train_only not in ("", "head"):
+        raise UserError(
+            f"optim.train_only is {settings.train_only!r}; it must be 'head', or empty to train every parameter"
+        )
+    slowed = by_layer(settings)
+    if settings.train_only and slowed:
+        raise UserError(
+            f"optim.train_only is 'head' and optim.{slowed} is {getattr(settings, slowed)}, which slows down "
+            "layers that do not move at all; leave one of the two out"
+        )
+
+
+def _check_boundaries(schedule_name: str, boundaries: tuple[float, ...]) -> None:
+    rising = all(a < b for a, b in zip((0.0, *boundaries), (*boundaries, math.inf), strict=True))
+    if not rising:
+        raise UserError(
+            f"optim.boundaries is {boundaries}; it must hold positive epochs in rising order, such as (30, 60, 90)"
+        )
+    if schedule_name == "step" and not boundaries:
+        raise UserError(
+            "optim.schedule is 'step' but optim.boundaries is empty; name the epochs at which the rate drops, "
+            "such as (30, 60, 90), or set optim.schedule to 'constant'"
+        )
+
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+def _staircase(rate: float, factor: float, at_steps: Iterable[float]) -> optax.Schedule:
+    """`rate * factor**k` after k of the given steps (fractional ones count from the next whole step)."""
+    # Integers and values are settled here in float64: a division of float32 steps on the device would put some
+    # boundaries one step off. The small slack keeps epoch 1.1 of 100 steps, 110.00000000000001, at 110.
+    steps = np.array([math.ceil(step - 1e-6) for step in at_steps], np.int32)
+    rates = (rate * np.power(float(factor), np.arange(len(steps) + 1, dtype=np.float64))).astype(np.float32)
+    return lambda step: jnp.asarray(rates)[jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.int32)]
+
+
+def _constant(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    del steps_per_epoch, total_steps
+    return _staircase(settings.learning_rate, 1.0, ())
+
+
+def _step(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    del total_steps
+    at_steps = (epoch * steps_per_epoch for epoch in settings.boundaries)
+    return _staircase(settings.learning_rate, settings.decay_factor, at_steps)
+
+
+def _exponential(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    every = settings.decay_every_epochs * steps_per_epoch
+    at_steps = (k * every for k in range(1, int(total_steps / every) + 1))
+    return _staircase(settings.learning_rate, settings.decay_factor, at_steps)
+
+
+def _cosine(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    del steps_per_epoch
+    first, final = settings.learning_rate, settings.final_learning_rate
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
+        return final + (first - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+    return rate
+
+
+SCHEDULES: dict[str, Callable[[Optim, float, int], optax.Schedule]] = {
+    "constant": _constant,
+    "step": _step,
+    "cosine": _cosine,
+    "exponential": _exponential,
+}
+
+
+def schedule(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made so far.
+
+    - `constant`: `learning_rate`.
+    - `step`: times `decay_factor` from each of `boundaries` on (Hu et al., "Squeeze-and-Excitation Networks",
+      section 5.1: 0.6, divided by ten every 30 epochs).
+    - `cosine`: half a cosine from `learning_rate` at step 0 to `final_learning_rate` at `total_steps` (Loshchilov and
+      Hutter, "SGDR", equation 5, without restarts).
+    - `exponential`: times `decay_factor` once in every `decay_every_epochs` (Tan and Le, "EfficientNet", section 5.2:
+      0.97 every 2.4 epochs).
+
+    The first `warmup_epochs` rise linearly instead, from zero at step 0 towards `learning_rate`. The decay's clock
+    runs from step 0 all the same, as in EfficientNet's published code: the warm-up replaces the beginning of the decay
+    and does not move its end, so a boundary at epoch 30 means epoch 30.
+
+    Args:
+      settings: the run's `optim` section.
+      steps_per_epoch: updates in an epoch; need not be whole.
+      total_steps: updates in the run.
+
+    Returns:
+      A function of an integer scalar (the step, traced or not) that returns a float32 scalar. Past `total_steps` it
+      stays where it ended.
+
+    Raises:
+      UserError: settings out of range, or a run shorter than its warm-up.
+    """
+    check(settings)
+    if not (steps_per_epoch > 0 and total_steps > 0):
+        raise UserError(
+            f"the run has {total_steps} steps of {steps_per_epoch} an epoch; both must be positive "
+            "(is the batch larger than the data set?)"
+        )
+    warmup_steps = settings.warmup_epochs * steps_per_epoch
+    if total_steps < warmup_steps:
+        raise UserError(
+            f"optim.warmup_epochs is {settings.warmup_epochs}, which is {warmup_steps:g} steps, but the run has only "
+            f"{total_steps}; train longer or warm up for at most {total_steps / steps_per_epoch:g} epochs"
+        )
+    decayed = SCHEDULES[settings.schedule](settings, steps_per_epoch, total_steps)
+    if not warmup_steps:
+        return decayed
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        now = jnp.asarray(step, jnp.float32)
+        return jnp.where(now < warmup_steps, settings.learning_rate * now / warmup_steps, decayed(step))
+
+    return rate
+
+
+# --- Which parameters -------------------------------------------------------------------------------------------------
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def kernels(params: PyTree) -> PyTree:
+    """Marks the leaves that weight decay and LAMB's layer-wise rate apply to by default.
+
+    Args:
+      params: tree of arrays, named as Linen names them.
+
+    Returns:
+      The same tree of bool: True for leaves called `kernel` with at least two axes, the weights of convolutions and
+      dense layers. Biases and the scales of norms are False (He et al., "Bag of Tricks", section 3.1), and so is
+      anything with another name, such as an embedding.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _leaf_name(path) == "kernel" and x.ndim >= 2, params)
+
+
+def _all(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: True, params)
+
+
+def muon_labels(params: PyTree) -> PyTree:
+    """Says which leaves Muon updates; the rest is AdamW's.
+
+    Args:
+      params: tree of arrays, named as Linen names them.
+
+    Returns:
+      The same tree of `"muon"` for dense kernels [in, out] and for convolution kernels [h, w, in, out] (HWIO) with
+      more than one input channel, `"adamw"` for biases, norms, one-dimensional convolutions (ECA's) and kernels with
+      one input channel: a depthwise kernel is a stack of separate filters, which nothing relates as a matrix would.
+    """
+
+    def label(path: tuple[Any, ...], x: jax.Array) -> str:
+        matrix = x.ndim == 2 or (x.ndim == 4 and x.shape[2] > 1)
+        return "muon" if matrix and _leaf_name(path) == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+# --- Optimizers -------------------------------------------------------------------------------------------------------
+
+Mask: TypeAlias = Callable[[PyTree], PyTree]
+
+
+def _sgd(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
+    # PyTorch's form: the rate multiplies the momentum buffer. Caffe, which trained the paper's networks, and TensorFlow
+    # put it inside the buffer; the two agree as long as the rate is constant and differ just after it drops.
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.trace(settings.momentum, nesterov=settings.nesterov),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _adamw(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _lamb(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
+    # Leaves without weight decay keep Adam's step, as in timm and in the authors' code, there called
+    # `exclude_from_layer_adaptation`. `optax.lamb` scales these too: a bias that starts at zero then hardly ever
+    # leaves it, its own norm being its rate.
+    return optax.chain(
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.masked(optax.scale_by_trust_ratio(), decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _rmsprop(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
+    # `tf.compat.v1.train.RMSPropOptimizer`: epsilon inside the root, a mean square that starts at one, a momentum that
+    # adds up updates already scaled by the rate. PyTorch has none of the three.
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.scale_by_rms(decay=settings.rmsprop_decay, eps=settings.eps, initial_scale=1.0, eps_in_sqrt=True),
+        optax.scale_by_learning_rate(rate),
+        optax.trace(settings.momentum, nesterov=False),
+    )
+
+
+def _matrix_axes(x: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+    """A kernel's last axis is the output, all before it the input: HWIO and [in, out] alike."""
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1)
+
+
+def _match_adam_rms(updates: PyTree) -> PyTree:
+    """Scales orthogonal updates by `0.2 * sqrt(max(in, out))`, about the root mean square of an Adam update."""
+    return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.size // x.shape[-1], x.shape[-1])) * x, updates)
+
+
+def _muon(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
+    # One rate serves both halves because the orthogonal updates are brought to the size of Adam's (Liu et al., "Muon is
+    # Scalable for LLM Training", section 2.2). `optax.contrib.muon` is not used whole: it would give AdamW's half
+    # Muon's Nesterov setting and no mask for the weight decay.
+    muon = optax.contrib.scale_by_muon(
+        beta=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_dimension_numbers=lambda updates: jax.tree.map(_matrix_axes, updates),
+    )
+    adam = optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps)
+    return optax.chain(
+        optax.partition(
+            {"muon": optax.chain(muon, optax.stateless(lambda u, _: _match_adam_rms(u))), "adamw": adam}, muon_labels
+        ),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "rmsprop": _rmsprop,
+    "muon": _muon,
+}
+
+
+def by_layer(settings: Optim) -> str:
+    """The setting that gives layers rates of their own; empty where all have one rate."""
+    return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
+
+
+def make_optimizer(
+    settings: Optim, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer that the settings name, with clipping before it and weight decay inside it.
+
+    - `sgd`: momentum or Nesterov's, as in PyTorch. Weight decay is added to the gradient before the momentum.
+    - `adamw`: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; as in PyTorch the decay is
+      multiplied by the learning rate.
+    - `lamb`: You et al., "Large Batch Optimization for Deep Learning", algorithm 2; leaves without weight decay keep
+      Adam's update. The paper clips the gradient's global norm at 1 (`clip_norm`) and has `eps` 1e-6.
+    - `rmsprop`: as in TensorFlow 1, for EfficientNet and MobileNetV3, which set `eps` to 1e-3. Weight decay is added to
+      the gradient.
+    - `muon`: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", for the kernels that
+      `muon_labels` names, AdamW for the rest, at one common rate of AdamW's size; decoupled weight decay. The kernel of
+      a grouped convolution is orthogonalised as one matrix: its shape does not tell the groups.
+
+    Weight decay reaches the leaves that `kernels` marks, or every parameter with `decay_norm_and_bias`. The global norm
+    is clipped first of all, on the gradient as it comes. `layer_factors` multiply the updates last of all, which is to
+    give every part a rate of its own: the rate multiplies all of an update in each of the five.
+
+    Args:
+      settings: the run's `optim` section.
+      schedule: learning rate by number of updates, from `schedule`.
+      depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; only where `by_layer` says so.
+
+    Returns:
+      A transformation whose `update` needs the parameters as its third argument.
+
+    Raises:
+      UserError: settings out of range.
+    """
+    check(settings)
+    optimizer = OPTIMIZERS[settings.name](settings, schedule, _all if settings.decay_norm_and_bias else kernels)
+    if settings.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    if by_layer(settings):
+        if depths is None:
+            raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parameters")
+        optimizer = optax.chain(optimizer, scale_layers(layer_factors(settings, depths)))
+    return optimizer
+
+
+# --- Moving average ---------------------------------------------------------------------------------------------------
+
+
+def ema_update(ema_tree: PyTree, new_tree: PyTree, decay: float, step: jax.typing.ArrayLike) -> PyTree:
+    """One step of the moving average of parameters and batch statistics.
+
+    `average -= (1 - d) * (average - value)` with `d = min(decay, (1 + step) / (10 + step))`, the warm-up that
+    TensorFlow's `ExponentialMovingAverage(decay, num_updates)` has: the first averages forget the initial weights soon.
+
+    Args:
+      ema_tree: the average so far, a tree of arrays.
+      new_tree: the values to mix in, the same tree.
+      decay: in [0, 1).
+      step: integer scalar, the number of averages taken before this one.
+
+    Returns:
+      The new average, leaf by leaf in the average's dtype and computed in float32. Leaves that are not floating-point
+      (counters) are copied from `new_tree`.
+    """
+    count = jnp.asarray(step, jnp.float32)
+    forget = 1.0 - jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+
+    def leaf(average: jax.Array, value: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(average.dtype, jnp.floating):
+            return value
+        old = average.astype(jnp.float32)
+        return (old - forget * (old - value.astype(jnp.float32))).astype(average.dtype)
+
+    return jax.tree.map(leaf, ema_tree, new_tree)

@@ -1,0 +1,255 @@
+"""Which parts of a network a run trains, and how fast: from the classifier down to the stem."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from se_flax.errors import UserError
+from se_flax.nn.network import Network, Path, lies_in
+from se_flax.nn.norm import BatchNorm
+from train.config import Optim
+
+PyTree = Any
+
+
+def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """Shapes of a network's variables, in the order in which it calls its parts.
+
+    Args:
+      model: the network.
+      image_size: side of the images to trace it with.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}` of `jax.ShapeDtypeStruct`. The keys of `params` are in the order of the
+      calls; anything that has been through a JAX transformation has them in the order of the alphabet.
+    """
+    order: list[Path] = []
+
+    def init(key: jax.Array, images: jax.Array) -> PyTree:
+        variables = model.init(key, images)
+        order.extend(flax.traverse_util.flatten_dict(variables["params"]))
+        return variables
+
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
+    shapes = jax.eval_shape(init, jax.random.key(0), images)
+    params = flax.traverse_util.flatten_dict(shapes["params"])
+    in_order = flax.traverse_util.unflatten_dict({path: params[path] for path in order})
+    return {"batch_stats": {}, **shapes, "params": in_order}
+
+
+def declared(model: nn.Module, wanted_by: str) -> Network:
+    """The network, where it says what its parts are.
+
+    Args:
+      model: any network.
+      wanted_by: the setting that asks.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not isinstance(model, Network):
+        raise UserError(
+            f"{wanted_by} needs to know the classifier and the blocks of {type(model).__name__}, which does not say; "
+            f"derive it from se_flax.nn.network.Network, or leave {wanted_by} as it is by default"
+        )
+    return model
+
+
+def layer_depths(model: Network, params: Mapping[str, Any]) -> dict[Path, int]:
+    """How far every parameter of a network is from its classifier.
+
+    The network says where its classifier and its blocks are, and every block is a group. What is called before the
+    first block is the stem, one group; a convolution or norm after a block belongs to that block. timm groups
+    parameters for its layer-wise rates in the same way.
+
+    Args:
+      model: the network.
+      params: its parameters, or their shapes, in the order in which they are called (`trace`).
+
+    Returns:
+      Depth by path of the parameter: 0 for the classifier, 1 for the last block, and so on to the stem.
+    """
+    numbers = {path: number for number, path in enumerate(model.block_paths, 1)}
+    depths: dict[Path, int] = {}
+    group = 0
+    for path in flax.traverse_util.flatten_dict(dict(params)):
+        above = (path[:length] for length in range(1, len(path)))
+        group = next((numbers[module] for module in above if module in numbers), group)
+        depths[path] = 0 if lies_in(path, model.head_path) else len(numbers) + 1 - group
+    return depths
+
+
+def layer_factors(settings: Optim, depths: Mapping[Path, int]) -> dict[Path, float]:
+    """What the learning rate of every parameter is multiplied by.
+
+    The classifier keeps its rate; a parameter at depth d has `backbone_multiplier * layer_decay**d` of it (Clark et al.
+    2020, "ELECTRA", appendix A; Bao et al. 2021, "BEiT", appendix; there d counts Transformer layers). Weight decay
+    that is multiplied by the rate (AdamW's) is multiplied by this too, as in timm.
+
+    Args:
+      settings: the run's `optim` section.
+      depths: by path of the parameter, from `layer_depths`.
+
+    Returns:
+      Factors by path of the parameter.
+    """
+    return {
+        path: settings.backbone_multiplier * settings.layer_decay**depth if depth else 1.0
+        for path, depth in depths.items()
+    }
+
+
+def scale_layers(factors: Mapping[Path, float]) -> optax.GradientTransformation:
+    """Multiplies the update of every parameter by a factor of its own, see `layer_factors`."""
+
+    def scale(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.multiply(factors[tuple(key.key for key in path)], x), updates
+        )
+
+    return optax.stateless(scale)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What training leaves as it is.
+
+    Attributes:
+      params: paths of parameters.
+      modules: classes; submodules of these classes run in evaluation mode, and no statistics are recorded.
+    """
+
+    params: frozenset[Path] = frozenset()
+    modules: tuple[type[nn.Module], ...] = ()
+
+
+NOTHING = Frozen()
+
+
+def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]) -> Frozen:
+    """What the settings freeze.
+
+    `train_only="head"` freezes all but the classifier, and the frozen part runs in evaluation mode: batch norms use
+    their running statistics and leave them, stochastic depth is off. The dropout before the classifier stays on.
+    `freeze_batch_norm` freezes the batch norms alone: their statistics, and as in torchvision's `FrozenBatchNorm2d`
+    and Keras's `trainable = False`, scale and bias too.
+
+    Args:
+      settings: the run's `optim` section.
+      model: the network.
+      variables: its variables, or their shapes.
+
+    Returns:
+      Paths of parameters and classes of modules.
+
+    Raises:
+      UserError: nothing would be left to train, or the network does not say where its classifier is.
+    """
+    paths = frozenset(flax.traverse_util.flatten_dict(dict(variables["params"])))
+    if settings.train_only == "head":
+        head = declared(model, "optim.train_only").head_path
+        frozen = Frozen(frozenset(path for path in paths if not lies_in(path, head)), (nn.Module,))
+    elif settings.freeze_batch_norm:
+        norms = {path[:-1] for path in flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))}
+        frozen = Frozen(frozenset(path for path in paths if path[:-1] in norms), (BatchNorm, nn.BatchNorm))
+    else:
+        frozen = NOTHING
+    if frozen.params == paths:
+        setting = "train_only='head'" if settings.train_only else "freeze_batch_norm=True"
+        raise UserError(
+            f"optim.{setting} freezes all {len(paths)} parameters of {type(model).__name__}, so that nothing would be "
+            "trained; leave the setting out, or give a network whose classifier has parameters"
+        )
+    return frozen
+
+
+def split(params: PyTree, frozen: frozenset[Path]) -> tuple[PyTree, PyTree]:
+    """Parts parameters into those to train and those to keep.
+
+    The optimizer sees the first tree only: frozen parameters have no gradient, no weight decay, no share in the
+    gradient's norm and no optimizer state.
+
+    Args:
+      params: nested dictionary of arrays.
+      frozen: paths of the parameters to keep.
+
+    Returns:
+      Two nested dictionaries, which `merge` joins.
+    """
+    if not frozen:
+        return params, {}
+    flat = flax.traverse_util.flatten_dict(params)
+    trained = {path: x for path, x in flat.items() if path not in frozen}
+    kept = {path: x for path, x in flat.items() if path in frozen}
+    return flax.traverse_util.unflatten_dict(trained), flax.traverse_util.unflatten_dict(kept)
+
+
+def merge(trained: PyTree, kept: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    if not kept:
+        return trained
+    flat = flax.traverse_util.flatten_dict(trained) | flax.traverse_util.flatten_dict(kept)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+# How a Linen module is told that it is not being trained.
+_EVALUATION = {"train": False, "use_running_average": True}
+
+
+@contextmanager
+def evaluation_mode(modules: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    """Calls the submodules of some classes with `train=False`, whatever the network passes them and in whatever way.
+
+    The argument may be called `train`, or `use_running_average` as that of Flax's own batch norm, and may be given by
+    keyword, by position, or not at all.
+
+    Args:
+      modules: classes; the network itself is never meant.
+
+    Raises:
+      UserError: while a network is called: a submodule that has its mode as an attribute, where no call can change it.
+    """
+
+    def call(method: Any, args: Any, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if isinstance(module, modules) and module.scope is not None and module.path:
+            args, kwargs = _in_evaluation(module, context.orig_method, args, kwargs)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(call):
+        yield
+
+
+def _in_evaluation(
+    module: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A method's arguments with the mode of evaluation in place of the one given."""
+    parameters = inspect.signature(method).parameters
+    by_position = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name, wanted in _EVALUATION.items():
+        attribute = getattr(module, name, None)
+        if attribute is (not wanted):
+            raise UserError(
+                f"{type(module).__name__} at {'/'.join(module.path)} has the attribute {name}={attribute}, which "
+                f"freezing cannot change; let it take {name} in the call"
+            )
+        if name in by_position[: len(args)]:
+            place = by_position.index(name)
+            args = (*args[:place], wanted, *args[place + 1 :])
+        elif name in kwargs or _is_needed(parameters.get(name), wanted, attribute):
+            kwargs = {**kwargs, name: wanted}
+    return args, kwargs
+
+
+def _is_needed(parameter: inspect.Parameter | None, wanted: bool, attribute: Any) -> bool:
+    """Whether a mode that was left out has to be given: neither its default nor an attribute is the wanted one."""
+    return parameter is not None and attribute is None and parameter.default is not wanted

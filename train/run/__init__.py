@@ -1,0 +1,1 @@
+"""A run: `loop` reads like its story. Program, step, devices, evaluation, checkpoints, report."""

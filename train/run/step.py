@@ -1,0 +1,266 @@
+"""One training step and one evaluation step of one replica: pure functions, which know nothing of settings or files.
+
+Both run on every replica with the mapped axis `AXIS` bound (`train.run.parallel`), each on its own part of the batch.
+Randomness is drawn per example from the example's index in the whole batch, so augmentation is the same on one device
+and on many; only dropout and stochastic depth draw per replica.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from train.config import Augment
+from train.data.augment import augment, example_keys, mix
+from train.optim.losses import cross_entropy, topk_correct
+from train.optim.optimizers import ema_update
+from train.optim.param_groups import NOTHING, Frozen, Path, evaluation_mode, merge, split
+
+AXIS = "replica"
+
+Array = jax.Array
+PyTree = Any
+Batch = Mapping[str, Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step reads and writes, and so everything that a checkpoint holds beside the data's position.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: float32 parameters.
+      batch_stats: float32 running statistics.
+      opt_state: the optimizer's.
+      ema: moving average of `{"params", "batch_stats"}`, or None.
+      key: uint32 key data, constant through the run; each step folds its number in.
+    """
+
+    step: Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    key: Array
+
+    def variables(self) -> dict[str, PyTree]:
+        """What evaluation and deployment use: the moving average where there is one."""
+        return {"params": self.params, "batch_stats": self.batch_stats} if self.ema is None else dict(self.ema)
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    seed: int,
+    *,
+    ema: bool,
+    frozen: frozenset[Path] = NOTHING.params,
+    variables: Mapping[str, PyTree] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: the network.
+      optimizer: its optimizer.
+      image_size: side of the training images.
+      seed: of parameters and of all later randomness.
+      ema: whether to keep a moving average.
+      frozen: paths of parameters that the optimizer has no part in.
+      variables: float32 `{"params", "batch_stats"}` to start from; None draws them.
+
+    Returns:
+      The state, on the default device.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+
+    @jax.jit
+    def build(given: Mapping[str, PyTree]) -> TrainState:
+        params, stats = given["params"], given.get("batch_stats", {})
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=stats,
+            opt_state=optimizer.init(split(params, frozen)[0]),
+            # Copied: the step gives its state's memory away, and may not give one array away twice.
+            ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats}) if ema else None,
+            key=jax.random.key_data(run_key),
+        )
+
+    return build(draw(model, init_key, image_size) if variables is None else variables)
+
+
+def draw(model: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:
+    """A network's first variables, each kind of kernel compiled once.
+
+    What `model.init` does and the variables need is run operation by operation, and the network itself is not. In one
+    program XLA would compile every kernel's draw, half a minute for SE-ResNet-152.
+
+    Args:
+      model: the network.
+      key: of its parameters.
+      image_size: side of the images to trace it with.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}`, the numbers of `model.init`.
+    """
+    arguments = key, jnp.zeros((1, image_size, image_size, 3))
+    program, shapes = jax.make_jaxpr(model.init, return_shape=True)(*arguments)
+    needed, reads = dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
+    given = [argument for argument, read in zip(arguments, reads, strict=True) if read]
+    variables = jax.core.eval_jaxpr(needed, program.consts, *given)
+    drawn: dict[str, Any] = jax.tree.unflatten(jax.tree.structure(shapes), variables)
+    return drawn
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    settings: Augment,
+    num_classes: int,
+    label_smoothing: float = 0.0,
+    margin: Callable[[Array, Array], Array] | None = None,
+    ema_decay: float = 0.0,
+    accumulate: int = 1,
+    frozen: Frozen = NOTHING,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Builds the step of one replica.
+
+    Args:
+      model: the network.
+      optimizer: its optimizer.
+      schedule: the optimizer's learning rate, to report it.
+      mean: per channel, of images in [0, 1].
+      std: likewise.
+      settings: augmentation; read while tracing only.
+      num_classes: of the labels.
+      label_smoothing: share of the target spread over all classes.
+      margin: from logits and class indices to the logits that the loss sees (`train.optim.margins`); None leaves them.
+        Not for mixed images.
+      ema_decay: of the moving average; 0 for none.
+      accumulate: micro-batches whose gradients make one update; each has its own batch statistics, in turn.
+      frozen: parameters that keep their values, to the bit, and modules that run in evaluation mode. With any of
+        these, no statistics are recorded.
+
+    Returns:
+      `step(state, batch)` for a batch `{"image": uint8 [n, S, S, 3], "label": int32 [n]}` of this replica, giving the
+      next state and the metrics `loss`, `accuracy` (share of top-1 on the augmented images, mixed ones by the
+      label that weighs more), `grad_norm` (of what is trained), `learning_rate` (the head's): float32 scalars, equal
+      on all replicas.
+    """
+    mean_, std_ = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+    def loss_of(
+        trained: PyTree, kept: PyTree, stats: PyTree, part: Batch, key: Array
+    ) -> tuple[Array, tuple[PyTree, Array]]:
+        keys = example_keys(key, part["index"])
+        images = augment(part["image"].astype(jnp.float32) / 255.0, keys, settings, mean)
+        targets = jax.nn.one_hot(part["label"], num_classes)
+        images, targets = mix(images, targets, keys, settings.mixup, settings.cutmix)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(key, part["index"][0]), 1)
+        with evaluation_mode(frozen.modules):
+            logits, updated = model.apply(
+                {"params": merge(trained, kept), "batch_stats": stats},
+                (images - mean_) / std_,
+                train=True,
+                mutable=[] if frozen.modules else ["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+        scored = logits if margin is None else margin(logits, part["label"])
+        loss = jnp.mean(cross_entropy(scored, targets, label_smoothing))
+        # Of a mixed image, the label that weighs more is the right answer.
+        correct = jnp.mean(topk_correct(logits, jnp.argmax(targets, axis=-1), 1).astype(jnp.float32))
+        return loss, (updated.get("batch_stats", stats), correct)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        count = batch["label"].shape[0]
+        index = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        trained, kept = split(state.params, frozen.params)
+        parts = jax.tree.map(
+            lambda x: x.reshape(accumulate, count // accumulate, *x.shape[1:]),
+            {"image": batch["image"], "label": batch["label"], "index": index},
+        )
+
+        def one_part(stats: PyTree, part: Batch) -> tuple[PyTree, tuple[Array, Array, PyTree]]:
+            (loss, (stats, correct)), grads = gradient(trained, kept, stats, part, key)
+            return stats, (loss, correct, grads)
+
+        if accumulate == 1:
+            stats, (loss, correct, grads) = one_part(state.batch_stats, jax.tree.map(lambda x: x[0], parts))
+        else:
+            stats, (loss, correct, grads) = _mean_scan(one_part, state.batch_stats, parts, accumulate)
+        loss, correct, grads = jax.lax.pmean((loss, correct, grads), AXIS)
+        if not frozen.modules:  # the mean of equal values may differ from them in the last bit
+            stats = jax.lax.pmean(stats, AXIS)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = merge(optax.apply_updates(trained, updates), kept)
+        ema = state.ema
+        if ema is not None:
+            ema = ema_update(ema, {"params": params, "batch_stats": stats}, ema_decay, state.step)
+        metrics = {
+            "loss": loss,
+            "accuracy": correct,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        new = state.replace(step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, ema=ema)
+        return new, metrics
+
+    return train_step
+
+
+def _mean_scan(part_step: Callable[..., Any], stats: PyTree, parts: Batch, count: int) -> tuple[PyTree, PyTree]:
+    """Runs the micro-batches one after another and averages what they return, holding one gradient at a time."""
+    first = jax.eval_shape(partial(part_step, stats), jax.tree.map(lambda x: x[0], parts))[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+    def body(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], None]:
+        stats, total = carry
+        stats, out = part_step(stats, part)
+        return (stats, jax.tree.map(lambda t, o: t + o / count, total, out)), None
+
+    (stats, mean), _ = jax.lax.scan(body, (stats, zeros), parts)
+    return stats, mean
+
+
+def make_eval_step(
+    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[PyTree, Batch], dict[str, Array]]:
+    """Builds the evaluation of one batch.
+
+    Args:
+      model: the network.
+      mean: per channel, of images in [0, 1].
+      std: likewise.
+
+    Returns:
+      `step(variables, batch)` for `{"image": uint8 [n, S, S, 3], "label": int32 [n], "mask": bool [n]}`; padded
+      examples have mask False. Gives sums over all replicas: `count`, `top1`, `top5` (int32) and `loss` (float32).
+    """
+    mean_, std_ = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+    def eval_step(variables: PyTree, batch: Batch) -> dict[str, Array]:
+        images = (batch["image"].astype(jnp.float32) / 255.0 - mean_) / std_
+        logits = jnp.asarray(model.apply(variables, images))
+        mask = batch["mask"]
+        sums = {
+            "count": jnp.sum(mask, dtype=jnp.int32),
+            "top1": jnp.sum(topk_correct(logits, batch["label"], 1) & mask, dtype=jnp.int32),
+            "top5": jnp.sum(topk_correct(logits, batch["label"], 5) & mask, dtype=jnp.int32),
+            "loss": jnp.sum(jnp.where(mask, cross_entropy(logits, batch["label"]), 0.0)),
+        }
+        return jax.lax.psum(sums, AXIS)
+
+    return eval_step
