@@ -49,6 +49,39 @@ def test_imports_go_one_way(edges):
         assert {other.split(".")[0] for other in others} <= allowed[package], name
 
 
+# Folders and modules of se_flax by level; a CBAM holds layers, and norms and attention are applied together.
+LEVELS = (
+    {"errors", "version", "runtime"},
+    {"lowering", "synonyms"},
+    {"functional"},
+    {"nn", "attention"},
+    {"variant", "ctr"},
+    {"images", "backbones"},
+    {"zoo"},
+    {"analysis", "checkpoints"},
+    {"export"},
+    {"cli", "__init__"},
+    {"__main__"},
+)
+
+
+def test_folders_import_from_lower_levels_only(edges):
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    for module, others in edges.items():
+        package, _, rest = module.partition(".")
+        here = rest.split(".")[0] or "__init__"
+        for other in others if package == "se_flax" else ():
+            there = other.partition(".")[2].split(".")[0] or "__init__"
+            same = here == there or {here, there} == {"nn", "attention"}
+            assert same or level[there] < level[here], f"{module} imports {other}"
+
+
+def test_every_folder_says_what_is_in_it(edges):
+    folders = {path.parent for package in ("se_flax", "train") for path in (ROOT / package).rglob("*.py")}
+    for folder in folders:
+        assert (folder / "__init__.py").read_text().startswith('"""'), folder
+
+
 def test_a_circle_of_imports_is_named():
     with pytest.raises(ValueError, match="import each other: a -> b -> a"):
         layers_picture.heights({"a": {"b"}, "b": {"a"}, "c": {"a"}})
@@ -151,7 +184,7 @@ def test_networks_on_a_page_are_compiled(path):
     assert not eager_calls(path.read_text() if path.suffix == ".py" else python_blocks(path))
 
 
-@pytest.mark.parametrize("name", ["__init__", "zoo", "weights/pretrained", "fused"])
+@pytest.mark.parametrize("name", ["__init__", "zoo", "checkpoints/pretrained", "export/folding"])
 def test_networks_in_a_docstring_are_compiled(name):
     text = (ROOT / "se_flax" / f"{name}.py").read_text()
     assert not eager_calls("\n".join(re.findall(r"^(?: *>>> )?(\w.*)$", text, re.MULTILINE)))

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jax.lax import broadcast_to_rank
 
-from se_flax.functional import spatial_axes
 from se_flax.lowering.convolution import convolve
 
 Array = jax.Array
@@ -151,7 +150,7 @@ def _affine(y: Array, factor: Array, offset: Array) -> Array:
 
 
 def _image_means(y: Array) -> Array:
-    return jnp.mean(_wide(y), spatial_axes(y), keepdims=True)
+    return jnp.mean(_wide(y), tuple(range(1, y.ndim - 1)), keepdims=True)
 
 
 def _moments(y: Array) -> tuple[Array, Array]:
