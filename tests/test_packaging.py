@@ -1,5 +1,6 @@
 """What is published: every module and data file, one version, metadata that match the repository."""
 
+import ast
 import fnmatch
 import re
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import se_flax
+import train
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "se_flax"
@@ -88,9 +90,56 @@ def test_the_workflow_does_what_a_change_must_pass():
 def test_what_the_makefile_installs_is_pinned(extra):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {_plain(line.split("==")[0]) for line in lines if "==" in line}
-    needed = {_plain(re.match(r"[\w.-]+", need)[0]) for need in PROJECT["optional-dependencies"][extra]}
+    needed = _packages(PROJECT["optional-dependencies"][extra])
     # Hooks of one's own checkout; they are no part of what a change must pass.
     assert needed - pinned <= {"pre-commit"}
+
+
+def _packages(needs):
+    """Their names, those of our own extras included."""
+    names = set()
+    for need in needs:
+        own = re.match(r"se-flax\[([\w,]+)\]", need)
+        inner = [_packages(PROJECT["optional-dependencies"][extra]) for extra in own[1].split(",")] if own else []
+        names |= set().union(*inner) if own else {_plain(re.match(r"[\w.-]+", need)[0])}
+    return names
+
+
+# Where a package is imported by another name than it is installed by.
+IMPORTED_AS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "absl": "absl-py"}
+# Imported where they are needed, with a sentence of their own where they are missing.
+OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "tensorflow", "torch", "simplejpeg", "cykooz"}
+
+
+def imported_by(package):
+    """Packages of others that the modules of one of ours import, wherever in a file."""
+    nodes = [node for path in (ROOT / package).rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"se_flax", "train", "configs"}
+    return {_plain(IMPORTED_AS.get(top, top)) for top in tops - OPTIONAL}
+
+
+def test_the_package_needs_what_it_imports_and_no_more():
+    needed = _packages(PROJECT["dependencies"])
+    # Of JAX, ml_dtypes; jax.export imports flatbuffers.
+    assert imported_by("se_flax") - {"ml-dtypes"} == needed - {"flatbuffers"}
+
+
+def test_the_extra_train_is_what_the_training_program_imports_beside_that():
+    extra = _packages(PROJECT["optional-dependencies"]["train"]) - {"matplotlib"}
+    assert (imported_by("train") | imported_by("configs")) - _packages(PROJECT["dependencies"]) == extra
+    assert {_plain(package) for package in train._NEEDED.values()} == extra | {"matplotlib"}
+
+
+def test_the_training_program_says_which_packages_are_missing(monkeypatch):
+    monkeypatch.setitem(train._NEEDED, "no_such_package", "no-such-package")
+    assert train.missing_packages() == ["no-such-package"]
+    with pytest.raises(ModuleNotFoundError, match=r"needs no-such-package, which .* pip install -e '\.\[train\]'"):
+        train._refuse(train.missing_packages())
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    with pytest.raises(SystemExit, match=r"^error: the training program needs"):
+        train._refuse(train.missing_packages())
 
 
 def _plain(name):
