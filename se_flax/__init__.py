@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from se_flax import functional
 from se_flax.analysis.costs import Costs, LayerCosts, costs
-from se_flax.attention import CBAM, ECA, EffectiveSE, SqueezeExcite
+from se_flax.analysis.features import FeatureInfo, feature_info
+from se_flax.attention import CBAM, ECA, EffectiveSE, ScSE, SqueezeExcite
 from se_flax.checkpoints.keras import from_keras, to_keras
 from se_flax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from se_flax.checkpoints.torch import from_timm, to_timm
@@ -48,10 +49,12 @@ __all__ = [
     "Costs",
     "CosineClassifier",
     "EffectiveSE",
+    "FeatureInfo",
     "LayerCosts",
     "Placement",
     "Preprocess",
     "Pretrained",
+    "ScSE",
     "SqueezeExcite",
     "SqueezeExciteFields",
     "UserError",
@@ -61,6 +64,7 @@ __all__ = [
     "costs",
     "create_model",
     "export_pretrained",
+    "feature_info",
     "from_keras",
     "from_nnx",
     "from_timm",

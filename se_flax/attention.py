@@ -85,27 +85,31 @@ class ChannelAttention(Attention):
             return F.squeeze(x)
         return squeeze_after_act(x, factor, offset, act.function)
 
-    def descriptor(self, x: Array) -> Array:
-        """What the gates are computed from. Args: x [N, ..., C]. Returns: float32, such as [N, 1, 1, C]."""
-        return self.pool(x)
+    def descriptor(self, x: Array, mask: Array | None = None) -> Array:
+        """What the gates are computed from. Args: as `__call__`. Returns: float32, such as [N, 1, 1, C]."""
+        return F.squeeze(x, mask=mask)
 
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """The gates of a descriptor. Returns: float32, broadcastable to the map."""
         raise NotImplementedError(f"{type(self).__name__} defines no gates")
 
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
+    ) -> Array:
         """Gates a map.
 
         Args:
           x: [N, ..., C].
           train: no effect; part of the uniform call.
           base_channels: what a reduction is a share of; C when None.
+          mask: [N, ...] without the channels, True or 1 where x holds data and not padding: sequences of several
+            lengths in one batch, [N, L]. Padding does not count in the squeeze; what is in it is gated like the rest.
 
         Returns:
           The shape and dtype of x.
         """
         del train
-        return F.scale(x, self.gates(self.descriptor(x), base_channels=base_channels))
+        return F.scale(x, self.gates(self.descriptor(x, mask), base_channels=base_channels))
 
 
 class SqueezeExcite(ChannelAttention):
@@ -157,9 +161,9 @@ class SqueezeExcite(ChannelAttention):
         """As in `ChannelAttention`."""
         return self.squeeze == "mean"
 
-    def descriptor(self, x: Array) -> Array:
-        """Args: x [N, ..., C]. Returns: float32 [N, 1, 1, C]; the shape of x without a squeeze."""
-        return F.squeeze(x, self.squeeze)
+    def descriptor(self, x: Array, mask: Array | None = None) -> Array:
+        """Args: as `__call__`. Returns: float32 [N, 1, 1, C]; the shape of x without a squeeze."""
+        return F.squeeze(x, self.squeeze, mask)
 
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
@@ -294,9 +298,9 @@ class CBAM(ChannelAttention):
         self.spatial_conv = Conv(1, self.kernel_size, kernel_init=self.kernel_init)
         self.spatial_bn = BatchNorm(momentum=self.momentum, axis_name=self.axis_name)
 
-    def descriptor(self, x: Array) -> Array:
-        """Args: x [N, ..., C]. Returns: float32 [2, N, 1, 1, C], the means and the maxima."""
-        return F.squeeze_mean_max(x)
+    def descriptor(self, x: Array, mask: Array | None = None) -> Array:
+        """Args: as `__call__`. Returns: float32 [2, N, 1, 1, C], the means and the maxima."""
+        return F.squeeze_mean_max(x, mask)
 
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """The channel gates. Args: z float32 [2, N, 1, 1, C]. Returns: float32 [N, 1, 1, C]."""
@@ -304,11 +308,73 @@ class CBAM(ChannelAttention):
         hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
         return F.excite_mean_max(z, *self.fc1(channels, hidden), *self.fc2(hidden, channels), gate=self.gate)
 
-    def __call__(self, x: Array, *, train: bool = False, base_channels: int | None = None) -> Array:
-        """Args: x [N, ..., C]; train: the spatial batch norm uses the batch's statistics. Returns: the shape of x."""
-        x = super().__call__(x, base_channels=base_channels)
+    def __call__(
+        self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
+    ) -> Array:
+        """Args: as `ChannelAttention`; train: the spatial batch norm uses the batch's statistics.
+
+        With a mask the channel gates leave padding out; the spatial convolution sees zeros there.
+
+        Returns:
+          The shape of x.
+        """
+        x = super().__call__(x, base_channels=base_channels, mask=mask)
+        x = x if mask is None else x * F.mask_of(x, mask).astype(x.dtype)
         logits = self.spatial_bn(self.spatial_conv(F.spatial_descriptor(x)), train=train)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+
+
+class ScSE(ChannelAttention):
+    """Concurrent spatial and channel squeeze-and-excitation, scSE (Roy et al. 2018, section 2.3).
+
+    One gate per channel as in `SqueezeExcite`, one per pixel from a 1x1 convolution, both of the same map.
+
+    Parameters: `fc1`, `fc2` as in `SqueezeExcite`; `conv/kernel` [1, 1, C, 1], `conv/bias`.
+
+    Attributes:
+      reduction: hidden width of the channel gate = C / reduction; the paper has 2.
+      rounding: of that width.
+      combine: `add` (the paper) or `max` (its journal version, Roy et al. 2019) of the two gated maps.
+      gate: of both gates.
+      use_bias: biases in all layers.
+      kernel_init: initialiser of the kernels.
+      dtype: accepted for uniformity; both gates are float32.
+
+    Raises:
+      UserError: another way to combine.
+    """
+
+    reduction: float = 2.0
+    rounding: str | Callable[[float], int] = "floor"
+    combine: str = "add"
+    gate: str | F.Elementwise = "sigmoid"
+    use_bias: bool = True
+    kernel_init: Initializer = he_normal
+    dtype: Any = None
+
+    squeezes_mean = False
+
+    def setup(self) -> None:
+        """The layers; their widths are known when they are called."""
+        self.fc1, self.fc2, self.conv = (_Pointwise(self.use_bias, self.kernel_init) for _ in range(3))
+
+    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+        """The channel gates. Args: z float32, such as [N, 1, 1, C]. Returns: of the same shape."""
+        channels = z.shape[-1]
+        hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
+        return F.excite(z, *self.fc1(channels, hidden), *self.fc2(hidden, channels), gate=self.gate)
+
+    def __call__(
+        self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
+    ) -> Array:
+        """Args: as `ChannelAttention`. Returns: the shape and dtype of x."""
+        if self.combine not in ("add", "max"):
+            raise UserError(f"got combine={self.combine!r} for ScSE; give add or max")
+        x = F.check_map(x, "ScSE")
+        by_channel = super().__call__(x, base_channels=base_channels, mask=mask)
+        logits = F.pointwise(x, *self.conv(x.shape[-1], 1))
+        by_pixel = F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
+        return by_channel + by_pixel if self.combine == "add" else jnp.maximum(by_channel, by_pixel)
 
 
 class _ContextMlp(nn.Module):
@@ -357,12 +423,14 @@ class GlobalContext(ChannelAttention):
         self.conv_attn = _Pointwise(kernel_init=self.kernel_init)
         self.mlp_scale = _ContextMlp(self.activation, self.kernel_init)
 
-    def descriptor(self, x: Array) -> Array:
-        """The context: the mean over the pixels, weighed by a softmax. Args: x [N, ..., C]. Returns: [N, 1, 1, C]."""
+    def descriptor(self, x: Array, mask: Array | None = None) -> Array:
+        """The context: the mean over the pixels, weighed by a softmax. Args: as `__call__`. Returns: [N, 1, 1, C]."""
         x = F.check_map(x, "GlobalContext")
         n, *_, channels = x.shape
         pixels = x.astype(jnp.float32).reshape(n, math.prod(x.shape[1:-1]), channels)
-        weights = jax.nn.softmax(F.pointwise(pixels, *self.conv_attn(channels, 1)), axis=1)
+        logits = F.pointwise(pixels, *self.conv_attn(channels, 1))
+        where = None if mask is None else F.mask_of(x, mask).reshape(logits.shape) > 0
+        weights = jax.nn.softmax(logits, axis=1, where=where)
         context = jnp.einsum("npc,npo->noc", pixels, weights, precision=jax.lax.Precision.HIGHEST)
         return context.reshape(n, *(1 for _ in F.spatial_axes(x)), channels)
 

@@ -187,20 +187,55 @@ def reduced_width(
     return max(1, round_(value))
 
 
-def squeeze(x: Array, kind: str | Elementwise = "mean") -> Array:
+def mask_of(x: Array, mask: Array) -> Array:
+    """A mask of a map's pixels, ready to be multiplied with it.
+
+    Args:
+      x: map [N, ..., C].
+      mask: [N, ...], True or 1 where x holds data.
+
+    Returns:
+      float32 [N, ..., 1].
+
+    Raises:
+      UserError: another shape.
+    """
+    mask = jnp.asarray(mask)
+    if mask.shape != x.shape[:-1]:
+        raise UserError(
+            f"got a mask of shape {tuple(mask.shape)} for a map of shape {tuple(x.shape)}; give one entry per pixel, "
+            f"{tuple(x.shape[:-1])}"
+        )
+    return mask.astype(jnp.float32)[..., None]
+
+
+def squeeze(x: Array, kind: str | Elementwise = "mean", mask: Array | None = None) -> Array:
     """The squeeze F_sq (Hu et al. 2020, equation 2).
 
     Args:
       x: map [N, ..., C], any float dtype.
       kind: `mean`, `max`, `none` or a function of the map.
+      mask: [N, ...], True or 1 where x holds data and not padding, which does not count; None for everywhere. An image
+        without data has the descriptor zero.
 
     Returns:
       float32 descriptor of x's rank, [N, 1, 1, C] of a map [N, H, W, C]; the map's shape for `none`.
 
     Raises:
-      UserError: x is no map, or an unknown kind.
+      UserError: x is no map, an unknown kind, or a mask of another shape or with a function.
     """
-    return lookup(SQUEEZES, kind, "squeeze")(check_map(x, "a squeeze"))
+    x = check_map(x, "a squeeze")
+    function = lookup(SQUEEZES, kind, "squeeze")
+    if mask is None or kind == "none":
+        return function(x)
+    if kind not in ("mean", "max"):
+        raise UserError("got a mask with a squeeze that is a function; mask in the function, or give mean or max")
+    axes, inside = spatial_axes(x), mask_of(x, mask)
+    count = jnp.sum(inside, axes, keepdims=True)
+    if kind == "mean":
+        return jnp.sum(x.astype(jnp.float32) * inside, axes, keepdims=True) / jnp.maximum(count, 1.0)
+    largest = jnp.max(jnp.where(inside > 0, x.astype(jnp.float32), -jnp.inf), axes, keepdims=True)
+    return jnp.where(count > 0, largest, 0.0)
 
 
 def excite(
@@ -325,16 +360,17 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
     return out
 
 
-def squeeze_mean_max(x: Array) -> Array:
+def squeeze_mean_max(x: Array, mask: Array | None = None) -> Array:
     """CBAM's two descriptors of the channels, mean and maximum (Woo et al. 2018, section 3.1).
 
     Args:
       x: map [N, ..., C].
+      mask: as for `squeeze`.
 
     Returns:
       float32 [2, N, 1, 1, C] of a map [N, H, W, C].
     """
-    return jnp.stack([squeeze(x, "mean"), squeeze(x, "max")])
+    return jnp.stack([squeeze(x, "mean", mask), squeeze(x, "max", mask)])
 
 
 def excite_mean_max(

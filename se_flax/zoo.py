@@ -100,13 +100,33 @@ def get_variant(name: str) -> Variant:
       UserError: unknown name; the message names the closest ones.
     """
     if name not in VARIANTS:
+        network, _, tag = str(name).partition(".")
+        if tag and network in VARIANTS:
+            raise UserError(
+                f"{name!r} is a checkpoint: se_flax.load_pretrained({name!r}) restores it; the network is {network!r}"
+            )
         raise UserError(f"unknown model {name!r}; {closest(str(name), VARIANTS)} (se_flax.list_models() gives all)")
     variant = VARIANTS[name]
     return variant if variant.weights else dataclasses.replace(variant, weights=published_weights().get(name, ()))
 
 
+# The words that configurations of other libraries have, timm's `attn_layer` among them.
+_ATTENTION = {
+    "se": "se_flax.SqueezeExcite",
+    "squeeze_excite": "se_flax.SqueezeExcite",
+    "ese": "se_flax.EffectiveSE",
+    "eca": "se_flax.ECA",
+    "cbam": "se_flax.CBAM",
+    "scse": "se_flax.ScSE",
+    "gc": "se_flax.attention.GlobalContext",
+}
+
+
 def _check_attention(attention: Any) -> None:
     if attention is not None and not callable(attention):
+        known = _ATTENTION.get(str(attention).lower().replace("-", "_"))
+        if known:
+            raise UserError(f"got attention={attention!r}; attention is given as a class: attention={known}")
         raise UserError(
             f"got attention={attention!r}; pass a class or a partial of one, such as se_flax.SqueezeExcite or "
             "functools.partial(se_flax.SqueezeExcite, reduction=8), or None"

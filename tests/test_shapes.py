@@ -10,13 +10,13 @@ from jax import export
 from scipy.signal import correlate
 
 import se_flax
-from se_flax import CBAM, ECA, EffectiveSE, SqueezeExcite, UserError, functional
+from se_flax import CBAM, ECA, EffectiveSE, ScSE, SqueezeExcite, UserError, functional
 from se_flax.attention import GlobalContext
 
 RNG = np.random.default_rng(0)
 SHAPES = {"signal": (2, 9, 16), "image": (2, 5, 4, 16), "volume": (2, 3, 5, 4, 16)}
 MAPS = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-MODULES = [SqueezeExcite(reduction=4), EffectiveSE(), ECA(), CBAM(reduction=4), GlobalContext()]
+MODULES = [SqueezeExcite(reduction=4), EffectiveSE(), ECA(), CBAM(reduction=4), GlobalContext(), ScSE()]
 EVERY = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
 
 
@@ -83,6 +83,54 @@ def test_cbams_spatial_kernel_has_an_axis_per_spatial_axis(shape):
     logits = np.stack([sum(correlate(image[..., c], kernel[..., c], "same") for c in (0, 1)) for image in descriptor])
     norm = batch_norm(logits[..., None], p["spatial_bn"], variables["batch_stats"]["spatial_bn"])
     np.testing.assert_allclose(module.apply(variables, x), y * sigmoid(norm), rtol=1e-5, atol=1e-5)
+
+
+@MAPS
+@pytest.mark.parametrize("combine", ["add", "max"])
+def test_scse_gates_channels_and_pixels_at_once(shape, combine):
+    x, _, mean = map_and_mean(shape)
+    module = ScSE(combine=combine)
+    variables = random_variables(module, x)
+    p = variables["params"]
+    assert p["fc1"]["kernel"].shape == (1, 1, 16, 8) and p["conv"]["kernel"].shape == (1, 1, 16, 1)
+    by_channel = gated(x, excite(mean, *layer(p["fc1"]), *layer(p["fc2"])))
+    kernel, bias = layer(p["conv"])
+    by_pixel = x * sigmoid(x.astype(np.float64) @ kernel + bias)
+    expected = by_channel + by_pixel if combine == "add" else np.maximum(by_channel, by_pixel)
+    np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scse_combines_in_two_ways_only():
+    with pytest.raises(UserError, match="got combine='mul' for ScSE; give add or max"):
+        ScSE(combine="mul").init(jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
+
+
+@pytest.mark.parametrize("module", [*MODULES, SqueezeExcite(reduction=4, squeeze="max")], ids=repr)
+def test_padding_does_not_count_in_the_squeeze(module):
+    """Where a sequence ends early, the result is that of the sequence alone, whatever is in the padding."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((3, 9, 16)).astype(np.float32)
+    lengths = [9, 4, 1]
+    mask = np.arange(9) < np.array(lengths)[:, None]
+    variables = random_variables(module, x)
+    got = module.apply(variables, x, mask=mask)
+    other = np.where(mask[..., None], x, 1e3 * rng.standard_normal(x.shape)).astype(np.float32)
+    for i, length in enumerate(lengths):
+        alone = module.apply(variables, x[i : i + 1, :length])
+        np.testing.assert_allclose(got[i : i + 1, :length], alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.where(mask[..., None], module.apply(variables, other, mask=mask), 0), np.where(mask[..., None], got, 0)
+    )
+
+
+def test_a_mask_has_an_entry_per_pixel_and_an_empty_one_gives_zero():
+    x = jnp.ones((2, 5, 8))
+    with pytest.raises(UserError, match=r"mask of shape \(5,\) for a map of shape \(2, 5, 8\); .* pixel, \(2, 5\)"):
+        functional.squeeze(x, mask=jnp.ones(5))
+    with pytest.raises(UserError, match="got a mask with a squeeze that is a function"):
+        functional.squeeze(x, lambda x: x.mean(1, keepdims=True), mask=jnp.ones((2, 5)))
+    for kind in ("mean", "max"):
+        np.testing.assert_array_equal(functional.squeeze(x, kind, jnp.zeros((2, 5))), np.zeros((2, 1, 8)))
 
 
 @EVERY

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from costs import count
+from families import model_and_shapes, small_side
 
 import se_flax
-from se_flax import SqueezeExcite, UserError, zoo
+from se_flax import SqueezeExcite, UserError, create_model, zoo
 from se_flax.variant import Variant
 
 NAMES = se_flax.list_models()
@@ -141,3 +142,45 @@ def test_train_and_return_features_are_keywords_only(name):
     parameters = inspect.signature(type(se_flax.create_model(name)).__call__).parameters
     assert {parameters[key].kind for key in ("train", "return_features")} == {inspect.Parameter.KEYWORD_ONLY}
     assert parameters["train"].default is parameters["return_features"].default is False
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_feature_info_says_what_the_network_returns(name):
+    model, shapes = model_and_shapes(name)
+    side = small_side(name)
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    _, maps = jax.eval_shape(lambda v, x: model.apply(v, x, return_features=True), shapes, images)
+    infos = se_flax.feature_info(model, side)
+    assert [info.channels for info in infos] == [x.shape[-1] for x in maps]
+    for info, x in zip(infos, maps, strict=True):
+        assert 0 <= -(-side // info.stride) - x.shape[1] <= 4  # without padding some pixels go
+    assert [info.stride for info in infos] == sorted({info.stride for info in infos})
+
+
+def test_strides_are_those_of_the_papers():
+    assert [info.stride for info in se_flax.feature_info("seresnet20")] == [1, 2, 4]
+    assert [info.stride for info in se_flax.feature_info("inception_v3")] == [2, 4, 8, 16, 32]
+    assert [(i.channels, i.stride) for i in se_flax.feature_info("seresnet50")][-1] == (2048, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: create_model("seresnet50.ra2_in1k"),
+            "a checkpoint: se_flax.load_pretrained('seresnet50.ra2_in1k')",
+        ),
+        (lambda: create_model("resnet50", attention="eca"), "attention is given as a class: attention=se_flax.ECA"),
+        (
+            lambda: create_model("resnet50", attention="SE"),
+            "attention=se_flax.SqueezeExcite",
+        ),
+        (lambda: create_model("resnet50", pretrained=True), "trained weights come from se_flax.load_pretrained"),
+        (lambda: create_model("resnet50", features_only=True), "return_features=True"),
+        (lambda: create_model("resnet50", in_chans=1), "here it is in_channels"),
+        (lambda: create_model("resnet50", global_pool=""), "num_classes=0 gives the pooled features"),
+    ],
+)
+def test_habits_of_other_libraries_are_answered(call, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        call()

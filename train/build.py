@@ -39,12 +39,18 @@ def _effective_se(a: Attention, axis: str | None) -> Callable[..., nn.Module]:
     return se_flax.EffectiveSE
 
 
+def _scse(a: Attention, axis: str | None) -> Callable[..., nn.Module]:
+    del axis
+    return partial(se_flax.ScSE, reduction=a.reduction)
+
+
 ATTENTIONS: dict[str, Callable[[Attention, str | None], Any]] = {
     "none": lambda a, axis: None,
     "se": _squeeze_excite,
     "eca": _eca,
     "cbam": _cbam,
     "ese": _effective_se,
+    "scse": _scse,
 }
 
 

@@ -21,10 +21,10 @@ CHECKPOINT = "<checkpoint>"  # stands in `init_from` of a recipe that makes no s
 class Attention:
     """Which attention the network carries, and where. `kind="default"` keeps what the architecture's name says."""
 
-    kind: str = "default"  # default | none | se | eca | cbam | ese
+    kind: str = "default"  # default | none | se | eca | cbam | ese | scse
     placement: str = "standard"  # standard | pre | post | identity | 3x3
     stages: tuple[int, ...] = ()  # the paper's numbers (2 = conv2_x ...); empty: every stage
-    reduction: float = 16.0  # se, cbam: hidden width = channels / reduction
+    reduction: float = 16.0  # se, cbam, scse: hidden width = channels / reduction
     squeeze: str = "mean"  # se: mean | max | none
     gate: str = "sigmoid"  # se: sigmoid | tanh | relu | hard_sigmoid
     bias: bool = True  # se: biases in both layers

@@ -21,6 +21,7 @@ CLASSES = {
         attention.EffectiveSE,
         attention.ECA,
         attention.CBAM,
+        attention.ScSE,
         attention.GlobalContext,
         BatchNorm,
         norm.GroupNorm,

@@ -1,0 +1,63 @@
+"""The maps that a network returns with `return_features=True`."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_flax.zoo import create_model, get_variant
+
+# Pixels: a multiple of every network's stride.
+_STEP = 256
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """One map of a network.
+
+    Attributes:
+      channels: of the map.
+      stride: pixels of the image per pixel of the map, along either side.
+    """
+
+    channels: int
+    stride: int
+
+
+def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple[FeatureInfo, ...]:
+    """Channels and stride of every map that `return_features=True` gives, without running the network.
+
+    Args:
+      model: a network, or the name of one of `se_flax.list_models()`.
+      image_size: side of the images that it is traced with; None takes the side that a named network was designed for,
+        and 224 for a module.
+
+    Returns:
+      One entry per map, in the order in which they are returned: finest first.
+
+    Raises:
+      UserError: unknown name, or images too small for the network.
+
+    Examples:
+      >>> import se_flax
+      >>> [(info.channels, info.stride) for info in se_flax.feature_info("resnet18")]
+      [(64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
+    """
+    if isinstance(model, str):
+        image_size = image_size or get_variant(model).input_size
+        model = create_model(model)
+
+    def maps(side: int) -> Any:
+        images = jax.ShapeDtypeStruct((1, side, side, getattr(model, "in_channels", 3)), jnp.float32)
+        call = functools.partial(model.init_with_output, return_features=True)
+        return jax.eval_shape(lambda key, images: call(key, images)[0][1], jax.random.key(0), images)
+
+    # Convolutions without padding take as many pixels off at every size: the difference of two sizes shows the stride.
+    side = image_size or 224
+    smaller, larger = maps(side), maps(side + _STEP)
+    return tuple(
+        FeatureInfo(a.shape[-1], _STEP // (b.shape[1] - a.shape[1])) for a, b in zip(smaller, larger, strict=True)
+    )
