@@ -1,4 +1,4 @@
-"""Shows where a network's time on a CPU goes: its convolutions alone, one by one, beside the whole.
+"""CPU time of a network beside the sum of its convolutions timed alone.
 
     python -m benchmarks.limits                                         # SE-ResNet-50 and EfficientNet-B0
     python -m benchmarks.limits --models seresnet50 --tasks infer:16

@@ -1,4 +1,4 @@
-"""What comparisons by turns share: their tasks, the turns, and the rows that they record."""
+"""Interleaved (round-robin) timing of the sides of a comparison, so that machine drift cancels."""
 
 import argparse
 import statistics

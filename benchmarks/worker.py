@@ -1,4 +1,4 @@
-"""A side of a comparison in a process of its own, which answers every line of JSON with one."""
+"""A worker process that answers every line of JSON with one."""
 
 import json
 import os

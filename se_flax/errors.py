@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: one sentence that says what was given, what is allowed, what to do."""
+"""User errors: one sentence that says what was given, what is allowed, what to do."""
 
 import difflib
 import re

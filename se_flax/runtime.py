@@ -1,4 +1,4 @@
-"""Settings of a whole process that computes on a CPU."""
+"""Process-wide memory settings for computing on a CPU."""
 
 import ctypes
 

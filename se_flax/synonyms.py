@@ -1,4 +1,4 @@
-"""What other libraries call a network's arguments, and what they are called or done with here.
+"""Arguments of other libraries and their counterparts here.
 
 The letters of a foreign name mislead: `pretrained` is close to nothing that a network has, `in_chans` close to several.
 """

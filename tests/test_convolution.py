@@ -66,8 +66,8 @@ def test_a_dense_one_takes_the_form_that_is_fast(side, width, strides, form):
 
 @pytest.mark.parametrize(("side", "rows"), [((7, 7), 52), ((5, 6), 30), ((4, 13), 52), ((2, 30), 60)])
 def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side, rows):
-    monkeypatch.setattr(dense, "_TALL", 16)
-    monkeypatch.setattr(dense, "_WIDE", 32)
+    monkeypatch.setattr(dense, "_MIN_K", 16)
+    monkeypatch.setattr(dense, "_MIN_N", 32)
 
     def multiplied(features):
         x, kernel = arrays((1, *side, 16), (1, 1, 16, features))

@@ -1,4 +1,4 @@
-"""Compiles a run's step without running it, for a TPU that is not there or for the CPU at hand, and says what it costs.
+"""Ahead-of-time compilation of a run's step, for absent TPUs or the CPU at hand, with its costs.
 
 The step, its state and its spreading over devices are those of `python -m train`. The state exists as shapes only:
 nothing is read, drawn or allocated.

@@ -1,4 +1,4 @@
-"""Turns the settings' words into modules: the one place where strings become classes."""
+"""Construction of modules from settings: the one place where strings become classes."""
 
 import math
 from collections.abc import Callable

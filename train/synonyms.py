@@ -1,4 +1,4 @@
-"""What other training programs call a setting, and what it is called here: letters alone would lead astray."""
+"""Settings of other training programs and their counterparts here."""
 
 from collections.abc import Iterable, Mapping
 

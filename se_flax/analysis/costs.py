@@ -1,4 +1,4 @@
-"""What a network costs, counted in its traced program: parameters, multiply-adds, activations. Nothing is computed.
+"""Model costs counted from a traced forward pass: parameters, multiply-adds, activations. Nothing is computed.
 
 Papers and tools count differently. Every layer's counts are kept apart here, and two sums of them are named:
 

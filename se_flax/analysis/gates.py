@@ -1,4 +1,4 @@
-"""What the gates of a network learned: read, summed over a data set, and replaced by their means.
+"""Statistics of channel gates over a data set, and the accuracy with gates replaced by their means.
 
 Nothing here changes a network: its channel gates are read, and replaced, while it is traced (`nn.intercept_methods`).
 The sums are streamed in float64 on the host, so a data set of any size costs the memory of its classes, not its images.

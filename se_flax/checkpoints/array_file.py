@@ -1,4 +1,4 @@
-"""An array that lies in a file, and the checks that every file format shares.
+"""Lazily read arrays of a file, and the checks that all file formats share.
 
 What a file declares (names, shapes, dtypes, sizes) is checked before it is believed; what the libraries that read it
 raise when it is damaged becomes one sentence about that file.

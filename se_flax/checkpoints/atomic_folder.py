@@ -1,4 +1,4 @@
-"""Folders that appear as a whole or not at all."""
+"""Atomic writing of folders: they appear as a whole or not at all."""
 
 import shutil
 import tempfile

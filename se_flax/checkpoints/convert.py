@@ -1,4 +1,4 @@
-"""From arrays in some layout to variables: every key used once, every target filled, every shape equal.
+"""Strict conversion of named arrays to variables: every key used once, every target filled, every shape equal.
 
 Two deviations are made on request and noted: another number of classes draws the classifier anew, another number of
 image channels adapts the stem. A prefix that all keys have is no deviation: `unprefixed` takes it off.

@@ -1,4 +1,4 @@
-"""What belongs to arrays and is not in them: network, arguments, preprocessing, labels, provenance, as JSON.
+"""Checkpoint metadata as JSON: network, arguments, preprocessing, labels, provenance.
 
 It stands in `se_flax.json` of a saved folder, in the header of a .safetensors file (metadata under `se_flax`), and
 beside every other file of arrays: `weights.npz` is described by `weights.npz.json`. So it goes along with every

@@ -1,4 +1,4 @@
-"""Arrays from files that nobody trusts: safetensors, NumPy, HDF5, PyTorch, Orbax.
+"""Readers for untrusted weight files: safetensors, NumPy, HDF5, PyTorch, Orbax.
 
     with open_arrays("model.safetensors") as arrays:
         arrays["conv1.weight"].shape

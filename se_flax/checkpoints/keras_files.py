@@ -1,4 +1,4 @@
-"""Files of keras.applications: which network they hold and what it expects of an image."""
+"""Weight files of keras.applications: network and preprocessing by file name."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What does not fit between a checkpoint and a network, in one sentence."""
+"""One sentence that lists the mismatches between a checkpoint and a network."""
 
 
 def mismatch_report(

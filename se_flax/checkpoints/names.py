@@ -1,4 +1,4 @@
-"""Which network a word means: the name of a file, or what a person gives as `name=`. Both are read alike."""
+"""Network names in file names and in `name=`, read alike."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What training programs put around a network's arrays: outer dictionaries, and a prefix before all names.
+"""Common prefixes of state dicts (`module.`, `_orig_mod.`, `model.`) and outer dictionaries.
 
 `torch.nn.DataParallel` writes `module.conv1.weight`, a compiled module `_orig_mod.conv1.weight`, Lightning and other
 programs that keep the network as an attribute `model.conv1.weight`. One rule covers them in every format: parts that

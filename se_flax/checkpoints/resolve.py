@@ -1,4 +1,4 @@
-"""From what a person calls a checkpoint to its file, network and preprocessing."""
+"""Resolution of a checkpoint reference to file, network and preprocessing."""
 
 import os
 import re

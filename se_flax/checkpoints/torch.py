@@ -1,4 +1,4 @@
-"""PyTorch's state dictionaries <-> Linen variables, by one rule.
+"""PyTorch state dicts <-> Linen variables, by one rule.
 
 Submodules are named after torch's module path, with its list indexes joined by an underscore
 (`layer1.0.conv1` <-> `layer1_0/conv1`), so a key is renamed, never looked up. Where torch itself has an underscore

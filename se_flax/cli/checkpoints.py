@@ -1,4 +1,4 @@
-"""What every command that reads a checkpoint shares: its arguments, what it says, and what is in the checkpoint."""
+"""Arguments, messages and facts that all commands on a checkpoint share."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Which class each picture of a folder belongs to."""
+"""Labelled pictures: class folders matched with a network's classes."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Text as wide as the terminal: tables and paragraphs."""
+"""Tables and paragraphs as wide as the terminal."""
 
 import re
 import shutil

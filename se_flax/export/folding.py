@@ -1,4 +1,4 @@
-"""Networks for inference, their batch norms folded into the convolutions in front of them."""
+"""Batch-norm folding for inference."""
 
 from collections.abc import Mapping
 from functools import partial

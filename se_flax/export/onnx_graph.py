@@ -1,4 +1,4 @@
-"""An ONNX graph under construction, some of whose values are known or not yet repeated."""
+"""ONNX graph builder with constant folding and deferred broadcasts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""JAX programs as ONNX graphs, for the operations that the networks of this package are made of.
+"""Conversion of traced JAX programs to ONNX, for the operations of this package's networks.
 
 A program is traced with a batch of symbolic size. What depends on weights alone is computed while the graph is built;
 functions within the program are inlined; where it differs by platform, the form for accelerators is taken (XLA's own

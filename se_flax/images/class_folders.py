@@ -1,4 +1,4 @@
-"""Which files are pictures, and which folders are classes: one rule for training, evaluation and prediction.
+"""Pictures and class folders of a directory: one rule for training, evaluation and prediction.
 
 A picture is a visible file that ends in one of `SUFFIXES`, at any depth. A class is a visible folder directly below the
 root, with or without pictures. Links are followed, but no folder is read twice.

@@ -1,4 +1,4 @@
-"""Which class a name means: a folder's, a picture's, or one that somebody typed.
+"""Matching of names (of folders, files, or typed) with a network's classes.
 
 The network's labels come first, exactly as they are. Only a name that is no label is read in another way, and a name
 that would fit several classes is refused. `docs/checkpoints.md` has the rule for users.

@@ -1,4 +1,4 @@
-"""What happens to an image before a network sees it, as data that travels with the weights."""
+"""Image preprocessing as data that travels with the weights."""
 
 import math
 import os

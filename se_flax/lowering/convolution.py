@@ -1,4 +1,4 @@
-"""2-D convolution that knows where it runs: TPU and GPU keep XLA's own, a CPU gets a form that it is fast at.
+"""Convolution by platform: XLA's own on TPU and GPU, a faster form on a CPU.
 
 `jax.lax.platform_dependent` traces the form of every platform, also of those that will not run it. The forms for a CPU
 cut, reshape and loop over maps, which needs heights and widths that are numbers, and images that are not sharded over

@@ -1,4 +1,4 @@
-"""What a batch norm needs of a 1x1 convolution's output, from the convolution's input alone.
+"""Batch norm after a 1x1 convolution without materialising the convolution's output (TPU training).
 
 The map x [pixels, I], the convolution y = x W with W [I, C], and the norm behind it, v = a * y + b. A bottleneck's last
 convolution makes four channels of one, so every pass over y costs four over x, and none is needed:
@@ -38,7 +38,7 @@ class DeferredConv(NamedTuple):
     """The output of a 1x1 convolution, and what it is the product of.
 
     Attributes:
-      output: [N, H, W, C]; on a TPU zeros in its place, which nobody reads.
+      output: [N, H, W, C]; on a TPU an unused placeholder of zeros, removed as dead code.
       x: [N, H, W, I].
       kernel: [I, C], of the same dtype.
     """

@@ -1,4 +1,4 @@
-"""Functions that JAX recognises again, and arrays that XLA computes once."""
+"""Memoised partial functions (JAX's trace cache hits), and arrays that XLA may not recompute."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Function:
 
 
 def share_computation(x: Array) -> Array:
-    """Lets all readers of an array share one computation of it on a CPU; the identity elsewhere.
+    """Makes all consumers of an array share one computation of it on a CPU; the identity elsewhere.
 
     XLA's fusion on a CPU computes what is cheap again for each reader. A residual network's sum is cheap, and has two:
     the next block's convolution and its sum. So every sum of a stage starts again from the first block's, which takes

@@ -1,4 +1,4 @@
-"""Norm, activation and gate over a map in few passes, where an activation stands between the norm and the squeeze.
+"""Fused batch norm, activation and channel gate with custom derivatives, for blocks that squeeze after the activation.
 
 The map u, its norm v = a * u + b, the activation z = f(v), the squeeze m = mean(z) over H and W, the gate s(m), and
 y = s * z. The gate needs all of z, so one read of u more than the norm and the activation make is the least. The rest

@@ -1,4 +1,4 @@
-"""Arrays sharded over explicit mesh axes (`jax.sharding.AxisType.Explicit`, what `jax.make_mesh` gives by default).
+"""Explicit mesh axes (`jax.sharding.AxisType.Explicit`, the default of `jax.make_mesh`).
 
 On explicit axes an array's sharding is part of its type, and JAX refuses an operation whose result's sharding would be
 ambiguous. The rule here: images stay sharded as they are; kernels, and channels where an operation mixes them, are

@@ -1,4 +1,4 @@
-"""Tables that mobile networks are made of.
+"""Block tables of mobile networks, with width and depth scaling.
 
 A network is a tuple of stages, a stage a tuple of `Blocks` (so many equal blocks in a row). Width and depth scaling are
 functions from one such table to another, so a variant's table can be printed and compared with the paper's.

@@ -1,4 +1,4 @@
-"""What a network says of its parts: its classifier, the convolution that reads the images, and its blocks.
+"""Base class of networks: it declares the paths of the classifier, the stem and the blocks.
 
 Fine-tuning, layer-wise rates and the import of weights with other classes or channels ask for these; nothing guesses
 them from shapes or names.

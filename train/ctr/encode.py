@@ -1,4 +1,4 @@
-"""From values to ids: every field has a range of rows in one embedding table, and missing values an id of their own.
+"""Encoding of table values as ids: one range of embedding rows per field, one id for missing values.
 
 Ids within a field start with 0, the missing value. Numbers are put into buckets, categories are looked up in a
 vocabulary or hashed. What must be learned from the training rows (`fit`) takes one pass over them and memory for the

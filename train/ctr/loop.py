@@ -1,4 +1,4 @@
-"""The story of a run on a table: open it, learn the ids, build the network, restore, step, evaluate, save, tell."""
+"""The training loop for tables: data, ids, network, restore, step, evaluate, checkpoint, report."""
 
 import json
 import math

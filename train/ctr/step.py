@@ -1,4 +1,4 @@
-"""What a run on a table compiles: its network, one training step, one evaluation step."""
+"""Network, training step and evaluation step of a run on a table."""
 
 from collections.abc import Callable
 from functools import partial

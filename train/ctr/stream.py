@@ -1,4 +1,4 @@
-"""From tables to batches: encoded, shuffled through a buffer, cut into batches of one size."""
+"""Batches of table rows: encoded, shuffled through a buffer, of one size."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""From an index of a source to a finished example, and what happens to images that cannot be read."""
+"""Examples of a source by index, and the handling of unreadable images."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""From an encoded image to uint8 [size, size, 3] on the host: crops and resizing for training and evaluation.
+"""Decoding, crops and resizing of encoded images to uint8 [size, size, 3] on the host.
 
 Everything else (flips, colour, normalisation) happens on the accelerator. Crops and sizes follow torchvision, so that
 a network evaluated here sees the pixels that its published accuracy was measured on.

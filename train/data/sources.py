@@ -1,4 +1,4 @@
-"""Where examples come from: random access to images and labels, with every question about the data settled up front.
+"""Data sources: random access to images and labels.
 
 A source is opened once, in the main process, and may be pickled to worker processes. It hands out images undecoded
 wherever it can: decoding belongs to the code that knows the wanted size.

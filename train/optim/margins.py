@@ -1,4 +1,4 @@
-"""ArcFace and CosFace: a margin that the right class must win by, for faces and fine-grained classes.
+"""ArcFace and CosFace: margins of the true class, for faces and fine-grained classes.
 
 Both act on the cosines between features and class vectors (`se_flax.CosineClassifier`) while training; evaluation uses
 the cosines as they are. What they return goes into `losses.cross_entropy`.

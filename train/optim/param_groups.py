@@ -1,4 +1,4 @@
-"""Which parts of a network a run trains, and how fast: from the classifier down to the stem."""
+"""Parameter groups: frozen parts and layer-wise learning rates."""
 
 import inspect
 from collections.abc import Iterator, Mapping

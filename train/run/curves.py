@@ -1,4 +1,4 @@
-"""`curves.png`: what a run's figures look like over its epochs."""
+"""`curves.png`: the figures of a run over its epochs."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

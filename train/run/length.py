@@ -1,4 +1,4 @@
-"""How long a run is, and what another length means for one that is resumed."""
+"""Length of a run, and the effect of another length at a resume."""
 
 from collections.abc import Mapping
 from typing import Any

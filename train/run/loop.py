@@ -1,4 +1,4 @@
-"""The story of a run: open the data, build the network, restore, step, evaluate, save, tell."""
+"""The training loop: data, network, restore, step, evaluate, checkpoint, report."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a run compiles: its network, optimizer and steps, built from the settings."""
+"""Network, optimizer and compiled steps of a run, built from the settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

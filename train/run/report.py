@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar, `metrics.jsonl`, TensorBoard events, `curves.png`."""
+"""Reporting: progress bar, `metrics.jsonl`, TensorBoard events, `curves.png`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What a run asks of its process: other hosts, the compilation cache, a work directory, an end that is announced."""
+"""Process set-up: multi-host initialisation, compilation cache, work directory, preemption signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a finished run leaves for its users: the network as a folder that `se_flax.load_pretrained` reads."""
+"""The saved model of a finished run, a folder that `se_flax.load_pretrained` reads."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

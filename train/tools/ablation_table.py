@@ -1,4 +1,4 @@
-"""The table of an ablation: what its cells are, and what their runs came to."""
+"""The result table of an ablation."""
 
 import csv
 import statistics

@@ -1,4 +1,4 @@
-"""What a compiled step costs: operations, traffic, memory and talk between devices, as XLA counts them."""
+"""Costs of a compiled step from XLA: operations, bytes, memory, collectives."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Reads what the devices say to each other out of a compiled program's text."""
+"""Collectives (kind, bytes) parsed from HLO text."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Devices to compile for: the CPU at hand, or a TPU that is not there."""
+"""Devices to compile for: the CPU at hand, or absent TPUs."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""The form of a convolution on a CPU."""
+"""Choice of a convolution's form on a CPU by its shape."""
 
 import jax
 

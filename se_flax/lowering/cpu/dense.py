@@ -29,9 +29,9 @@ _FEW_CHANNELS, _SMALL_MAPS = 64, 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
 # traffic, and XLA's convolution reads it more slowly than its product does.
 _FEW_PIXELS = 8
-# Rows that XLA gives to one core where a matrix has at least so many rows and columns, while one row more would keep
-# several busy: 7 x 7 pixels of one image.
-_ONE_CORES, _TALL, _WIDE = range(33, 52), 512, 1024
+# XLA runs a matrix product of M rows (7 x 7 pixels of one image) on one core if M is in this range, K and N are at least
+# so large; with one row more it uses all cores, so M is padded.
+_SINGLE_CORE_M, _MIN_K, _MIN_N = range(33, 52), 512, 1024
 # Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
 _THIN, _THIN_TAPS = 3, 27
 
@@ -48,8 +48,8 @@ def _matrix_product(x: Array, matrix: Array) -> Array:
     # Two axes each: in the gradient XLA copies maps of four axes into another order first.
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if isinstance(count, int) and count in _ONE_CORES and matrix.shape[0] >= _TALL and matrix.shape[1] >= _WIDE:
-        product = jnp.pad(rows, ((0, _ONE_CORES.stop - count), (0, 0))) @ matrix
+    if isinstance(count, int) and count in _SINGLE_CORE_M and matrix.shape[0] >= _MIN_K and matrix.shape[1] >= _MIN_N:
+        product = jnp.pad(rows, ((0, _SINGLE_CORE_M.stop - count), (0, 0))) @ matrix
         product = jax.lax.slice_in_dim(product, 0, count)
     else:
         product = rows @ matrix

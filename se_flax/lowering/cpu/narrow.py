@@ -1,4 +1,4 @@
-"""Grouped convolutions of few channels a group on a CPU."""
+"""Grouped convolutions with few channels per group on a CPU."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sums over a kernel's taps of shifted maps, whose pixels may have several axes of channels."""
+"""Convolutions as sums of shifted maps, one term per kernel tap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,8 +60,8 @@ def over_ranges(x: Array, kernel: tuple[int, ...], strides: Pair, dilation: Pair
     """Sum over the taps of a kernel of this shape: `product` of the pixels [N, L, ...] that a tap meets, and the tap.
 
     Pixels of the `framed` maps are numbered row by row, and those that a tap meets are the range from the first one on.
-    As windows of rows and columns, XLA would see that the middle one is x itself, and compute what x is made of twice,
-    or store it.
+    2-D windows would expose x itself as the centre tap, and XLA would recompute or store x's producer; flat ranges do
+    not.
     """
     n, height, wide = x.shape[:3]
     h, w = output_sides((height - 1, wide), kernel, strides, ((0, 0), (0, 0)), dilation)

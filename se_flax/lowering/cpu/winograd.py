@@ -1,4 +1,4 @@
-"""A 3x3 convolution with 16 products where 36 are written down: F(2x2, 3x3) of Winograd's minimal filtering.
+"""Winograd's minimal filtering F(2x2, 3x3): 3x3 convolutions with 16 multiplications instead of 36.
 
 Lavin and Gray 2016 (arXiv:1509.09308), section 4.1: tiles of 4 x 4 inputs, transformed, times the transformed kernel,
 give 2 x 2 outputs, y = A^T [(G g G^T) * (B^T d B)] A. All tiles and channels together make sixteen matrix products. The
