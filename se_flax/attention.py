@@ -76,7 +76,7 @@ class ChannelAttention(Attention):
           x: map [N, ..., C].
           factor: float32 [C], of a norm; None for x itself.
           offset: likewise.
-          act: activation after the norm, as a `bound.Function`.
+          act: activation after the norm, as a `lowering.dispatch.Function`.
 
         Returns:
           float32 of x's rank, [N, 1, 1, C] of a map [N, H, W, C].

@@ -137,7 +137,7 @@ def test_the_zoo_pages_multiply_adds_are_those_of_the_traced_program(name):
 
 def test_parameters_of_attention_are_those_on_the_page():
     rows = re.findall(r"^\| \[`(\w+)`\].*\| ([\d,]+) \|$", (ROOT / "docs" / "attention.md").read_text(), re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for name, number in rows:
         module = getattr(se_flax.attention, name)()
         shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32))

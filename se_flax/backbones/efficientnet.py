@@ -88,8 +88,8 @@ class EfficientNet(Network):
       linear_norm: norm where no activation follows; None takes `norm`.
       act: activation; a row of the table may have its own.
       classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      antialias: takes over the stride of the blocks, see `blocks_mobile.MobileBlock`.
-      from_expanded: attention's reduction is a share of the expanded channels instead of the block's input.
+      antialias: takes over the stride of the blocks, see `nn.mobile.MobileBlock`.
+      from_expanded: the SE ratio is relative to the expanded channels, not to the block's input.
       drop_rate: dropout before the classifier.
       drop_path_rate: stochastic depth after the last block; earlier ones linearly less.
       in_channels: of the images.

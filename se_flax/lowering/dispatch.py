@@ -83,9 +83,9 @@ def _as_it_is(x: Array) -> Array:
 
 
 def materialize(x: Array) -> Array:
-    """`computed_once` in code that only a CPU runs: whatever x is made of ends in memory, not in its readers' loops.
+    """Materialises x: XLA may not fuse its producer into the consumers. For code that only a CPU runs.
 
-    So does the gradient on its way back: what is added up to it is written before anything reads it.
+    Its gradient is materialised likewise.
 
     Args:
       x: any array.

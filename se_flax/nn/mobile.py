@@ -80,8 +80,8 @@ class CondConv(nn.Module):
       kernel_size: side of the kernel.
       experts: E.
       strides: of both axes.
-      groups: as in `layers.Conv`.
-      padding: `symmetric` or `SAME`, as in `layers.Conv`.
+      groups: as in `nn.conv.Conv`.
+      padding: `symmetric` or `SAME`, as in `nn.conv.Conv`.
       dtype: of the arithmetic; None takes the input's.
     """
 
@@ -132,7 +132,7 @@ class MobileBlock(nn.Module):
       norm: batch norm, called as `norm(name=...)(x, train=...)`.
       act: activation.
       linear_norm: norm where no activation follows; None takes `norm`. They differ where norm and activation are one
-        module (`norms.EvoNormS0`).
+        module (`nn.norm.EvoNormS0`).
       strides: of the block.
       kernel: side of the kernel, or the sides of a mixed depthwise convolution.
       attention: attention class or partial, or None.
@@ -142,7 +142,7 @@ class MobileBlock(nn.Module):
       attention_last: attention acts on the block's last map, before the sum, instead of the depthwise one.
       skip: adds the input where the shape allows.
       group_size: channels per group of the spatial convolution; 1 is depthwise.
-      antialias: takes over a stride of 2 after norm and activation (`layers.blur_pool`); None leaves it to the
+      antialias: takes over a stride of 2 after norm and activation (`nn.pooling.blur_pool`); None leaves it to the
         convolution.
       drop_path_rate: stochastic depth.
     """

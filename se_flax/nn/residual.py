@@ -65,7 +65,7 @@ class Block(nn.Module):
       stride_first: the stride sits in a bottleneck's first 1x1 (He et al. 2016, MSRA's Caffe models) instead of its
         3x3 ("v1.5").
       antialias: halves the map after the strided 3x3 convolution and its activation, and takes the stride from the
-        convolution (Zhang 2019, section 3.2): `average_by_2`, `layers.blur_pool` or None.
+        convolution (Zhang 2019, section 3.2): `average_by_2`, `nn.pooling.blur_pool` or None.
       drop_path_rate: stochastic depth.
       zero_init_last: the last norm's scale starts at zero, so that a block starts as the identity (Goyal et al. 2017,
         section 5.1).

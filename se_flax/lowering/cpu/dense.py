@@ -29,8 +29,8 @@ _FEW_CHANNELS, _SMALL_MAPS = 64, 10 << 20
 # Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
 # traffic, and XLA's convolution reads it more slowly than its product does.
 _FEW_PIXELS = 8
-# XLA runs a matrix product of M rows (7 x 7 pixels of one image) on one core if M is in this range, K and N are at least
-# so large; with one row more it uses all cores, so M is padded.
+# XLA runs a matrix product of M rows (7 x 7 pixels of one image) on one core if M is in this range and K and N are at
+# least so large; with one row more it uses all cores, so M is padded.
 _SINGLE_CORE_M, _MIN_K, _MIN_N = range(33, 52), 512, 1024
 # Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
 _THIN, _THIN_TAPS = 3, 27
