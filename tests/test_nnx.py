@@ -214,3 +214,10 @@ def test_the_documented_example_runs(monkeypatch, tmp_path):
     assert names["losses"][-1] < names["losses"][0]
     trained = se_flax.from_nnx(names["net"].backbone)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, names["variables"])), strict=True))
+
+
+def test_a_module_without_variables_says_what_is_missing():
+    module = se_flax.to_nnx(se_flax.create_model("seresnet20", num_classes=3), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"this CifarResNet has no variables yet; call \.lazy_init\(images\) on it"):
+        module(images(1, 16, 16, 3))
+    assert module.lazy_init(images(1, 16, 16, 3))(images(1, 16, 16, 3)).shape == (1, 3)

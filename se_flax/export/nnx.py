@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from flax.nnx.bridge import variables as bridge_variables
 
 from se_flax.errors import UserError
@@ -73,6 +74,9 @@ class FromLinen(nnx.bridge.ToNNX):
 
         Returns:
           What the Linen module returns.
+
+        Raises:
+          UserError: it has no variables yet.
         """
         if self.to_nnx__has_modes and method is None and not self._pytree__state.initializing:
             if self._trains(args, kwargs):
@@ -80,7 +84,16 @@ class FromLinen(nnx.bridge.ToNNX):
             else:
                 rngs = {} if rngs is None else rngs  # draws nothing: None would take from the module's streams
         before = {} if self._pytree__state.initializing or not mutable else self._own()
-        result = super().__call__(*args, rngs=rngs, method=method, mutable=mutable, **kwargs)
+        try:
+            result = super().__call__(*args, rngs=rngs, method=method, mutable=mutable, **kwargs)
+        except (ScopeCollectionNotFound, ScopeParamNotFoundError) as error:
+            if self._own():
+                raise
+            name = type(self.to_nnx__module).__name__
+            raise UserError(
+                f"this {name} has no variables yet; call .lazy_init(images) on it first, or give them: "
+                "to_nnx(model, variables)"
+            ) from error
         if before:
             self._update_in_place(before)
         return result
