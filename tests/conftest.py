@@ -27,6 +27,10 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+# The command lines' tables are as wide as the terminal says; without it, as in a pipe, they are whole.
+os.environ.pop("COLUMNS", None)
+
+
 @pytest.fixture(autouse=True)
 def _memory_goes_back(monkeypatch):
     """Many small runs in one process must not each leave their peak behind; processes of their own keep theirs."""

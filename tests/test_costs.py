@@ -392,7 +392,7 @@ def test_the_command_leaves_the_attention_out(capsys):
     ("words", "message"),
     [
         (["seresnet21"], "unknown model 'seresnet21'; closest: "),
-        (["seresnet20", "--image-size", "0"], "got image_size=0; give a positive whole number of pixels"),
+        (["seresnet20", "--image-size", "0"], "got --image-size=0; give a positive whole number of pixels"),
     ],
 )
 def test_the_command_refuses_in_one_line(capsys, words, message):

@@ -31,6 +31,7 @@ from se_flax.cli import main
 from se_flax.cli.gates import parse_groups
 from se_flax.errors import UserError
 from se_flax.images.labels import imagenet_labels
+from se_flax.nn.norm_attention import norm_act_attend
 
 SIDE = 16
 
@@ -97,7 +98,7 @@ class OneBlock(nn.Module):
     def __call__(self, x, *, train=False):
         x, attention = se_flax.Conv(8, name="conv")(x), self.attention(reduction=2.0, name="se")
         norm = se_flax.BatchNorm(name="bn")
-        return norm(x, gate=attention.gates) if self.fused else attention(norm(x))
+        return norm_act_attend(norm, attention, x, train=train) if self.fused else attention(norm(x))
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,8 @@ def test_margins_start_from_a_network_whose_classifier_is_nested(tmp_path, monke
     model = se_flax.create_model("vgg11_bn")
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     variables["params"]["head"]["fc"]["bias"] = jnp.ones(10)
-    se_flax.save_pretrained(tmp_path / "plain", "vgg11_bn", variables, arguments=TINY_VGG)
+    prepare = se_flax.Preprocess(image_size=32)
+    se_flax.save_pretrained(tmp_path / "plain", "vgg11_bn", variables, arguments=TINY_VGG, preprocess=prepare)
     config = settings(
         model=Model(),
         init_from=str(tmp_path / "plain"),

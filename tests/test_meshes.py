@@ -185,4 +185,4 @@ def test_a_fused_network_computes_and_differentiates(axes, name):
     model = se_flax.create_model(name, num_classes=8)
     (x,) = arrays((8, 32, 32, 3))
     fused, variables = se_flax.fuse(model, random_variables(model, x))
-    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4), tolerance=1e-3)
+    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4), tolerance=5e-3)

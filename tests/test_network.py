@@ -15,7 +15,7 @@ from se_flax import UserError, zoo
 from se_flax.backbones import inception_resnet_v2
 from se_flax.backbones.resnet import stem_7x7
 from se_flax.checkpoints import torch
-from se_flax.checkpoints.convert import sizes_in
+from se_flax.checkpoints.convert import import_variables, sizes_in
 from se_flax.checkpoints.pretrained import NATIVE
 from se_flax.nn.network import Network, lies_in, reads_images
 from train.config import Optim
@@ -161,7 +161,7 @@ def test_a_stem_of_ones_own_says_what_reads_the_images():
         return act(norm(name="n")(conv(features, 3, strides=4, name="first")(x), train=train))
 
     model = se_flax.create_model("resnet18", stem=bare)
-    text = r"^the stem bare does not say which of its layers the images go to; put se_flax\.network\.reads_images "
+    text = r"^the stem bare does not say which of its layers the images go to; put se_flax\.nn\.network\.reads_images "
     with pytest.raises(UserError, match=text):
         _ = model.stem_path
     assert model.head_path == ("fc",) and len(model.block_paths) == 8
@@ -185,12 +185,12 @@ def test_weights_with_other_classes_and_channels_are_imported(name):
     rng = np.random.default_rng(0)
     given = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     arrays = se_flax.to_timm(name, given)
-    with pytest.warns(UserWarning) as caught:
-        made = se_flax.from_timm(name, arrays, num_classes=5, in_channels=1, **NESTED[name])
-    assert [str(warning.message) for warning in caught] == [
+    changes = {"num_classes": 5, "in_channels": 1}
+    made, notes = import_variables(name, arrays, torch.LAYOUT, **changes, attributes=NESTED[name])
+    assert notes == (
         f"{name}: the classifier was drawn anew for 5 classes (the checkpoint's: 1,000 classes)",
         f"{name}: the stem was adapted from 3 channels to 1 (summed over the colours)",
-    ]
+    )
     before, after = flatten_dict(given), flatten_dict(made)
     assert before.keys() == after.keys()
     stem = ("params", *model.stem_path, "kernel")
@@ -201,8 +201,8 @@ def test_weights_with_other_classes_and_channels_are_imported(name):
             np.testing.assert_allclose(value, before[path].sum(2, keepdims=True), rtol=1e-5, atol=1e-6)
         else:
             np.testing.assert_array_equal(value, before[path])
-    with pytest.warns(UserWarning, match=r"the classifier was left out \(the checkpoint's: 1,000 classes\)"):
-        made = se_flax.from_timm(name, arrays, num_classes=0, **NESTED[name])
+    made, notes = import_variables(name, arrays, torch.LAYOUT, num_classes=0, attributes=NESTED[name])
+    assert notes == (f"{name}: the classifier was left out (the checkpoint's: 1,000 classes)",)
     assert flatten_dict(made).keys() == {path for path in before if not lies_in(path[1:], model.head_path)}
 
 
@@ -240,7 +240,7 @@ def test_a_network_that_does_not_say_is_refused_where_it_is_asked():
     assert not frozen_parts(Optim(), model, trace(model, 8)).params
     text = (
         r"^optim\.train_only needs to know the classifier and the blocks of Silent, which does not say; derive it from "
-        r"se_flax\.network\.Network, or leave optim\.train_only as it is by default$"
+        r"se_flax\.nn\.network\.Network, or leave optim\.train_only as it is by default$"
     )
     with pytest.raises(UserError, match=text):
         frozen_parts(settings, model, trace(model, 8))

@@ -1,5 +1,6 @@
 """The step and the data overlap: decided by the order of events, not by time."""
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -36,7 +37,12 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
 
     rows = []
     report = SimpleNamespace(
-        rows=rows, say=lambda text: None, advance=lambda *_: None, write=lambda step, epoch, row: rows.append(row)
+        rows=rows,
+        start=lambda: None,
+        paused=contextlib.nullcontext,
+        say=lambda text: None,
+        advance=lambda *_: None,
+        write=lambda step, epoch, row: rows.append(row),
     )
     trainer = train.run.loop._Trainer(
         config=Config(data=Data(batch_size=4), log_every_steps=log_every),
@@ -50,6 +56,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         train_step=train_step,
         eval_step=None,
         replicas=SimpleNamespace(shard=shard),
+        num_classes=10,
         checkpoints=None,
         report=report,
         run_info={},

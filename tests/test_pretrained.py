@@ -304,13 +304,13 @@ def test_a_prefix_of_all_names_is_taken_off_and_said(suffix, variables, tmp_path
     path = tmp_path / f"seresnet20.{suffix}"
     for prefix in ("module.", "_orig_mod.", "model.", "backbone.", "model._orig_mod."):
         SAVE[suffix](path, {prefix + key: value for key, value in se_flax.to_timm(NAME, variables).items()})
-        loaded = load_pretrained(path)
+        loaded = load_pretrained(path, preprocess=PREPARE)
         assert_same_bits(loaded.variables, variables)
         assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
     SAVE[suffix](path, {f"model/{key}": value for key, value in flat(variables).items()})
-    assert_same_bits(load_pretrained(path).variables, variables)
+    assert_same_bits(load_pretrained(path, preprocess=PREPARE).variables, variables)
     SAVE[suffix](path, {f"module.{key}": value for key, value in se_flax.to_timm(NAME, draw(num_classes=4)).items()})
-    assert load_pretrained(path).model.num_classes == 4
+    assert load_pretrained(path, preprocess=PREPARE).model.num_classes == 4
 
 
 @pytest.mark.parametrize("suffix", ["npz", "h5"])
@@ -318,14 +318,14 @@ def test_bfloat16_that_numpy_and_hdf5_save_without_a_name(suffix, variables, tmp
     path = tmp_path / f"seresnet20.{suffix}"
     halves = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), variables)
     SAVE[suffix](path, {"/".join(key): x for key, x in flax.traverse_util.flatten_dict(halves).items()})
-    loaded = load_pretrained(path)
+    loaded = load_pretrained(path, preprocess=PREPARE)
     assert_same_bits(loaded.variables, jax.tree.map(lambda x: x.astype(np.float32), halves))
     count = len(jax.tree.leaves(variables))
     assert loaded.notes == (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",)
     SAVE[suffix](path, {"conv1.weight": np.zeros((16, 3, 3, 3), ml_dtypes.float8_e4m3fn)})
     text = r"'conv1.weight' has dtype \|V1, raw bytes as NumPy saves types that it does not know; save it as float32"
     with pytest.raises(UserError, match=text):
-        load_pretrained(path)
+        load_pretrained(path, preprocess=PREPARE)
 
 
 @pytest.mark.parametrize("suffix", SAVE)
@@ -333,15 +333,15 @@ def test_files_without_a_classifier_or_with_a_grey_stem(suffix, tmp_path):
     path = tmp_path / f"seresnet20.{suffix}"
     SAVE[suffix](path, se_flax.to_timm(NAME, draw(num_classes=0)))
     with pytest.raises(UserError, match="it has no classifier: pass num_classes=0 for a network without one, or"):
-        load_pretrained(path)
-    loaded = load_pretrained(path, num_classes=0)
+        load_pretrained(path, preprocess=PREPARE)
+    loaded = load_pretrained(path, num_classes=0, preprocess=PREPARE)
     assert loaded.notes == () and loaded.model.num_classes == 0
-    assert load_pretrained(path, num_classes=3).notes == (
+    assert load_pretrained(path, num_classes=3, preprocess=PREPARE).notes == (
         "seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: none)",
     )
     grey = draw(in_channels=1)
     SAVE[suffix](path, se_flax.to_timm(NAME, grey))
-    loaded = load_pretrained(path)
+    loaded = load_pretrained(path, preprocess=PREPARE)
     assert_same_bits(loaded.variables, grey)
     assert loaded.arguments == {"in_channels": 1} and loaded.notes == () and loaded.preprocess.channels == 1
     images = loaded.preprocess(np.zeros((1, 32, 32, 1), np.uint8))
@@ -349,7 +349,7 @@ def test_files_without_a_classifier_or_with_a_grey_stem(suffix, tmp_path):
     loaded.save(tmp_path / "grey")
     assert_same_bits(load_pretrained(tmp_path / "grey").variables, grey)
     with pytest.raises(UserError, match=r"its stem takes 1 channel: pass in_channels=1$"):
-        load_pretrained(path, in_channels=3)
+        load_pretrained(path, in_channels=3, preprocess=PREPARE)
 
 
 def test_a_grey_stem_in_a_folder_of_timms(tmp_path):

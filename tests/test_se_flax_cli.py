@@ -105,7 +105,9 @@ def test_info_of_a_folder_and_of_a_file(capsys, ref, tmp_path):
     status, out, err = run(capsys, "info", tmp_path / "x.safetensors", "--name", "SE-ResNet20", "--json")
     found, note = json.loads(out), "the prefix 'module.' of all names in the checkpoint was taken off"
     assert (found["name"], found["num_classes"], found["params"]) == ("seresnet20", 3, params)
-    assert found["notes"] == [note] and err == f"se-flax: {note}\n"
+    assumed = f"{tmp_path / 'x.safetensors'} does not say how its images are prepared; assumed: image_size=32, "
+    assert found["notes"][0] == note and found["notes"][1].startswith(assumed)
+    assert err.splitlines() == [f"se-flax: {line}" for line in found["notes"]]
     assert found["provenance"] == {"source": str(tmp_path / "x.safetensors")}
 
 

@@ -107,7 +107,8 @@ def test_a_prefix_of_pytorch_files_is_taken_off_and_said(prefix, torch_that_load
     shapes = variable_shapes(se_flax.create_model("seresnet20"), 32)
     given = {torch_key(path): np.full(torch_shape(path, leaf.shape), 0.5) for path, leaf in shapes.items()}
     path = torch_that_loads({"state_dict": {prefix + key: Tensor(value) for key, value in given.items()}})
-    loaded = se_flax.load_pretrained(path, name="seresnet20")  # a warning would be an error here
+    prepare = se_flax.Preprocess(image_size=32)
+    loaded = se_flax.load_pretrained(path, name="seresnet20", preprocess=prepare)  # a warning would be an error here
     assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
     assert se_flax.to_timm("seresnet20", loaded.variables).keys() >= given.keys()
 

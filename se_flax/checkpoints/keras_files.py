@@ -32,8 +32,8 @@ _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
     ),
 )
 NETWORKS = frozenset(ours for ours, *_ in _NETWORKS)
-SUFFIXES = (".npz", ".h5", ".hdf5", ".safetensors")
-"""Of the files that may hold arrays under Keras's names."""
+SUFFIXES = (".npz", ".h5", ".hdf5")
+"""Of the files that Keras's own names are read off."""
 
 
 def network(words: str, *, whole: bool = False) -> str | None:

@@ -237,7 +237,11 @@ def _bare_file(path: Path, name: str | None) -> Source:
     network = network_of(path, name)
     weights = _published_in(name or "", network) or _published_in(path.name, network)
     preprocess = default_preprocess(network, weights)
-    if weights is None and network in keras_files.NETWORKS and path.suffix.lower() in keras_files.SUFFIXES:
+    if (
+        weights is None
+        and network in keras_files.NETWORKS
+        and path.suffix.lower() in (*keras_files.SUFFIXES, ".safetensors")
+    ):
         with open_arrays(path) as arrays:
             if kind_of(arrays) == "keras":
                 spelled = (keras_files.network(name or path.name), keras_files.network(path.name))
@@ -262,7 +266,7 @@ def _published_in(words: str, name: str) -> Weights | None:
     beginning where it is the only one of the network that begins so.
     """
     tags = {w.tag: w for w in get_variant(name).weights}
-    word = words.lower().partition(".")[2].partition(".")[0]
+    word = re.split(r"[.-]", words.lower().partition(".")[2])[0]
     if word in tags:
         return tags[word]
     stem = words.lower().partition(".")[0].replace("-", "_")
