@@ -8,9 +8,8 @@ share of where that is not the map's own (EfficientNet's blocks reduce relative 
 what lets any attention go into any backbone: `create_model("resnet50", attention=ECA)`.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -31,7 +30,7 @@ Initializer = nn.initializers.Initializer
 he_normal = nn.initializers.he_normal()
 
 
-class _Pointwise(nn.Module):
+class PointwiseParams(nn.Module):
     """Parameters of a 1x1 convolution: kernel [1, 1, C_in, C_out] as checkpoints hold it, returned as [C_in, C_out]."""
 
     use_bias: bool = True
@@ -40,6 +39,7 @@ class _Pointwise(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int, features: int) -> tuple[Array, Array | None]:
+        """Args: C_in; C_out. Returns: float32 kernel [C_in, C_out], and bias [C_out] or None."""
         kernel = self.param("kernel", self.kernel_init, (1, 1, channels, features), jnp.float32)
         bias = self.param("bias", self.bias_init, (features,), jnp.float32) if self.use_bias else None
         return gathered(kernel)[0, 0], None if bias is None else gathered(bias)
@@ -179,8 +179,8 @@ class SqueezeExcite(ChannelAttention):
         channels = z.shape[-1]
         hidden = self.hidden_width(base_channels or channels)
         layer = (self.use_bias, self.kernel_init, self.bias_init)
-        reduce_ = _Pointwise(*layer, name=self.names[0])(channels, hidden)
-        expand = _Pointwise(*layer, name=self.names[1])(hidden, channels)
+        reduce_ = PointwiseParams(*layer, name=self.names[0])(channels, hidden)
+        expand = PointwiseParams(*layer, name=self.names[1])(hidden, channels)
         return F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate)
 
 
@@ -207,7 +207,7 @@ class EffectiveSE(ChannelAttention):
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """Args: z float32, such as [N, 1, 1, C]. Returns: the gates, of the same shape."""
         del base_channels
-        layer = _Pointwise(self.use_bias, self.kernel_init, self.bias_init, name="fc")
+        layer = PointwiseParams(self.use_bias, self.kernel_init, self.bias_init, name="fc")
         kernel, bias = layer(z.shape[-1], z.shape[-1])
         return F.lookup(F.GATES, self.gate, "gate")(F.pointwise(z, kernel, bias))
 
@@ -294,7 +294,7 @@ class CBAM(ChannelAttention):
 
     def setup(self) -> None:
         """The layers; their widths are known when they are called."""
-        self.fc1, self.fc2 = (_Pointwise(self.use_bias, self.kernel_init) for _ in range(2))
+        self.fc1, self.fc2 = (PointwiseParams(self.use_bias, self.kernel_init) for _ in range(2))
         self.spatial_conv = Conv(1, self.kernel_size, kernel_init=self.kernel_init)
         self.spatial_bn = BatchNorm(momentum=self.momentum, axis_name=self.axis_name)
 
@@ -356,7 +356,7 @@ class ScSE(ChannelAttention):
 
     def setup(self) -> None:
         """The layers; their widths are known when they are called."""
-        self.fc1, self.fc2, self.conv = (_Pointwise(self.use_bias, self.kernel_init) for _ in range(3))
+        self.fc1, self.fc2, self.conv = (PointwiseParams(self.use_bias, self.kernel_init) for _ in range(3))
 
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
         """The channel gates. Args: z float32, such as [N, 1, 1, C]. Returns: of the same shape."""
@@ -386,7 +386,7 @@ class _ContextMlp(nn.Module):
     @nn.compact
     def __call__(self, z: Array, hidden: int) -> Array:
         channels = z.shape[-1]
-        fc1, fc2 = (_Pointwise(kernel_init=self.kernel_init, name=name) for name in ("fc1", "fc2"))
+        fc1, fc2 = (PointwiseParams(kernel_init=self.kernel_init, name=name) for name in ("fc1", "fc2"))
         z = LayerNorm(1e-6, name="norm")(F.pointwise(z, *fc1(channels, hidden)))
         z = F.lookup(F.ACTIVATIONS, self.activation, "activation")(z)
         return F.pointwise(z, *fc2(hidden, channels))
@@ -420,7 +420,7 @@ class GlobalContext(ChannelAttention):
 
     def setup(self) -> None:
         """The layers; their widths are known when they are called."""
-        self.conv_attn = _Pointwise(kernel_init=self.kernel_init)
+        self.conv_attn = PointwiseParams(kernel_init=self.kernel_init)
         self.mlp_scale = _ContextMlp(self.activation, self.kernel_init)
 
     def descriptor(self, x: Array, mask: Array | None = None) -> Array:
@@ -439,55 +439,3 @@ class GlobalContext(ChannelAttention):
         share: dict[str, Any] = {"reduction": self.reduction} if self.fraction is None else {"fraction": self.fraction}
         hidden = F.reduced_width(base_channels or z.shape[-1], **share, rounding=self.rounding)
         return F.lookup(F.GATES, self.gate, "gate")(self.mlp_scale(z, hidden))
-
-
-def weigh_branches(
-    branches: Sequence[Array],
-    width: int,
-    *,
-    norm: Callable[..., Any],
-    train: bool,
-    act: F.Elementwise = jax.nn.relu,
-    groups: int = 1,
-    use_bias: bool = False,
-    names: tuple[str, str, str] = ("fc_reduce", "bn", "fc_select"),
-) -> Array:
-    """Sum of branches, each weighed per image and channel (Li et al. 2019; Zhang et al. 2022; section 3.1 of both).
-
-    The weights come from the mean of the branches' sum by two layers as in squeeze-and-excitation, and compete in a
-    softmax over the branches. A single branch competes with nothing: its weight is a sigmoid.
-
-    Its layers belong to the module that calls it: `<names[0]>/kernel` [1, 1, C / groups, width], `<names[1]>` a batch
-    norm, `<names[2]>/kernel` [1, 1, width / groups, R * C], and biases.
-
-    Args:
-      branches: R maps [N, H, W, C].
-      width: of the hidden layer.
-      norm: batch norm between the layers, called as `norm(name=..., dtype=...)(z, train=...)`.
-      train: the norm uses the batch's statistics.
-      act: activation after it.
-      groups: channel groups K that are gated apart (ResNeSt's cardinality).
-      use_bias: biases in both layers.
-      names: of the two layers and the norm between them.
-
-    Returns:
-      [N, H, W, C] of the branches' dtype.
-    """
-    count, (n, *_, channels) = len(branches), branches[0].shape
-
-    def grouped(z: Array, features: int, name: str) -> Array:
-        kernel, bias = _Pointwise(use_bias, name=name)(z.shape[-1] // groups, features)
-        z = z.reshape(n, groups, z.shape[-1] // groups)
-        # A grouped kernel holds the outputs of all groups side by side, each over its own group's inputs.
-        kernel = kernel.reshape(z.shape[-1], groups, features // groups)
-        out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(n, features)
-        return out if bias is None else out + jax.lax.broadcast_to_rank(bias, out.ndim)
-
-    z = functools.reduce(jnp.add, [jnp.squeeze(F.squeeze(branch), (1, 2)) for branch in branches])
-    z = gathered(z, -1)
-    z = grouped(z, width, names[0])
-    z = act(norm(name=names[1], dtype=jnp.float32)(z, train=train))
-    logits = grouped(z, count * channels, names[2]).reshape(n, groups, count, channels // groups)
-    gates = jax.nn.softmax(logits, axis=2) if count > 1 else jax.nn.sigmoid(logits)
-    gates = jnp.moveaxis(gates, 2, 0).reshape(count, n, 1, 1, channels)
-    return functools.reduce(jnp.add, [F.scale(branch, gate) for branch, gate in zip(branches, gates, strict=True)])

@@ -135,6 +135,11 @@ def test_every_attention_and_norm(axes, parameters, spec, module):
     check(function, variables["params"], x, make_mesh(axes), parameters, lambda x: spec)
 
 
+def smooth(name):
+    """A network without kinks in its activation, whose gradient would jump where rounding moves a number over one."""
+    return se_flax.create_model(name, num_classes=8, **({"act": jax.nn.silu} if name == "seresnet20" else {}))
+
+
 @pytest.mark.parametrize(
     ("name", "axes", "parameters"),
     [
@@ -147,7 +152,7 @@ def test_every_attention_and_norm(axes, parameters, spec, module):
     ],
 )
 def test_a_networks_gradients_are_those_of_one_device(name, axes, parameters):
-    model = se_flax.create_model(name, num_classes=8)
+    model = smooth(name)
     (x,) = arrays((8, 32, 32, 3))
     variables = random_variables(model, x)
     params, statistics = variables.pop("params"), variables
@@ -182,7 +187,7 @@ def test_every_family_differentiates_on_explicit_axes(name, monkeypatch):
 @AXES
 @pytest.mark.parametrize("name", ["seresnet20", "test_efficientnet"])
 def test_a_fused_network_computes_and_differentiates(axes, name):
-    model = se_flax.create_model(name, num_classes=8)
+    model = smooth(name)
     (x,) = arrays((8, 32, 32, 3))
     fused, variables = se_flax.fuse(model, random_variables(model, x))
-    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4), tolerance=5e-3)
+    check(fused.apply, variables, x, make_mesh(axes), last_axis_over("data", 4), tolerance=1e-3)

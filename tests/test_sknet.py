@@ -10,9 +10,9 @@ from flax import linen as nn
 from parity import compare
 
 import se_flax
-from se_flax.attention import weigh_branches
 from se_flax.backbones import sknet
 from se_flax.backbones.sknet import SelectiveKernel
+from se_flax.nn.branches import weigh_branches
 
 RNG = np.random.default_rng(3)
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import Attention, weigh_branches
+from se_flax.attention import Attention
 from se_flax.backbones.resnet import AVERAGED, D18, D34, D50, DEEP, ResNet
+from se_flax.nn.branches import weigh_branches
 from se_flax.nn.residual import Block, ConvNorm, ModuleDef, Placement
 from se_flax.variant import Variant
 
@@ -23,7 +24,7 @@ Array = jax.Array
 
 
 class SelectiveAttention(Attention):
-    """Fuse and select (Li et al. 2019, section 3.1): `attention.weigh_branches` as one submodule.
+    """Fuse and select (Li et al. 2019, section 3.1): `nn.branches.weigh_branches` as one submodule.
 
     Attributes:
       width: of the hidden layer, the paper's d.
