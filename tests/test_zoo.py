@@ -112,7 +112,7 @@ def test_a_name_in_two_families_is_refused():
         (lambda: se_flax.create_model("resnet20", parent=None), "resnet20 has no attribute 'parent'"),
         (
             lambda: se_flax.create_model("resnet50", attention="se"),
-            "got attention='se'; pass a class or a partial of one, such as se_flax.SqueezeExcite",
+            "got attention='se'; attention is given as a class: attention=se_flax.SqueezeExcite",
         ),
         (lambda: se_flax.create_model("resnet50", attention=16), "got attention=16; pass a class or a partial of one"),
         (
