@@ -10,11 +10,12 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart test test-newest lint types check docs package clean
+.PHONY: help quickstart test test-fast test-newest lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
 	@echo "make test          run the tests (.venv, pinned by constraints.txt)"
+	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
 	@echo "make lint types    ruff; mypy"
 	@echo "make check         lint, types, test"
@@ -31,6 +32,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train --config=configs/digits.py --workdir=$(WORKDIR)
+
+# The inner loop: what takes under 0.7 s, see tools/slow_tests.py.
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) -m "not slow"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)

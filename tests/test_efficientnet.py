@@ -145,7 +145,7 @@ def test_attention_may_differ_by_stage():
         shapes_of(TINY(attention=(None, ECA)))
     model = se_flax.create_model("test_efficientnet", attention=[None, None, None, ECA, None])
     assert [key for key in shapes_of(model) if ".se." in key] == ["blocks.3.0.se.conv.weight"]
-    with pytest.raises(UserError, match="got attention='eca'; attention is given as a class: attention=se_flax.ECA"):
+    with pytest.raises(UserError, match=r"got attention='eca'; attention is given as a class: attention=se_flax\.ECA"):
         se_flax.create_model("test_efficientnet", attention=[None, None, None, "eca", None])
     with pytest.raises(UserError, match="pass a class or a partial"):
         se_flax.create_model("resnet18", attention=(ECA, None, None, None))

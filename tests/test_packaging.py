@@ -13,6 +13,7 @@ import pytest
 
 import se_flax
 import train
+from tools import slow_tests
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "se_flax"
@@ -84,6 +85,22 @@ def test_the_workflow_does_what_a_change_must_pass():
     assert commands
     for command in commands:
         assert f"run: make {command}\n" in workflow, command
+
+
+def test_the_list_of_slow_tests_names_tests_that_are_there():
+    names = (ROOT / "tests" / "slow.txt").read_text().split()
+    for name in names:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_slow_tests_are_those_whose_calls_take_long_together():
+    lines = (
+        "0.50s call  tests/test_a.py::x[1]",
+        "0.40s setup  tests/test_a.py::x[2 b]",
+        "0.60s call  tests/test_a.py::y",
+    )
+    assert slow_tests.slow_tests("\n".join(lines)) == ["test_a.py::x"]
 
 
 @pytest.mark.parametrize("extra", ["dev", "docs"])
