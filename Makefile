@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train --config=configs/digits.py --workdir=$(WORKDIR)
 
-# The inner loop: what takes under 0.7 s, see tools/slow_tests.py.
+# The inner loop: what takes under 0.5 s, see tools/slow_tests.py.
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) -m "not slow"
 

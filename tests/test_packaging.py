@@ -98,7 +98,7 @@ def test_slow_tests_are_those_whose_calls_take_long_together():
     lines = (
         "0.50s call  tests/test_a.py::x[1]",
         "0.40s setup  tests/test_a.py::x[2 b]",
-        "0.60s call  tests/test_a.py::y",
+        "0.40s call  tests/test_a.py::y",
     )
     assert slow_tests.slow_tests("\n".join(lines)) == ["test_a.py::x"]
 

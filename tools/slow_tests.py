@@ -11,7 +11,7 @@ from pathlib import Path
 
 SLOW = Path(__file__).resolve().parents[1] / "tests" / "slow.txt"
 # Seconds that a test function may take with all its parameters, its set-up included.
-LIMIT = 0.7
+LIMIT = 0.5
 
 
 def slow_tests(log: str) -> list[str]:
