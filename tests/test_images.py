@@ -1,20 +1,18 @@
 """Decoding and cropping on the host, against NumPy, known pixels and the distributions the paper asks for."""
 
-import contextlib
 import io
 import math
 
 import numpy as np
 import pytest
+from fast_packages import FAST, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import train.data.images
 from train.data.images import UnreadableImage, eval_image, random_box, train_image
 
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
-FAST = ("simplejpeg", "cykooz_resizer")
 # Which of the optional packages a test pretends to have.
 PACKAGES = pytest.mark.parametrize(
     "packages", [(), *((name,) for name in FAST), FAST], ids=lambda names: "+".join(names)
@@ -179,17 +177,6 @@ def test_damage_is_named(given, reason):
 
 
 # ---- random crops with and without the optional packages
-
-
-@contextlib.contextmanager
-def only(packages):
-    """Leaves only these optional packages; skips where one is not installed."""
-    for name in packages:
-        pytest.importorskip(name)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in set(FAST) - set(packages):
-            patch.setattr(train.data.images, name, None)
-        yield
 
 
 def cropped(given, packages, *, seed=0, size=24, interpolation="bilinear"):

@@ -1,6 +1,5 @@
 """Pictures that a camera was turned for: every path sets them upright as Pillow's `exif_transpose` does, or none."""
 
-import contextlib
 import io
 import json
 import math
@@ -11,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_packages import FAST, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import se_flax
-import train.data.images
 from se_flax import Preprocess
 from se_flax.cli.images import padded_batches
 from se_flax.images.decode import open_image, orientation, to_rgb
@@ -25,23 +24,11 @@ from train.data.images import eval_image, random_box, train_image
 from train.data.loader import DataSplits, eval_batches, open_data, train_loader
 from train.data.sources import TfdsSource
 
-FAST = ("simplejpeg", "cykooz_resizer")
 PACKAGES = pytest.mark.parametrize(
     "packages", [(), *((name,) for name in FAST), FAST], ids=lambda names: "+".join(names)
 )
 TURNS = range(1, 9)
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
-
-
-@contextlib.contextmanager
-def only(packages):
-    """Leaves only these optional packages; skips where one is not installed."""
-    for name in packages:
-        pytest.importorskip(name)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in set(FAST) - set(packages):
-            patch.setattr(train.data.images, name, None)
-        yield
 
 
 def smooth(height, width, seed=0):

@@ -190,6 +190,7 @@ def test_an_activation_before_the_gate_gets_the_written_map(as_on_tpu):
         ({"features": 16, "groups": 2}, False),
         ({"features": 16, "kernel_size": 3}, False),
         ({"features": 16, "use_bias": True}, False),
+        ({"features": 16, "padding": ((1, 1), (1, 1))}, False),  # its border is not in the input
     ],
 )
 def test_which_convolutions_can_be_deferred(settings, deferred):

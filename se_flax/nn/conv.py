@@ -116,8 +116,9 @@ class Conv(nn.Module):
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether the kernel is 1x1 and meets every pixel: the output's mean is then the convolution of the input's."""
-        return self.kernel_size in (1, (1, 1)) and self.strides == 1
+        """Whether the kernel is 1x1 and meets every pixel once: the output's mean is the convolution of the input's."""
+        adds_no_pixels = self.padding in ("symmetric", "SAME", "VALID")
+        return self.kernel_size in (1, (1, 1)) and self.strides == 1 and adds_no_pixels
 
     def widens(self, x: Array) -> bool:
         """Whether the output has at least twice the channels of x, so that reading x instead of it saves passes."""

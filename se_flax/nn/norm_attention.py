@@ -93,7 +93,8 @@ def conv_norm_attend(
     if not isinstance(conv, Conv):
         return norm_act_attend(norm, attention, conv(x), train=train, base_channels=base_channels)
     if train:
-        defers = isinstance(norm, BatchNorm) and norm.defer_conv and conv.widens(x) and not has_explicit_axes(x)
+        defers = isinstance(norm, BatchNorm) and norm.defer_conv and conv.widens(x)
+        defers = defers and not has_explicit_axes(x, conv.weights(x.shape[-1], 2)[0])
         y = conv.deferred(x) if defers else conv(x)
         return norm_act_attend(norm, attention, y, train=train, base_channels=base_channels)
     if attention is not None:
@@ -102,12 +103,5 @@ def conv_norm_attend(
     def input_mean() -> Array:
         return conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), in_float32=True)
 
-    is_linear = conv.is_pointwise
-    return norm_act_attend(
-        norm,
-        attention,
-        conv(x),
-        train=train,
-        base_channels=base_channels,
-        input_mean=input_mean if is_linear else None,
-    )
+    known = input_mean if conv.is_pointwise else None
+    return norm_act_attend(norm, attention, conv(x), train=train, base_channels=base_channels, input_mean=known)
