@@ -15,6 +15,7 @@ import se_flax
 from se_flax.attention import GlobalContext
 from se_flax.lowering.convolution import convolve
 from se_flax.nn.norm import EvoNormS0, GroupNorm, LayerNorm
+from se_flax.nn.residual import Bottleneck
 
 AXES = pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 
@@ -161,6 +162,21 @@ def test_a_networks_gradients_are_those_of_one_device(name, axes, parameters):
         return model.apply({"params": params, **statistics}, x, train=True, mutable=["batch_stats"])[0]
 
     check(logits, params, x, make_mesh(axes), parameters, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("parameters", [REPLICATED, last_axis_over("data", 4)], ids=["replicated", "over_data"])
+def test_a_convolution_is_not_deferred_on_explicit_axes(parameters):
+    norm = partial(se_flax.BatchNorm, defer_conv=True)
+    attention = partial(se_flax.SqueezeExcite, reduction=4)
+    block = Bottleneck(8, conv=se_flax.Conv, norm=norm, act=jax.nn.silu, attention=attention)
+    (x,) = arrays((8, 6, 6, 32))
+    variables = random_variables(block, x)
+    params, statistics = variables.pop("params"), variables
+
+    def output(params, x):
+        return block.apply({"params": params, **statistics}, x, train=True, mutable=["batch_stats"])[0]
+
+    check(output, params, x, make_mesh(AxisType.Explicit), parameters)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
