@@ -3,58 +3,32 @@
 import dataclasses
 import fnmatch
 import functools
+import importlib
 import inspect
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 import flax.linen as nn
 
-from se_flax.backbones import (
-    cifar_resnet,
-    efficientnet,
-    inception,
-    inception_resnet_v2,
-    inception_v3,
-    mnasnet,
-    mobilenetv1,
-    mobilenetv2,
-    mobilenetv3,
-    resnest,
-    resnet,
-    senet,
-    shake,
-    shufflenet,
-    sknet,
-    vgg,
-    wide_resnet,
-)
+from se_flax import backbones
 from se_flax.errors import UserError, closest
 from se_flax.nn.network import Network
 from se_flax.nn.residual import Placement
 from se_flax.synonyms import advice
 from se_flax.variant import Variant, published_weights
 
-FAMILIES: tuple[ModuleType, ...] = (
-    cifar_resnet,
-    efficientnet,
-    inception,
-    inception_resnet_v2,
-    inception_v3,
-    mnasnet,
-    mobilenetv1,
-    mobilenetv2,
-    mobilenetv3,
-    resnest,
-    resnet,
-    senet,
-    shake,
-    shufflenet,
-    sknet,
-    vgg,
-    wide_resnet,
-)
-"""One module per family; each has a table `VARIANTS`. A new family adds its module here."""
+
+def _families() -> Iterator[ModuleType]:
+    for found in sorted(pkgutil.iter_modules(backbones.__path__), key=lambda found: found.name):
+        module = importlib.import_module(f"{backbones.__name__}.{found.name}")
+        if hasattr(module, "VARIANTS"):
+            yield module
+
+
+FAMILIES: tuple[ModuleType, ...] = tuple(_families())
+"""One module per family: those of `se_flax.backbones` that have a table `VARIANTS`."""
 
 
 def collect(families: tuple[ModuleType, ...]) -> Mapping[str, Variant]:

@@ -140,7 +140,7 @@ def test_stages_are_2_to_4(stages):
     variables, _ = traced("resnet20", 32, attention=partial(ECA), stages=stages)
     attending = {block for block, tree in variables["params"].items() if "se" in tree}
     assert attending == {f"layer{stage - 1}_{i}" for stage in stages for i in range(3)}
-    with pytest.raises(UserError, match="5 is not a residual stage; allowed: 2, 3, 4 "):
+    with pytest.raises(UserError, match="5 is not a stage of blocks; allowed: 2, 3, 4 "):
         traced("resnet20", 32, stages=(4, 5))
 
 

@@ -77,7 +77,7 @@ def test_a_wrong_command_line_is_one_sentence(words, text, capsys, monkeypatch):
         ("model.name=seresnet21", r"unknown model 'seresnet21'; closest: .*seresnet20"),
         ("model.attention.kind=ecaa", r"unknown model.attention.kind 'ecaa'; closest: eca"),
         ("model.attention.placement=psot", r"unknown placement 'psot'; closest: post"),
-        ("model.attention.stages=(1,)", r"1 is not a residual stage; allowed: 2, 3, 4"),
+        ("model.attention.stages=(1,)", r"1 is not a stage of blocks; allowed: 2, 3, 4"),
         ("data.source=folder:/nowhere/at/all", r"/nowhere/at/all"),
         ("data.source=digit", r"digit.*digits"),
         ("optim.name=sdg", r"sdg.*sgd"),

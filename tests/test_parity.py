@@ -32,6 +32,7 @@ CHOSEN = {
     "legacy_seresnet18",
     "mobilenetv3_large_100",
     "mobilenetv3_small_050",
+    "regnety_002",
     "seresnet50",
     "skresnet18",
     "test_efficientnet",
@@ -45,9 +46,9 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20}
+    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 12}
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 85
+    assert len(STEPS) == 92
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 

@@ -157,7 +157,7 @@ def test_any_attention_goes_into_the_chosen_stages(name, attributes, stages, lea
 
 @pytest.mark.parametrize(("stages", "wrong"), [((6,), 6), ((1, 2), 1), ((0,), 0)])
 def test_a_stage_that_is_not_there_is_refused(stages, wrong):
-    message = f"got attention stages {stages}, but {wrong} is not a residual stage; allowed: 2, 3, 4, 5"
+    message = f"got attention stages {stages}, but {wrong} is not a stage of blocks; allowed: 2, 3, 4, 5"
     with pytest.raises(UserError, match=re.escape(message)):
         traced("seresnet18", 32, stages=stages)
 

@@ -131,7 +131,7 @@ def test_a_training_step(monkeypatch):
             "got groups=3 for units of 24 channels, which make 6 and 0; groups must divide both",
         ),
         ({"widths": (240, 480)}, "got widths=(240, 480) for 3 stages; give one width per stage"),
-        ({"stages": (5,)}, "5 is not a residual stage; allowed: 2, 3, 4 "),
+        ({"stages": (5,)}, "5 is not a stage of blocks; allowed: 2, 3, 4 "),
     ],
 )
 def test_what_does_not_fit_is_refused(attributes, message):

@@ -160,7 +160,16 @@ def test_feature_info_says_what_the_network_returns(name):
 def test_strides_are_those_of_the_papers():
     assert [info.stride for info in se_flax.feature_info("seresnet20")] == [1, 2, 4]
     assert [info.stride for info in se_flax.feature_info("inception_v3")] == [2, 4, 8, 16, 32]
-    assert [(i.channels, i.stride) for i in se_flax.feature_info("seresnet50")][-1] == (2048, 32)
+    assert [(i.name, i.channels, i.stride) for i in se_flax.feature_info("seresnet50")][-1] == ("layer4", 2048, 32)
+
+
+def test_feature_maps_have_names():
+    model = se_flax.create_model("seresnet20")
+    images = jnp.zeros((1, 16, 16, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    _, maps = jax.eval_shape(lambda v, x: model.apply(v, x, return_features=True), shapes, images)
+    assert maps._fields == ("layer1", "layer2", "layer3") == tuple(i.name for i in se_flax.feature_info(model, 16))
+    assert maps.layer3.shape == (1, 4, 4, 64)
 
 
 @pytest.mark.parametrize(

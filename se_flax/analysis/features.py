@@ -1,4 +1,4 @@
-"""The maps that a network returns with `return_features=True`."""
+"""Names, channels and strides of the feature maps that a network returns with `return_features=True`."""
 
 import functools
 from dataclasses import dataclass
@@ -16,19 +16,21 @@ _STEP = 256
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One map of a network.
+    """One feature map of a network.
 
     Attributes:
+      name: of the map in the named tuple that the network returns, after the torch module that makes it.
       channels: of the map.
       stride: pixels of the image per pixel of the map, along either side.
     """
 
+    name: str
     channels: int
     stride: int
 
 
 def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple[FeatureInfo, ...]:
-    """Channels and stride of every map that `return_features=True` gives, without running the network.
+    """Name, channels and stride of every feature map that `return_features=True` gives, without running the network.
 
     Args:
       model: a network, or the name of one of `se_flax.list_models()`.
@@ -43,8 +45,8 @@ def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple
 
     Examples:
       >>> import se_flax
-      >>> [(info.channels, info.stride) for info in se_flax.feature_info("resnet18")]
-      [(64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
+      >>> [(info.name, info.channels, info.stride) for info in se_flax.feature_info("resnet18")]
+      [('stem', 64, 2), ('layer1', 64, 4), ('layer2', 128, 8), ('layer3', 256, 16), ('layer4', 512, 32)]
     """
     if isinstance(model, str):
         image_size = image_size or get_variant(model).input_size
@@ -59,5 +61,6 @@ def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple
     side = image_size or 224
     smaller, larger = maps(side), maps(side + _STEP)
     return tuple(
-        FeatureInfo(a.shape[-1], _STEP // (b.shape[1] - a.shape[1])) for a, b in zip(smaller, larger, strict=True)
+        FeatureInfo(name, a.shape[-1], _STEP // (b.shape[1] - a.shape[1]))
+        for name, a, b in zip(smaller._fields, smaller, larger, strict=True)
     )

@@ -10,14 +10,12 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from se_flax.attention import GlobalContext, SqueezeExcite
 from se_flax.backbones import pruned_widths
 from se_flax.errors import UserError
 from se_flax.functional import ACTIVATIONS, round_to_multiple
 from se_flax.nn.conv import Conv, he_normal_fan_out
-from se_flax.nn.head import classify
 from se_flax.nn.mobile import InvertedResidual, ModuleDef, fan_out_init
 from se_flax.nn.mobile_table import (
     NetworkTable,
@@ -30,7 +28,7 @@ from se_flax.nn.mobile_table import (
     separable,
     start_with_space_to_depth,
 )
-from se_flax.nn.network import Network, Path, check_images, numbered_blocks
+from se_flax.nn.network import Path, StagedNetwork, numbered_blocks
 from se_flax.nn.norm import BatchNorm, EvoNormS0, GroupNorm, LayerNorm
 from se_flax.nn.pooling import blur_pool
 from se_flax.variant import Variant
@@ -39,7 +37,7 @@ Array = jax.Array
 Attention = ModuleDef | None
 
 
-def attention_by_stage(
+def attention_by_row(
     attention: Attention | tuple[Attention, ...], layout: NetworkTable, stages: Sequence[int] | None
 ) -> list[list[Attention]]:
     """Which attention every row of the table carries.
@@ -72,59 +70,37 @@ def attention_by_stage(
     ]
 
 
-class EfficientNet(Network):
-    """Stem of stride 2, stages of mobile blocks, 1x1 convolution, mean, classifier.
+class EfficientNet(StagedNetwork, kw_only=True):
+    """Stem of stride 2, stages of mobile blocks, and a 1x1 convolution before the pooling.
+
+    Beside the attributes of `StagedNetwork`:
 
     Attributes:
       layout: the stages' blocks.
       stem: features of the stem.
       head: features of the last 1x1 convolution; 0 leaves it out.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
       attention: attention class or partial, a tuple with one (or None) per stage, or None.
       stages: which stages carry it, in all their blocks: 2 (torch's `blocks.0`) and up; None for those that the
         published network has it in. Blocks that are a single convolution carry none.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
       linear_norm: norm where no activation follows; None takes `norm`.
       act: activation; a row of the table may have its own.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
       antialias: takes over the stride of the blocks, see `nn.mobile.MobileBlock`.
       from_expanded: the SE ratio is relative to the expanded channels, not to the block's input.
-      drop_rate: dropout before the classifier.
-      drop_path_rate: stochastic depth after the last block; earlier ones linearly less.
-      in_channels: of the images.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
     """
 
     layout: NetworkTable
     stem: int = 32
     head: int = 1280
-    num_classes: int = 1000
-    attention: Attention | tuple[Attention, ...] = None
-    stages: tuple[int, ...] | None = None
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
+    attention: Attention | tuple[Attention, ...] = None  # type: ignore[assignment]
     linear_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = jax.nn.silu
-    classifier: ModuleDef = nn.Dense
     antialias: Callable[[Array], Array] | None = None
     from_expanded: bool = False
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    in_channels: int = 3
-    dtype: Any = None
 
     ATTENTION_BY_STAGE: ClassVar[bool] = True
-
-    @property
-    def head_path(self) -> Path:
-        """Torch's `classifier`."""
-        return ("classifier",)
-
-    @property
-    def stem_path(self) -> Path:
-        """The strided 3x3 convolution in front."""
-        return ("conv_stem",)
+    classifier_init = staticmethod(nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform"))
+    head_path = ("classifier",)
+    stem_path = ("conv_stem",)
 
     @property
     def block_paths(self) -> tuple[Path, ...]:
@@ -132,76 +108,43 @@ class EfficientNet(Network):
         depths = [sum(row.repeats for row in stage) for stage in self.layout]
         return numbered_blocks(depths, "blocks_{}_{}", first=0)
 
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
-          last one of every resolution before the 1x1 convolution (strides 2, 4, 8, 16, 32).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown stage.
-        """
-        images = check_images(images, self.in_channels)
-        x, features = self.trunk(images.astype(self.dtype or images.dtype), train)
-        x = self.pool(x, train)
-        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-        x = classify(
-            x,
-            self.classifier,
-            self.num_classes,
-            name=self.head_path[-1],
-            kernel_init=init,
-            drop_rate=self.drop_rate,
-            train=train,
-        )
-        return (x, features) if return_features else x
-
-    def trunk(self, x: Array, train: bool) -> tuple[Array, list[Array]]:
-        """Stem and stages; returns the last map and those of every resolution."""
-        parts: dict[str, Any] = {
-            "conv": partial(self.conv, dtype=self.dtype),
-            "norm": partial(self.norm, dtype=self.dtype),
+    def trunk(self, x: Array, train: bool) -> dict[str, Array]:
+        """The last map of every resolution before the 1x1 convolution (strides 2, 4, 8, 16, 32)."""
+        parts = self.parts() | {
             "linear_norm": None if self.linear_norm is None else partial(self.linear_norm, dtype=self.dtype),
             "antialias": self.antialias,
             "from_expanded": self.from_expanded,
         }
-        attentions = attention_by_stage(self.attention, self.layout, self.stages)
+        attentions = attention_by_row(self.attention, self.layout, self.stages)
         total, index = sum(row.repeats for stage in self.layout for row in stage), 0
         x = parts["conv"](self.stem, 3, strides=2, kernel_init=fan_out_init(), name="conv_stem")(x)
         x = self.act(parts["norm"](name="bn1")(x, train=train))
-        features = []
+        maps = {"stem": x}
         for number, stage in enumerate(self.layout):
-            if stage[0].downsamples:
-                features.append(x)
             block = 0
             for row, attention in zip(stage, attentions[number], strict=True):
                 for i in range(row.repeats):
                     x = row.block(
                         row.features,
-                        **parts,
-                        act=row.act or self.act,
+                        **parts | {"act": row.act or self.act},
                         strides=row.strides if i == 0 else 1,
                         attention=attention,
                         drop_path_rate=self.drop_path_rate * index / total,
                         name=f"blocks_{number}_{block}",
                     )(x, train=train)
                     block, index = block + 1, index + 1
-        return x, [*features, x]
+            if not stage[0].downsamples:
+                maps.popitem()
+            maps[f"blocks_{number}"] = x
+        return maps
 
-    def pool(self, x: Array, train: bool) -> Array:
+    def pooled(self, x: Array, train: bool) -> Array:
         """Last convolution and mean; returns float32 [N, head], or the last stage's features without a head."""
         if self.head:
-            conv = partial(self.conv, dtype=self.dtype, kernel_init=fan_out_init())
-            x = conv(self.head, 1, name="conv_head")(x)
-            x = self.act(partial(self.norm, dtype=self.dtype)(name="bn2")(x, train=train))
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+            parts = self.parts()
+            x = parts["conv"](self.head, 1, kernel_init=fan_out_init(), name="conv_head")(x)
+            x = self.act(parts["norm"](name="bn2")(x, train=train))
+        return super().pooled(x, train)
 
 
 SE = partial(

@@ -4,24 +4,16 @@ The network class is that of Inception-v3 and Inception-ResNet-v2 too (`inceptio
 what tells them apart is a table.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
 from se_flax.backbones.senet import caffe_max_pooling
-from se_flax.errors import UserError
-from se_flax.nn.conv import Conv
-from se_flax.nn.head import classify
 from se_flax.nn.inception import Mixed, MixedModule, Pool, Step, Unit, apply_unit, average_3x3
-from se_flax.nn.network import Network, Path, check_images
-from se_flax.nn.norm import BatchNorm
+from se_flax.nn.network import Network, Path, check_side
 from se_flax.nn.pooling import max_pool
-from se_flax.nn.residual import ModuleDef
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -29,42 +21,26 @@ Layout = tuple[tuple[Unit | Mixed | Pool, ...], ...]
 """What a network consists of, one group per resolution."""
 
 
-class Inception(Network):
-    """A chain of units, poolings and modules of parallel branches; mean, classifier.
+class Inception(Network, kw_only=True):
+    """A chain of units, poolings and modules of parallel branches, then the pooling and classifier of `Network`.
+
+    Attention is on the output of every module. Beside the attributes of `Network`:
 
     Attributes:
       layout: the chain, one group per resolution, the finest first.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
-      attention: attention class or partial on the output of every module; None for none.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout before the classifier.
-      drop_path_rate: stochastic depth of the last residual module; earlier ones linearly less.
-      in_channels: of the images.
       smallest: side of the smallest images that leave a pixel behind convolutions without padding.
       classifier_name: submodule name of the classifier.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
+      drop_path_rate: stochastic depth rate of the last residual module; it falls linearly to 0 at the first one.
     """
 
     layout: Layout
-    num_classes: int = 1000
-    attention: ModuleDef | None = None
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    in_channels: int = 3
     smallest: int = 1
     classifier_name: str = "fc"
-    dtype: Any = None
+    drop_path_rate: float = 0.0
 
     @property
     def head_path(self) -> Path:
-        """What `classifier_name` says."""
+        """`classifier_name`."""
         return (self.classifier_name,)
 
     @property
@@ -74,45 +50,23 @@ class Inception(Network):
 
     @property
     def block_paths(self) -> tuple[Path, ...]:
-        """Every module of branches, and what comes first at every resolution but the stem's.
+        """Every module of branches, and the first unit or module at every resolution but the stem's.
 
         So the units at one resolution are a block where no module comes before them, as in timm.
         """
         groups = [[entry for entry in group if isinstance(entry, Unit | Mixed)] for group in self.layout[1:]]
         return tuple((e.name,) for group in groups for i, e in enumerate(group) if i == 0 or isinstance(e, Mixed))
 
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
-          last of every group (strides 2, 4, 8, 16, 32).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype, or too small.
-        """
-        images = check_images(images, self.in_channels)
-        check_side(images, self.smallest)
-        parts: dict[str, Any] = {
-            "conv": partial(self.conv, dtype=self.dtype),
-            "norm": partial(self.norm, dtype=self.dtype),
-            "act": self.act,
-        }
-        entries = [entry for group in self.layout for entry in group]
-        residual = [entry for entry in entries if isinstance(entry, Mixed) and entry.scale is not None]
-
-        x = images.astype(self.dtype or images.dtype)
-        features, index = [], 0
+    def trunk(self, x: Array, train: bool) -> dict[str, Array]:
+        """The last map of every group, named after its last unit or module (strides 2, 4, 8, 16, 32)."""
+        check_side(x, self.smallest)
+        parts, maps, index = self.parts(), {}, 0
+        residual = sum(isinstance(e, Mixed) and e.scale is not None for group in self.layout for e in group)
         for group in self.layout:
+            name = ""
             for entry in group:
                 if isinstance(entry, Unit):
-                    x = apply_unit(entry, x, **parts, train=train)
+                    name, x = entry.name, apply_unit(entry, x, **parts, train=train)
                 elif isinstance(entry, Mixed):
                     module = MixedModule(
                         entry.branches,
@@ -120,39 +74,15 @@ class Inception(Network):
                         attention=self.attention,
                         scale=entry.scale,
                         activated=entry.activated,
-                        drop_path_rate=self.drop_path_rate * index / max(len(residual) - 1, 1),
+                        drop_path_rate=self.drop_path_rate * index / max(residual - 1, 1),
                         name=entry.name,
                     )
-                    x = module(x, train=train)
+                    name, x = entry.name, module(x, train=train)
                     index += entry.scale is not None
                 else:
                     x = entry(x)
-            features.append(x)
-
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(
-            x, self.classifier, self.num_classes, name=self.classifier_name, drop_rate=self.drop_rate, train=train
-        )
-        return (x, features) if return_features else x
-
-
-def check_side(images: Array, smallest: int) -> None:
-    """Refuses images of which a network would leave nothing.
-
-    Args:
-      images: [N, H, W, C].
-      smallest: side that it takes.
-
-    Raises:
-      UserError: a side below that.
-    """
-    height, width = images.shape[1:3]
-    # A side of unknown length (jax.export) is compared when it is known: XLA refuses a map of no pixels.
-    if any(isinstance(side, int) and side < smallest for side in (height, width)):
-        raise UserError(
-            f"got images of {height} x {width} pixels, of which this network would leave no pixel for its classifier; "
-            f"resize them to at least {smallest} x {smallest}"
-        )
+            maps[name] = x
+        return maps
 
 
 def max_pooling_to_half(x: Array) -> Array:

@@ -23,7 +23,7 @@ Array = jax.Array
 RELU = jax.nn.relu
 
 
-class MobileNetV3(EfficientNet):
+class MobileNetV3(EfficientNet, kw_only=True):
     """`EfficientNet` with the head moved behind the pooling (Howard et al. 2019, section 5.1 and figure 5).
 
     Mean, 1x1 convolution without norm, activation, classifier. With `num_classes=0` the call returns the activations
@@ -37,7 +37,7 @@ class MobileNetV3(EfficientNet):
     from_expanded: bool = True
     act: Callable[[Array], Array] = hard_swish
 
-    def pool(self, x: Array, train: bool) -> Array:
+    def pooled(self, x: Array, train: bool) -> Array:
         """Mean, last convolution and activation; returns float32 [N, head]."""
         del train
         x = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)

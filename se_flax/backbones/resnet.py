@@ -5,51 +5,22 @@ ResNet-D), anti-aliasing (Zhang 2019), a convolution for the max-pooling (Bello 
 attention (Wang et al. 2020: ECA), pruned channels. Each of these is one attribute here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from se_flax.attention import ECA, SqueezeExcite
 from se_flax.backbones import pruned_widths
 from se_flax.errors import UserError
-from se_flax.nn.conv import Conv
-from se_flax.nn.head import classify
-from se_flax.nn.network import Network, Path, check_images, first_layer, numbered_blocks, reads_images
-from se_flax.nn.norm import BatchNorm
+from se_flax.nn.network import Path, StagedNetwork, first_layer, numbered_blocks, reads_images
 from se_flax.nn.pooling import max_pool
 from se_flax.nn.residual import BasicBlock, Bottleneck, ModuleDef, Placement, average_by_2, project
 from se_flax.variant import Variant
 
 Array = jax.Array
-
-
-def attention_stages(stages: Sequence[int] | None, count: int) -> frozenset[int]:
-    """Checks which stages carry attention.
-
-    Args:
-      stages: the paper's numbers: 1 is the stem, 2 the first residual stage (conv2_x, torch's layer1). None: all.
-      count: residual stages of the network.
-
-    Returns:
-      The stages' numbers.
-
-    Raises:
-      UserError: a stage that the network does not have.
-    """
-    every = range(2, 2 + count)
-    if stages is None:
-        return frozenset(every)
-    wrong = sorted(set(stages) - set(every))
-    if wrong:
-        raise UserError(
-            f"got attention stages {tuple(stages)}, but {wrong[0]} is not a residual stage; allowed: "
-            f"{', '.join(map(str, every))} (the paper's numbers: 2 is conv2_x, torch's layer1)"
-        )
-    return frozenset(stages)
 
 
 @reads_images("conv1")
@@ -140,16 +111,15 @@ def conv_pooling(x: Array, *, conv: ModuleDef, norm: ModuleDef, act: Callable[[A
     return act(norm(name="maxpool_1")(x, train=train))
 
 
-class ResNet(Network):
-    """Residual network for 224-pixel images: stem, pooling, four stages, mean, classifier.
+class ResNet(StagedNetwork, kw_only=True):
+    """Residual network for 224-pixel images: stem, pooling, four stages.
+
+    Attention is in every block of `stages`. Beside the attributes of `StagedNetwork`:
 
     Attributes:
       depths: blocks per stage.
       block: `BasicBlock`, `Bottleneck` or a partial of one.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
-      attention: attention class or partial in every block of `stages`; None for none.
-      stages: which stages carry it, in the paper's numbers (2 to 5); None for all.
-      placement: where in a block it sits, see `blocks.Placement`.
+      placement: where in a block the attention is, see `nn.residual.Placement`.
       stem: from the images to half their size: `stem_7x7`, or a partial of `deep_stem`; one of your own says by
         `reads_images` which of its layers the images go to.
       pool: between the stem and the first stage: `max_pooling`, `mean_pooling`, `conv_pooling`, or None.
@@ -162,24 +132,13 @@ class ResNet(Network):
       width: features of the first stage.
       widths: of every bottleneck's three convolutions, per stage and block, in place of what `width`, `groups` and
         `base_width` give (pruned networks).
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout before the classifier.
-      drop_path_rate: stochastic depth of the last block; earlier ones linearly less (Huang et al. 2016, section 3).
       zero_init_last: each block starts as the identity.
-      in_channels: of the images.
       attention_name: submodule name of the attention in its block.
       classifier_name: submodule name of the classifier.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
     """
 
     depths: tuple[int, ...]
     block: ModuleDef
-    num_classes: int = 1000
-    attention: ModuleDef | None = None
-    stages: tuple[int, ...] | None = None
     placement: str | Placement = Placement.STANDARD
     stem: Callable[..., Array] = stem_7x7
     pool: Callable[..., Array] | None = max_pooling
@@ -190,26 +149,18 @@ class ResNet(Network):
     stride_first: bool = False
     width: int = 64
     widths: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
     zero_init_last: bool = True
-    in_channels: int = 3
     attention_name: str = "se"
     classifier_name: str = "fc"
-    dtype: Any = None
 
     @property
     def head_path(self) -> Path:
-        """What `classifier_name` says."""
+        """`classifier_name`."""
         return (self.classifier_name,)
 
     @property
     def stem_path(self) -> Path:
-        """What the stem declares."""
+        """The path that the stem declares."""
         return first_layer(self.stem)
 
     @property
@@ -217,65 +168,39 @@ class ResNet(Network):
         """The residual blocks."""
         return numbered_blocks(self.depths)
 
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
-          stem (stride 2) and the four stages (strides 4, 8, 16, 32). Of stages at one resolution, the last one's map.
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; `strides` or
-            `widths` that do not fit `depths`.
-        """
-        images = check_images(images, self.in_channels)
+    def trunk(self, x: Array, train: bool) -> dict[str, Array]:
+        """The maps of the stem (stride 2) and the four stages (4, 8, 16, 32); of stages at one resolution, the last."""
         self._check_stages()
-        attending = attention_stages(self.stages, len(self.depths))
-        conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
-        parts = {"conv": conv, "norm": norm, "act": self.act, "train": train}
-
-        x = self.stem(images.astype(self.dtype or images.dtype), self.width, **parts)
-        features = [x]
+        parts = self.parts()
+        x = self.stem(x, self.width, **parts, train=train)
+        maps = {"stem": x}
         if self.pool is not None:
-            x = self.pool(x, **parts)
-        total, index = sum(self.depths), 0
+            x = self.pool(x, **parts, train=train)
+        rates = iter(self.drop_path_rates(sum(self.depths)))
+        attentions = self.attention_by_stage(len(self.depths))
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
                 pruned = {} if self.widths is None else {"widths": self.widths[stage][i]}
                 x = self.block(
                     self.width * 2**stage,
-                    conv=conv,
-                    norm=norm,
-                    act=self.act,
+                    **parts,
                     strides=self.strides[stage] if i == 0 else 1,
-                    attention=self.attention if stage + 2 in attending else None,
+                    attention=attentions[stage],
                     placement=Placement.parse(self.placement),
                     attention_name=self.attention_name,
                     downsample=self.downsample,
                     groups=self.groups,
                     base_width=self.base_width,
                     stride_first=self.stride_first,
-                    drop_path_rate=self.drop_path_rate * index / max(total - 1, 1),
+                    drop_path_rate=next(rates),
                     zero_init_last=self.zero_init_last,
                     name=f"layer{stage + 1}_{i}",
                     **pruned,
                 )(x, train=train)
-                index += 1
-            if x.shape[1:3] == features[-1].shape[1:3]:
-                features.pop()
-            features.append(x)
-
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(
-            x, self.classifier, self.num_classes, name=self.classifier_name, drop_rate=self.drop_rate, train=train
-        )
-        return (x, features) if return_features else x
+            if x.shape[1:3] == maps[next(reversed(maps))].shape[1:3]:
+                maps.popitem()
+            maps[f"layer{stage + 1}"] = x
+        return maps
 
     def _check_stages(self) -> None:
         if len(self.strides) != len(self.depths):

@@ -7,25 +7,19 @@ and sums (139.6M) and with the gates' pooling too (141.8M).
 """
 
 import itertools
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from se_flax.attention import SqueezeExcite
-from se_flax.backbones.resnet import attention_stages
 from se_flax.errors import UserError
 from se_flax.lowering.sharding import gathered
-from se_flax.nn.conv import Conv
-from se_flax.nn.head import classify
-from se_flax.nn.network import Network, Path, check_images, numbered_blocks
-from se_flax.nn.norm import BatchNorm
+from se_flax.nn.network import Path, StagedNetwork, numbered_blocks
 from se_flax.nn.norm_attention import norm_act_attend
 from se_flax.nn.pooling import max_pool
-from se_flax.nn.residual import Block, ModuleDef, Placement
+from se_flax.nn.residual import Block, Placement
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -77,8 +71,10 @@ class ShuffleUnit(Block):
         return self.attend(self.act(jnp.concatenate([x, y], -1) if strided else x + y), Placement.POST, train)
 
 
-class ShuffleNet(Network):
-    """3x3 convolution and max-pooling, three stages of units, mean, classifier.
+class ShuffleNet(StagedNetwork, kw_only=True):
+    """3x3 convolution and max-pooling, three stages of units.
+
+    Attention is in every unit of `stages`. Beside the attributes of `StagedNetwork`:
 
     Attributes:
       groups: of the 1x1 convolutions.
@@ -86,103 +82,49 @@ class ShuffleNet(Network):
         272 and 384 in the first stage for 1, 2, 3, 4 and 8 groups, and twice as many in each of the next.
       depths: units per stage.
       stem: features of the first convolution.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the pooled features.
-      attention: attention class or partial in every unit of `stages`; None for none.
-      stages: which stages carry it: 2, 3, 4 (1 is the stem), as in the paper's table 1; None for all.
-      placement: where in a unit it sits, see `blocks.Placement`.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout before the classifier.
-      drop_path_rate: stochastic depth of the last unit's branch; earlier ones linearly less.
-      in_channels: of the images.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
+      placement: where in a unit the attention is, see `nn.residual.Placement`.
     """
 
     groups: int = 3
     widths: tuple[int, ...] = (240, 480, 960)
     depths: tuple[int, ...] = (4, 8, 4)
     stem: int = 24
-    num_classes: int = 1000
-    attention: ModuleDef | None = None
-    stages: tuple[int, ...] | None = None
     placement: str | Placement = Placement.STANDARD
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    in_channels: int = 3
-    dtype: Any = None
 
-    @property
-    def head_path(self) -> Path:
-        """Torch's `fc`."""
-        return ("fc",)
-
-    @property
-    def stem_path(self) -> Path:
-        """The 3x3 convolution in front."""
-        return ("conv1",)
+    head_path = ("fc",)
+    stem_path = ("conv1",)
 
     @property
     def block_paths(self) -> tuple[Path, ...]:
         """The units."""
         return numbered_blocks(self.depths)
 
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics, dropout and stochastic depth are active (the last two need an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: the
-          stem's convolution (stride 2), its pooling (4) and the three stages (8, 16, 32).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype; an unknown placement or stage; groups that do not
-            divide the units' channels.
-        """
-        images = check_images(images, self.in_channels)
+    def trunk(self, x: Array, train: bool) -> dict[str, Array]:
+        """The maps of the first convolution (stride 2), its pooling (4) and the three stages (8, 16, 32)."""
         self._check_groups()
-        attending = attention_stages(self.stages, len(self.depths))
-        conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
-
-        x = conv(self.stem, 3, strides=2, name="conv1")(images.astype(self.dtype or images.dtype))
-        x = self.act(norm(name="bn1")(x, train=train))
-        features = [x]
-        x = max_pool(x)
-        features.append(x)
-        total, index = sum(self.depths), 0
+        parts = self.parts()
+        x = parts["conv"](self.stem, 3, strides=2, name="conv1")(x)
+        x = self.act(parts["norm"](name="bn1")(x, train=train))
+        maps = {"stem": x, "pool": (x := max_pool(x))}
+        rates = self.drop_path_rates(sum(self.depths))
+        attentions = self.attention_by_stage(len(self.depths))
+        index = 0
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             for i in range(depth):
                 x = ShuffleUnit(
                     width,
-                    conv=conv,
-                    norm=norm,
-                    act=self.act,
+                    **parts,
                     strides=2 if i == 0 else 1,
-                    attention=self.attention if stage + 2 in attending else None,
+                    attention=attentions[stage],
                     placement=Placement.parse(self.placement),
                     groups=self.groups,
                     first_groups=self.groups if index else 1,
-                    drop_path_rate=self.drop_path_rate * index / max(total - 1, 1),
+                    drop_path_rate=rates[index],
                     name=f"layer{stage + 1}_{i}",
                 )(x, train=train)
                 index += 1
-            features.append(x)
-
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = classify(
-            x, self.classifier, self.num_classes, name=self.head_path[-1], drop_rate=self.drop_rate, train=train
-        )
-        return (x, features) if return_features else x
+            maps[f"layer{stage + 1}"] = x
+        return maps
 
     def _check_groups(self) -> None:
         if len(self.widths) != len(self.depths):

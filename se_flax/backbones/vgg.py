@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_flax.attention import SqueezeExcite
-from se_flax.backbones.inception import check_side
 from se_flax.errors import UserError
-from se_flax.nn.conv import Conv
-from se_flax.nn.head import classify, own_dense
-from se_flax.nn.network import Network, Path, check_images
-from se_flax.nn.norm import BatchNorm
+from se_flax.nn.network import ModuleDef, Network, Path, check_side
 from se_flax.nn.pooling import max_pool
-from se_flax.nn.residual import ModuleDef
 from se_flax.variant import Variant
 
 Array = jax.Array
@@ -84,65 +78,25 @@ class HiddenLayers(nn.Module):
         return self.act(self.conv(self.features, 1, name="fc2")(x))
 
 
-class Classifier(nn.Module):
-    """The last layer one level down, where timm has it.
+class VGG(Network, kw_only=True):
+    """Five groups of 3x3 convolutions with a max-pooling after each, and two hidden layers before the classifier.
 
-    Attributes:
-      features: its width.
-      classifier: its class or partial.
-      kernel_init: of its weights.
-    """
-
-    features: int
-    classifier: ModuleDef
-    kernel_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Args: x [N, C]. Returns: [N, num_classes]."""
-        return self.classifier(self.features, kernel_init=self.kernel_init, name="fc")(x)
-
-
-class VGG(Network):
-    """Five groups of 3x3 convolutions with a max-pooling after each, two hidden layers, classifier.
+    Attention is after every convolution's activation; dropout after both hidden layers (Simonyan and Zisserman 2015,
+    section 3.1). With `num_classes=0` the call returns the last hidden layer. Beside the attributes of `Network`:
 
     Attributes:
       depths: convolutions per group.
-      num_classes: width of the classifier; 0 leaves it out, and the call returns the last hidden layer.
-      attention: attention class or partial after every convolution's activation; None for none.
       widths: features per group.
       hidden: features of the two hidden layers.
-      conv: convolution class or partial.
-      norm: batch-norm class or partial.
-      act: activation.
-      classifier: class or partial of the last layer, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      drop_rate: dropout after both hidden layers (Simonyan and Zisserman 2015, section 3.1).
-      in_channels: of the images.
-      dtype: of the arithmetic; parameters, statistics, gates and logits are float32.
     """
 
     depths: tuple[int, ...]
-    num_classes: int = 1000
-    attention: ModuleDef | None = None
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
     hidden: int = 4096
-    conv: ModuleDef = Conv
-    norm: ModuleDef = BatchNorm
-    act: Callable[[Array], Array] = jax.nn.relu
-    classifier: ModuleDef = nn.Dense
     drop_rate: float = 0.5
-    in_channels: int = 3
-    dtype: Any = None
 
-    @property
-    def head_path(self) -> Path:
-        """Torch's `head.fc`."""
-        return ("head", "fc")
-
-    @property
-    def stem_path(self) -> Path:
-        """The first convolution."""
-        return ("features_0",)
+    head_path = ("head", "fc")
+    stem_path = ("features_0",)
 
     @property
     def block_paths(self) -> tuple[Path, ...]:
@@ -158,47 +112,27 @@ class VGG(Network):
         before = [3 * sum(self.depths[:group]) + group for group in range(len(self.depths))]
         return [[start + 3 * i for i in range(depth)] for start, depth in zip(before, self.depths, strict=True)]
 
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, return_features: bool = False) -> Any:
-        """Classifies images.
-
-        Args:
-          images: float [N, H, W, in_channels], normalised.
-          train: batch statistics and dropout are active (the latter needs an rng named `dropout`).
-          return_features: return the map of every resolution as well.
-
-        Returns:
-          float32 logits [N, num_classes]; with `return_features`, also a list of maps [N, h, w, c], finest first: every
-          group before its pooling, and the last one's after it (strides 1, 2, 4, 8, 16, 32).
-
-        Raises:
-          UserError: images of the wrong rank, channel count or dtype, or smaller than a pixel of the last map; `depths`
-            and `widths` of different lengths.
-        """
-        images = check_images(images, self.in_channels)
+    def trunk(self, x: Array, train: bool) -> dict[str, Array]:
+        """The map of every group before its pooling, and the last one's after it (strides 1, 2, 4, 8, 16, 32)."""
         if len(self.widths) != len(self.depths):
             raise UserError(f"got depths={self.depths} and widths={self.widths}; give one of each per group")
-        check_side(images, 2 ** len(self.depths))
-        conv = partial(self.conv, use_bias=True, dtype=self.dtype)
-        norm = partial(self.norm, dtype=self.dtype)
-
-        x = images.astype(self.dtype or images.dtype)
-        features = []
+        check_side(x, 2 ** len(self.depths))
+        parts, maps = self.parts(), {}
         for group, (numbers, width) in enumerate(zip(self._numbers(), self.widths, strict=True), start=1):
             for i, number in enumerate(numbers):
-                x = conv(width, 3, name=f"features_{number}")(x)
-                x = self.act(norm(name=f"features_{number + 1}")(x, train=train))
+                x = parts["conv"](width, 3, use_bias=True, name=f"features_{number}")(x)
+                x = self.act(parts["norm"](name=f"features_{number + 1}")(x, train=train))
                 if self.attention is not None:
                     x = self.attention(name=f"se{group}_{i}")(x, train=train)
-            features.append(x)
+            maps[f"group{group}"] = x
             x = max_pool(x, 2, 2, 0)
-        features.append(x)
+        return maps | {"pool": x}
 
+    def pooled(self, x: Array, train: bool) -> Array:
+        """The hidden layers and the mean of their positions; returns float32 [N, hidden]."""
+        conv = partial(self.conv, use_bias=True, dtype=self.dtype)
         x = HiddenLayers(self.hidden, conv, self.act, self.drop_rate, name="pre_logits")(x, train=train)
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        classifier = partial(Classifier, classifier=own_dense(self.classifier))
-        x = classify(x, classifier, self.num_classes, name=self.head_path[0], drop_rate=self.drop_rate, train=train)
-        return (x, features) if return_features else x
+        return super().pooled(x, train)
 
 
 VGG16 = partial(VGG, depths=(2, 2, 3, 3, 3))

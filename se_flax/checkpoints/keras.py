@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from se_flax.backbones.efficientnet import EfficientNet, attention_by_stage
+from se_flax.backbones.efficientnet import EfficientNet, attention_by_row
 from se_flax.checkpoints.convert import Layout, Path, Shape, import_variables
 from se_flax.checkpoints.prefix import best_prefix, common_prefixes, taken_off, without
 from se_flax.errors import UserError, closest
@@ -148,7 +148,7 @@ def _layers(model: EfficientNet, mobile: bool, depthwise: str) -> Iterator[_Laye
         return _Layer((module,), _kind(role, mobile), _MOBILE[role] if mobile else role)
 
     yield from (outer("conv_stem", "stem_conv"), outer("bn1", "stem_bn"))
-    attentions = attention_by_stage(model.attention, model.layout, model.stages)
+    attentions = attention_by_row(model.attention, model.layout, model.stages)
     index = 0
     for stage, rows in enumerate(model.layout):
         block = 0

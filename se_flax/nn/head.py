@@ -1,5 +1,6 @@
 """The last layer of a network: dense, or comparing directions for losses with a margin (ArcFace, CosFace)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from se_flax.lowering.sharding import gathered
 
 Array = jax.Array
 
-_classifier_init = nn.initializers.normal(0.01)
+classifier_init = nn.initializers.normal(0.01)
 
 
 class Dense(nn.Dense):
@@ -36,8 +37,8 @@ def classify(
     classifier: Callable[..., Any],
     num_classes: int,
     *,
-    name: str,
-    kernel_init: nn.initializers.Initializer = _classifier_init,
+    path: tuple[str, ...],
+    kernel_init: nn.initializers.Initializer = classifier_init,
     drop_rate: float = 0.0,
     train: bool = False,
 ) -> Array:
@@ -47,7 +48,7 @@ def classify(
       x: features [N, C].
       classifier: class or partial, called as `classifier(num_classes, kernel_init=..., name=...)`.
       num_classes: its width; 0 leaves it out.
-      name: of the submodule.
+      path: names from the network down to the classifier: one, or two where the checkpoints nest it (`head.fc`).
       kernel_init: of its weights.
       drop_rate: of the dropout.
       train: the dropout is active.
@@ -56,7 +57,33 @@ def classify(
       Logits [N, num_classes], or the features.
     """
     x = nn.Dropout(drop_rate, deterministic=not train)(x)
-    return own_dense(classifier)(num_classes, kernel_init=kernel_init, name=name)(x) if num_classes else x
+    if not num_classes:
+        return x
+    classifier = own_dense(classifier)
+    for inner in path[:0:-1]:
+        classifier = functools.partial(NestedClassifier, classifier=classifier, inner=inner)
+    return classifier(num_classes, kernel_init=kernel_init, name=path[0])(x)
+
+
+class NestedClassifier(nn.Module):
+    """A classifier one level down, where the checkpoints of some families have it.
+
+    Attributes:
+      features: number of classes.
+      classifier: class or partial of the layer.
+      inner: its submodule name.
+      kernel_init: of its weights.
+    """
+
+    features: int
+    classifier: Callable[..., Any]
+    inner: str
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Args: x [N, C]. Returns: [N, features]."""
+        return self.classifier(self.features, kernel_init=self.kernel_init, name=self.inner)(x)
 
 
 class CosineClassifier(nn.Module):

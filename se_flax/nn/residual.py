@@ -162,9 +162,6 @@ class ConvNorm(nn.Module):
       groups: of the convolution.
       dilation: of the convolution.
       act: activation; None for none.
-      attention: attention class or partial that comes last; None for none.
-      attention_name: its submodule's name.
-      attention_base: channels that its reduction is a share of; None for `features`.
     """
 
     features: int
@@ -175,13 +172,22 @@ class ConvNorm(nn.Module):
     groups: int = 1
     dilation: int = 1
     act: Callable[[Array], Array] | None = None
-    attention: ModuleDef | None = None
-    attention_name: str = "se"
-    attention_base: int | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features]."""
+    def __call__(
+        self, x: Array, *, train: bool = False, attention: Any = None, base_channels: int | None = None
+    ) -> Array:
+        """Applies convolution, norm, activation and attention.
+
+        Args:
+          x: [N, H, W, C].
+          train: the norm uses the batch's statistics.
+          attention: attention module of the block that calls this one, applied last; None for none.
+          base_channels: channels that the attention's reduction is a share of; None for `features`.
+
+        Returns:
+          [N, H / strides, W / strides, features].
+        """
         x = self.conv(
             self.features,
             self.kernel_size,
@@ -190,9 +196,8 @@ class ConvNorm(nn.Module):
             dilation=self.dilation,
             name="conv",
         )(x)
-        attention = None if self.attention is None else self.attention(name=self.attention_name)
-        norm, base = self.norm(name="bn"), self.attention_base
-        return norm_act_attend(norm, attention, x, train=train, act=self.act, base_channels=base)
+        norm = self.norm(name="bn")
+        return norm_act_attend(norm, attention, x, train=train, act=self.act, base_channels=base_channels)
 
 
 class BasicBlock(Block):
@@ -277,6 +282,23 @@ class PreActBottleneck(Block):
         return self.attend(x + y, Placement.POST, train)
 
 
+class Stage(nn.Module):
+    """Blocks in turn, as submodules `b1`, `b2`, ..., where checkpoints nest them so.
+
+    Attributes:
+      blocks: classes or partials.
+    """
+
+    blocks: tuple[ModuleDef, ...]
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Args: x [N, H, W, C]. Returns: the last block's output [N, h, w, features]."""
+        for i, block in enumerate(self.blocks, 1):
+            x = block(name=f"b{i}")(x, train=train)
+        return x
+
+
 def project(
     x: Array,
     features: int,
@@ -314,6 +336,11 @@ def project(
     if norm is None:
         return layer(x)
     return conv_norm_attend(layer, norm(name=f"downsample_{first + 1}"), None, x, train=train)
+
+
+def project_nested(x: Array, features: int, strides: int, *, conv: ModuleDef, norm: ModuleDef, train: bool) -> Array:
+    """`project` with its layers in one submodule, `downsample/conv` and `downsample/bn`, as in RegNet's checkpoints."""
+    return ConvNorm(features, conv, norm, strides=strides, name="downsample")(x, train=train)
 
 
 def average_by_2(x: Array) -> Array:
