@@ -1,4 +1,4 @@
-"""CPU time of a network beside the sum of its convolutions timed alone.
+"""CPU time of a network, compared with the sum of its convolutions timed separately.
 
     python -m benchmarks.limits                                         # SE-ResNet-50 and EfficientNet-B0
     python -m benchmarks.limits --models seresnet50 --tasks infer:16

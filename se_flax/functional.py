@@ -172,9 +172,7 @@ def reduced_width(
       UserError: both or neither of `reduction` and `fraction` given, one not positive, or an unknown rounding.
     """
     if (reduction is None) == (fraction is None):
-        raise UserError(
-            f"got reduction={reduction} and fraction={fraction}; give exactly one of them (or the width outright)"
-        )
+        raise UserError(f"got reduction={reduction} and fraction={fraction}; give exactly one of them (or width)")
     share = fraction if reduction is None else reduction
     assert share is not None
     if not share > 0:

@@ -343,7 +343,7 @@ def to_keras(name: str, variables: Mapping[str, Any], *, keras: int = 3) -> dict
       UserError: keras.applications does not have the network, or its network does not have one of the modules.
     """
     if keras not in (2, 3):
-        raise UserError(f"got keras={keras!r}; give 2 or 3, whose names the weights shall have")
+        raise UserError(f"got keras={keras!r}; give 2 or 3, the Keras version whose names to write")
     theirs = layout(name)
     older = {layer.name: layer.keras2 for layer in _network(name, {}).layers} if keras == 2 else {}
     arrays = {}

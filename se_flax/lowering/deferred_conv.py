@@ -48,12 +48,12 @@ class DeferredConv(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the output."""
+        """Shape of the output."""
         return self.output.shape
 
     @property
     def dtype(self) -> Any:
-        """Of the output."""
+        """Dtype of the output."""
         return self.output.dtype
 
     def written(self) -> Array:

@@ -46,7 +46,7 @@ def array_bytes(shape: str) -> int:
     total = 0
     for match in _ARRAY.finditer(shape):
         bits = 1 if match["type"] == "pred" else int(re.findall(r"\d+", match["type"])[0])
-        # Of a bounded dynamic dimension, `<=8`, the bound is reserved.
+        # A bounded dynamic dimension, `<=8`, takes the memory of its bound.
         elements = math.prod(int(side.lstrip("<=")) for side in match["shape"].split(",") if side)
         total += elements * (1 if bits < 8 else bits // 8)
     return total
