@@ -1,13 +1,13 @@
-"""Compiles training steps for TPUs that are not there, and records what they cost.
+"""Compiles training steps for absent TPUs and records their costs.
 
     python -m benchmarks.aot attention      # networks with and without their attention, v5e:2x2
-    python -m benchmarks.aot scaling        # one network from v5e:2x2 to v5e:16x16, the batch per device fixed
-    python -m benchmarks.aot plain          # ResNet-50 as Flax's example has it, to compare ours with
+    python -m benchmarks.aot scaling        # one network from v5e:2x2 to v5e:16x16, with a fixed batch per device
+    python -m benchmarks.aot plain          # ResNet-50 of Flax's example, for comparison
     python -m benchmarks.aot --model=... --topology=...     # any other command line of train.aot
 
 Needs libtpu (`pip install 'se-flax[tpu]'`) and no TPU. Every result is one line of `benchmarks/results/aot.jsonl`, with
-the command, the date and the versions; all figures but the compile time are the same on every run. Compilations follow
-each other, each in a process of its own; a line is written as soon as it is there.
+the command, the date and the versions; all figures but the compile time are the same on every run. The compilations run
+one after the other, each in its own process; a result is written when its compilation ends.
 """
 
 import json
@@ -26,7 +26,7 @@ TABLES = {
         [f"--model={name}", "--topology=v5e:2x2", "--batch-per-device=128", "--image-size=224", "--compare"]
         for name in ("seresnet50", "seresnext50_32x4d", "legacy_senet154", "efficientnet_b0", "mobilenetv3_large_100")
     ],
-    # ResNet-18's compilation takes a fraction of ResNet-50's; what a topology changes is the same in both.
+    # ResNet-18 compiles in a fraction of ResNet-50's time; the topology has the same effect on both.
     "scaling": [
         ["--model=seresnet18", f"--topology=v5e:{layout}", "--batch-per-device=128", "--image-size=224"]
         for layout in ("2x2", "4x4", "8x8", "16x16")
@@ -35,13 +35,13 @@ TABLES = {
 
 
 def record_command(words: list[str]) -> bool:
-    """Compiles one step and appends its line.
+    """Compiles one step and appends its result.
 
     Args:
-      words: of the command line of `train.aot`, without `--json`.
+      words: command line of `train.aot`, without `--json`.
 
     Returns:
-      Whether it worked; what went wrong is on standard error.
+      Whether it succeeded; errors are on standard error.
     """
     command = ["python", "-m", "train.aot", *words, "--json"]
     print(shlex.join(command), flush=True)
@@ -53,7 +53,7 @@ def record_command(words: list[str]) -> bool:
 
 
 def record_plain() -> bool:
-    """Compiles `benchmarks.plain_resnet` with the step of `train.aot` and appends its line."""
+    """Compiles `benchmarks.plain_resnet` with the step of `train.aot` and appends its result."""
     import dataclasses
 
     from benchmarks.plain_resnet import PlainResNet50
@@ -75,7 +75,7 @@ def record_plain() -> bool:
 
 
 def main() -> int:
-    """Runs the table or the single command that the command line names; 1 if anything failed."""
+    """Runs the table or the single command of the command line; returns 1 if anything failed."""
     words = sys.argv[1:]
     if words == ["plain"]:
         return 0 if record_plain() else 1

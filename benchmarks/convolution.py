@@ -1,11 +1,11 @@
-"""Times convolutions on a CPU, ours (`se_flax.lowering.cpu`) beside XLA's own, and records them.
+"""Times convolutions on a CPU, ours (`se_flax.lowering.cpu`) and XLA's, and records them.
 
     python -m benchmarks.convolution              # all shapes, a few minutes
     python -m benchmarks.convolution --batch 1 --dry-run
 
-Float32. Forward, the gradient of the input and that of the kernel, each compiled by itself; the two sides take turns.
-A ratio is the median of XLA's time over ours, turn by turn. Every shape is one line of
-`benchmarks/results/convolution.jsonl`.
+Float32. The forward pass, the input gradient and the kernel gradient are compiled separately, and the two
+implementations are timed in turns. A ratio is the median over the turns of XLA's time over ours. Every shape is one
+line of `benchmarks/results/convolution.jsonl`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from se_flax.lowering.xla import xla_convolution
 from se_flax.runtime import keep_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convolution.jsonl"
-# Side of the map, channels in and out, kernel, stride, groups: layers of the networks in `benchmarks.cpu`.
+# Map size, input and output channels, kernel size, stride, groups: layers of the networks in `benchmarks.cpu`.
 SHAPES = (
     (224, 3, 64, 7, 2, 1),
     (56, 64, 64, 3, 1, 1),
@@ -45,7 +45,7 @@ SHAPES = (
 
 
 def tasks(convolution: Callable[..., Any], *arguments: Any) -> dict[str, Callable[[Any, Any, Any], Any]]:
-    """Forward and both gradients of a convolution, compiled."""
+    """The compiled forward pass and gradients of a convolution."""
 
     def of(x: Any, kernel: Any) -> Any:
         return convolution(x, kernel, *arguments)
@@ -85,8 +85,8 @@ def measure(batch: int, shape: tuple[int, ...], turns: int) -> dict[str, Any]:
 def main() -> int:
     """Measures every shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16, help="images (16)")
-    parser.add_argument("--turns", type=int, default=5, help="of each side (5)")
+    parser.add_argument("--batch", type=int, default=16, help="batch size (16)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each implementation (5)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -1,21 +1,20 @@
-"""Times networks on a CPU beside timm on PyTorch, and beside the nearest JAX networks.
+"""Compares the speed of networks on a CPU with timm on PyTorch, and with the nearest JAX networks.
 
     python -m benchmarks.cpu --torch-python A/bin/python                      # the table, about half an hour
     python -m benchmarks.cpu --torch-python A/bin/python --models seresnet50 --tasks train:16
     python -m benchmarks.cpu --keras-python B/bin/python --models peers       # Flax's example network, Keras on JAX
 
-Float32, all cores. Every side is a process of its own in its own environment; they take turns of half a second, so that
-whatever else the machine does hits all of them. A turn's figure is its mean time per call, a side's the median over its
-turns, a ratio the median of the other side's figure over ours, turn by turn: above 1 we are faster.
-timm runs eagerly, eagerly in channels-last memory and through `torch.compile`; the fastest of them is what we are held
-against.
+Float32, all cores. Every library runs in its own process and environment; the processes take turns of half a second, so
+that other load of the machine affects all of them. The figure of a turn is its mean time per call, that of a library
+the median over its turns; a ratio is the median over the turns of the other library's time over ours: above 1 we are
+faster. timm runs eagerly, eagerly in channels-last memory and through `torch.compile`; the fastest of these counts.
 
 - `infer:N`: logits of N images; ours with `se_flax.fuse`, and without it (`plain`). With `--onednn` also fused and with
-  matrix products by oneDNN (`benchmarks/sides/ours.py` has the compiler's options).
-- `train:N`: one update of N images by SGD with momentum.
+  oneDNN's matrix products (`benchmarks/sides/ours.py` has the compiler's options).
+- `train:N`: one update with N images by SGD with momentum.
 
-All sides keep freed memory, by settings of glibc in their environment: it is what `se_flax.runtime.keep_memory` does in
-`python -m train`, and PyTorch gains from it as JAX does. Every row is appended as one line to
+All processes keep freed memory, by glibc's settings in their environment: `se_flax.runtime.keep_memory` does the same
+in `python -m train`, and PyTorch gains from it as JAX does. Every row is appended as one line to
 `benchmarks/results/cpu.jsonl` with the command, the date, the machine and the versions.
 """
 
@@ -33,12 +32,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 MODELS = ("seresnet50", "efficientnet_b0", "seresnext50_32x4d", "mobilenetv3_large_100")
 TASKS = (("infer", 1), ("infer", 16), ("train", 16))
 TIMM_MODES = ("eager", "channels_last", "compile")
-# Our network, the peer's module and what it is asked for.
+# Our network, and the library of the other JAX network.
 PEERS = {"resnet50": "flax", "efficientnet_b0": "keras"}
 
 
 def commands(model: str, task: str, batch: int, options: argparse.Namespace) -> dict[str, list[str]]:
-    """How the sides of one row are started."""
+    """The commands that start the processes of one row."""
     words = [model, task, str(batch), str(options.image_size)]
     ours = [sys.executable, "-m", "benchmarks.sides.ours", *words]
     found = {"ours": ours}
@@ -60,7 +59,7 @@ def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> d
     """One row of the table.
 
     Returns:
-      `milliseconds` by side, `ratio` to the fastest other side, its name, the versions.
+      `milliseconds` by process, `ratio` to the fastest other library, its name, the versions.
     """
     settings = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "KERAS_BACKEND": "jax"}
     environment = {**settings, "PYTHONPATH": str(ROOT)}
@@ -85,18 +84,16 @@ def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> d
 
 
 def main() -> int:
-    """Measures what the command line names and records it."""
+    """Measures and records the rows of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
+    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, timm is left out")
     parser.add_argument("--keras-python", help="interpreter with keras and jax, for --models peers")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)}), or peers")
-    parser.add_argument(
-        "--tasks", nargs="+", type=task, default=TASKS, help="what is timed (infer:1 infer:16 train:16)"
-    )
-    parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="of timm")
-    parser.add_argument("--onednn", action="store_true", help="a side more at inference: matrix products by oneDNN")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels (224)")
-    parser.add_argument("--repetitions", type=int, help="turns of every side (15, of training 5)")
+    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="tasks (infer:1 infer:16 train:16)")
+    parser.add_argument("--modes", nargs="+", default=list(TIMM_MODES), choices=TIMM_MODES, help="modes of timm")
+    parser.add_argument("--onednn", action="store_true", help="also time inference with oneDNN's matrix products")
+    parser.add_argument("--image-size", type=int, default=224, help="image size in pixels (224)")
+    parser.add_argument("--repetitions", type=int, help="turns of every process (15; training 5)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     options.peers = options.models == ["peers"]

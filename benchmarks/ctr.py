@@ -1,4 +1,4 @@
-"""Trains the networks for click prediction on real tables and writes docs/ctr.md: what squeeze-and-excitation adds.
+"""Trains networks for click prediction with and without squeeze-and-excitation on real tables and writes docs/ctr.md.
 
     python -m benchmarks.ctr --data FOLDER                      # both tables, five networks, three seeds: some minutes
     python -m benchmarks.ctr --data FOLDER --tables frappe --networks fibinet no_se --seeds 0 1 2 3 4
@@ -6,10 +6,10 @@
 
 FOLDER holds `frappe_valid_test.npz` (arrays valid_ids, valid_y, test_ids, test_y) and `criteo*.csv`, a sample of
 Criteo's contest data with the names Label, I1 ... C26 in its first line. The settings are those of
-`configs/ctr_frappe.py` and `configs/ctr_criteo.py:sample`; a seed draws the parameters, the order of the rows and,
-for Criteo, which rows are for training, stopping and testing. Training stops when the AUC of the evaluation rows has
-not grown for two epochs; the figures are the test rows' under the parameters of the best epoch, and the test rows have
-no say in it. Each table and network is appended as one line to `benchmarks/results/ctr.jsonl`.
+`configs/ctr_frappe.py` and `configs/ctr_criteo.py:sample`; the seed determines the initial parameters, the order of the
+rows and, for Criteo, the split into training, evaluation and test rows. Training stops when the AUC of the evaluation
+rows has not grown for two epochs; the figures are for the test rows with the parameters of the best epoch, which is
+chosen without the test rows. Each table and network is appended as one line to `benchmarks/results/ctr.jsonl`.
 """
 
 import argparse
@@ -68,17 +68,17 @@ def measure(table: str, network: str, seeds: list[int], folder: Path) -> Row:
     """Trains one network with every seed.
 
     Returns:
-      Figures by seed, in the seeds' order.
+      Lists of figures in the order of the seeds.
 
     Raises:
-      KeyboardInterrupt: a signal stopped it.
+      KeyboardInterrupt: a signal stopped the training.
     """
     outcomes: list[Outcome] = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stderr(io.StringIO()):
             outcome = run(settings(table, network, seed, folder), workdir)
         if not outcome.completed:
-            raise KeyboardInterrupt  # a signal ended the run; half of one is no result
+            raise KeyboardInterrupt  # a signal ended the run, whose result is incomplete
         outcomes.append(outcome)
         print(f"{table} {network} seed {seed}: {outcome}", file=sys.stderr, flush=True)
     tests = [outcome.test for outcome in outcomes if outcome.test]
@@ -138,7 +138,7 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def section(table: str, rows: dict[tuple[str, str], Row]) -> str:
-    """One table of data."""
+    """The section on one data set."""
     text = TITLES[table] + COLUMNS
     plain = rows.get((table, "no_se"))
     found: list[Row] = []
@@ -204,11 +204,11 @@ def document() -> str:
 
 
 def main() -> int:
-    """Measures what the command line names, records it and writes the page."""
+    """Measures and records the networks of the command line, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the tables; without it, only the page is written")
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES, help="of the folder (both)")
-    parser.add_argument("--networks", nargs="+", default=list(NAMES), choices=NAMES, help="what is trained (all)")
+    parser.add_argument("--networks", nargs="+", default=list(NAMES), choices=NAMES, help="networks (all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--dry-run", action="store_true", help="record and write nothing")
     options = parser.parse_args()

@@ -1,16 +1,16 @@
-"""Times networks on a GPU beside timm through `torch.compile`, and squeeze-and-excitation beside nothing in its place.
+"""Compares the speed of networks on a GPU with timm through `torch.compile`, and with the same networks without SE.
 
     python -m benchmarks.gpu --torch-python A/bin/python                      # the table
     python -m benchmarks.gpu --torch-python A/bin/python --models seresnet50 --tasks train:128
 
-Needs JAX for the GPU here (`pip install 'se-flax[cuda]'`) and, in the other environment, PyTorch for it, and timm.
-Bfloat16, at each network's own image size; timm in channels-last memory. Parameters are float32 in training and
-bfloat16 at inference, on both sides; ours at inference is `se_flax.fuse`d. Every side is a process of its own; they
-take turns of half a second, as in `benchmarks.cpu`, and a ratio is the median of the other side's time over ours, turn
-by turn: above 1 we are faster. `attention_ratio` is ours over ours without attention: 1 is no price at all.
+Needs JAX for the GPU in this environment (`pip install 'se-flax[cuda]'`), and in the other PyTorch for the GPU and
+timm. Bfloat16, at each network's own image size; timm in channels-last memory. Parameters are float32 in training and
+bfloat16 at inference, in both libraries; ours at inference is `se_flax.fuse`d. Each runs in its own process; the
+processes take turns of half a second, as in `benchmarks.cpu`. A ratio is the median over the turns of timm's time over
+ours: above 1 we are faster. `attention_ratio` is our time over ours without attention: 1 means that attention is free.
 
 - `infer:N`: logits of N images.
-- `train:N`: one update of N images by SGD with momentum.
+- `train:N`: one update with N images by SGD with momentum.
 
 Every row is appended as one line to `benchmarks/results/gpu.jsonl` with the command, the date, the machine and the
 versions.
@@ -36,7 +36,7 @@ TASKS = (("infer", 256), ("train", 128))
 
 
 def commands(model: str, task: str, batch: int, side: int, torch_python: str | None) -> dict[str, list[str]]:
-    """How the sides of one row are started."""
+    """The commands that start the processes of one row."""
     words = [model, task, str(batch), str(side)]
     ours = [sys.executable, "-m", "benchmarks.sides.ours", *words, "bfloat16"]
     found = {"ours": ours, "ours without": [*ours, "without"]}
@@ -50,7 +50,7 @@ def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> d
     """One row of the table.
 
     Returns:
-      `milliseconds` by side, `ratio` to timm, `attention_ratio` to the network without attention, the versions.
+      `milliseconds` by process, `ratio` to timm, `attention_ratio` to the network without attention, the versions.
     """
     side = options.image_size or se_flax.get_variant(model).input_size
     found = commands(model, task, batch, side, options.torch_python)
@@ -72,16 +72,16 @@ def measure(model: str, task: str, batch: int, options: argparse.Namespace) -> d
 
 
 def main() -> int:
-    """Measures what the command line names and records it."""
+    """Measures and records the rows of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, no such side")
+    parser.add_argument("--torch-python", help="interpreter with torch and timm; without it, timm is left out")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
-    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="what is timed (infer:256 train:128)")
-    parser.add_argument("--image-size", type=int, help="side of the images in pixels (each network's own)")
-    parser.add_argument("--repetitions", type=int, default=15, help="turns of every side (15)")
+    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="tasks (infer:256 train:128)")
+    parser.add_argument("--image-size", type=int, help="image size in pixels (each network's own)")
+    parser.add_argument("--repetitions", type=int, default=15, help="turns of every process (15)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing; the only way without a GPU")
     options = parser.parse_args()
-    # This process, which only looks for a GPU, and the sides share its memory: JAX would take three quarters at once.
+    # This process and those that it starts share the GPU's memory, of which JAX would preallocate three quarters.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if jax.default_backend() != "gpu" and not options.dry_run:
         parser.error(

@@ -1,12 +1,12 @@
-"""CPU time of a network beside the sum of its convolutions timed alone.
+"""CPU time of a network, compared with the sum of its convolutions timed separately.
 
     python -m benchmarks.limits                                         # SE-ResNet-50 and EfficientNet-B0
     python -m benchmarks.limits --models seresnet50 --tasks infer:16
 
-Every convolution of the network is compiled by itself and timed, training's with both gradients, and so are the whole
-network and a product of two square matrices, which tells what the processor can do. What the convolutions do not take
-is left to norms, activations, attention, sums and the optimizer. Float32, all cores; medians of rounds, each of which
-times everything once. Every row is one line of `benchmarks/results/limits.jsonl`.
+Every convolution of the network is compiled and timed separately (for training with both gradients), and so are the
+whole network and a product of two square matrices, for the processor's peak rate. The rest of the network's time is
+norms, activations, attention, sums and the optimizer. Float32, all cores; medians over rounds, each of which times
+everything once. Every row is one line of `benchmarks/results/limits.jsonl`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from se_flax.runtime import keep_memory
 TASKS = (("infer", 16), ("train", 16))
 RESULTS = Path(__file__).resolve().parent / "results" / "limits.jsonl"
 SIDE = 224
-# Of the matrices whose product is what the processor can do at most.
+# Size of the square matrices whose product gives the processor's peak rate.
 MATRIX = 2048
 
 # Shape of the input, of the kernel, stride, padding, groups.
@@ -45,7 +45,7 @@ Shape = tuple[tuple[int, ...], tuple[int, ...], int, tuple[tuple[int, int], ...]
 
 
 def convolutions(model: nn.Module, batch: int) -> collections.Counter[Shape]:
-    """The convolutions of a network, and how often each occurs."""
+    """The shapes of a network's convolutions, with their counts."""
     found: collections.Counter[Shape] = collections.Counter()
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -69,7 +69,7 @@ def convolutions(model: nn.Module, batch: int) -> collections.Counter[Shape]:
 
 
 def kind(shape: Shape) -> str:
-    """What a convolution is called in the table."""
+    """Name of a kind of convolution in the table."""
     x, kernel, _, _, groups = shape
     if x[-1] == 3:
         return "first"
@@ -79,7 +79,7 @@ def kind(shape: Shape) -> str:
 
 
 def calls(shape: Shape, task: str) -> tuple[list[Callable[[], Any]], float]:
-    """What is to be timed of one convolution, compiled, and its multiply-adds in all."""
+    """The compiled calls of one convolution, and their total multiply-adds."""
     x_shape, kernel_shape, stride, pads, groups = shape
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (x_shape, kernel_shape))
@@ -95,9 +95,9 @@ def calls(shape: Shape, task: str) -> tuple[list[Callable[[], Any]], float]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, the mean of a tenth of a second of calls, and of two at least; one before them is not timed.
+    """Mean seconds per call, over a tenth of a second of calls and at least two, after one call that is not timed.
 
-    Without that one, a network would pay for the caches and pages that the convolutions before it took.
+    The untimed call refills caches and pages that the calls before it have evicted.
     """
     jax.block_until_ready(call())
     begun, count = time.perf_counter(), 0
@@ -108,7 +108,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(name: str, task: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a network, and of its convolutions by kind."""
+    """Milliseconds of a network and of its convolutions, by kind."""
     model = se_flax.create_model(name)
     shapes = convolutions(model, batch)
     whole = inference(model, batch, SIDE, set()) if task == "infer" else train_step(model, batch, SIDE)
@@ -143,9 +143,9 @@ def measure(name: str, task: str, batch: int, rounds: int) -> dict[str, Any]:
 def main() -> int:
     """Measures and records every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["seresnet50", "efficientnet_b0"], help="their names")
-    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="of N images (infer:16 train:16)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (3)")
+    parser.add_argument("--models", nargs="+", default=["seresnet50", "efficientnet_b0"], help="networks")
+    parser.add_argument("--tasks", nargs="+", type=task, default=TASKS, help="tasks (infer:16 train:16)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds for the medians (3)")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

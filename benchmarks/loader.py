@@ -1,26 +1,26 @@
-"""Measures how many images a second one core turns from JPEG files into a batch, beside timm's loader and tf.data.
+"""Compares the input pipeline, in JPEG files per second and core, with timm's loader and tf.data.
 
     python -m benchmarks.loader --data FOLDER --torch-python A/bin/python --tf-python B/bin/python
-    python -m benchmarks.loader --data FOLDER --decoders [--size 64]    # what each decoder and resizer gives
+    python -m benchmarks.loader --data FOLDER --decoders [--size 64]    # compares decoders and resizers
 
-FOLDER is searched for .jpg and .jpeg files at any depth. Every side reads the same files and makes the same kind of
-batch: random resized crop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear), flip, normalised float32. Rows:
+FOLDER is searched for .jpg and .jpeg files at any depth. All libraries read the same files and make the same kind of
+batch: random resized crop (area 0.08 to 1, aspect ratio 3/4 to 4/3, bilinear), flip, normalised float32. Rows:
 
 - `plain`: without RandAugment.
-- `randaugment`: with it (2 operations, magnitude 9), everything on this CPU.
-- `host`: what our training takes from the host in both cases: uint8; the accelerator does the rest.
-- `equal work`: tf.data once more. As it is usually written (`plain`), its crops are smaller on average than
-  torchvision's and its bilinear scaling is not antialiased; with both as timm and we have them, it costs this.
+- `randaugment`: with RandAugment (2 operations, magnitude 9), all on this CPU.
+- `host`: the host's part of our training in both cases, uint8; the accelerator does the rest.
+- `equal work`: tf.data with torchvision's crops and an antialiased resize, as timm and we have. As tf.data is usually
+  written (`plain`), its crops are smaller on average and its resize is not antialiased.
 
-Our side is the training program's own stream (`train.data.loader`) and what its step does before the network: flip,
+Ours is the training program's stream (`train.data.loader`) and the operations of its step before the network: flip,
 RandAugment, normalisation, compiled for the CPU. timm's is `timm.data.create_loader` (Pillow, torchvision), tf.data's
 the chain of `decode_and_crop_jpeg`, `resize` and, for RandAugment, Keras. The code is in `loader_sides.py`.
 
-Each side is a process of its own in its own environment, pinned to one core with one thread, and the sides take turns,
-round by round, so that whatever else the machine does hits all of them. A figure is the median over the rounds of
-images per second of *processor time*, which for one busy core is images per second; what a side reads ahead after a
-round counts. `busy` is processor time over wall time within the round. A ratio is the median of the rounds' ratios,
-above 1 where we are faster. The result is appended as one line to `benchmarks/results/loader.jsonl`.
+Each library runs in its own process and environment, pinned to one core with one thread. The processes take turns,
+round by round, so that other load of the machine affects all of them. A figure is the median over the rounds of images
+per second of *processor time*, which for one busy core is images per second; reading ahead after a round counts. `busy`
+is processor time over wall time within the round. A ratio is the median of the rounds' ratios, above 1 if we are
+faster. The result is appended as one line to `benchmarks/results/loader.jsonl`.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from se_flax.images.class_folders import pictures_below
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "loader.jsonl"
-ENVIRONMENT = {  # of the sides
+ENVIRONMENT = {  # of the processes
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_NUM_THREADS": "1",
 }
-# Name, our row, the others' row. With an accelerator the host's work is the same with RandAugment and without it.
+# Name, our row, the others' row. With an accelerator the host's work is the same with and without RandAugment.
 RATIOS = (
     ("plain", "plain", "plain"),
     ("plain to equal work", "plain", "equal work"),
@@ -61,7 +61,7 @@ def images_below(folder: Path) -> list[str]:
 
 
 def start(name: str, python: str, files: list[str], options: argparse.Namespace) -> Worker:
-    """A side's process; `about` will hold its `rows` and `versions`."""
+    """Starts the process of a library; its `about` will have `rows` and `versions`."""
     task = {"side": name, "batch": options.batch, "batches": options.batches, "size": options.size}
     script = str(ROOT / "benchmarks" / "loader_sides.py")
     worker = Worker([python, script, json.dumps(task)], ENVIRONMENT, quiet=not options.verbose)
@@ -70,7 +70,7 @@ def start(name: str, python: str, files: list[str], options: argparse.Namespace)
 
 
 def figures_of(rounds: list[Round], images: int) -> dict[str, float]:
-    """Medians over the rounds of one row of one side."""
+    """Medians over the rounds, for one row of one library."""
     return {
         "images_per_second_per_core": round(statistics.median(images / each["cpu"] for each in rounds), 1),
         "busy": round(statistics.median(each["busy"] for each in rounds), 3),
@@ -78,15 +78,15 @@ def figures_of(rounds: list[Round], images: int) -> dict[str, float]:
 
 
 def ratio_of(mine: list[Round], theirs: list[Round]) -> float:
-    """Median of what mine is faster by, round by round."""
+    """Median over the rounds of their time over mine."""
     return round(statistics.median(b["cpu"] / a["cpu"] for a, b in zip(mine, theirs, strict=True)), 3)
 
 
 def compare(sides: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
-    """Lets the sides take turns.
+    """Times the libraries in turns.
 
     Returns:
-      `figures[side][row]` and `ratios[row][side]`.
+      `figures[side][row]` and `ratios[row][side]`, with a library as side.
     """
     known = dict.fromkeys(row for side in sides.values() for row in side.about["rows"])
     rows = [row for row in known if row in (options.rows or known)]
@@ -109,7 +109,7 @@ def compare(sides: dict[str, Worker], options: argparse.Namespace) -> dict[str, 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as text."""
     lines = []
     for side, rows in result["figures"].items():
         for row, figures in rows.items():
@@ -121,20 +121,22 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measures what the command line names and records it; 1 if a side that was asked for broke."""
+    """Measures and records the rows of the command line; returns 1 if a requested library failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with JPEG files")
-    parser.add_argument("--torch-python", help="interpreter with torch, torchvision and timm; without it, no such side")
-    parser.add_argument("--tf-python", help="interpreter with tensorflow; without it, no such side")
-    parser.add_argument("--decoders", action="store_true", help="compare decoders of our own side instead")
-    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (224)")
-    parser.add_argument("--batch", type=int, default=50, help="images in a batch (50)")
-    parser.add_argument("--batches", type=int, default=3, help="batches in a round of one side (3)")
+    parser.add_argument(
+        "--torch-python", help="interpreter with torch, torchvision and timm; without it, timm is left out"
+    )
+    parser.add_argument("--tf-python", help="interpreter with tensorflow; without it, tf.data is left out")
+    parser.add_argument("--decoders", action="store_true", help="compare decoders in our pipeline instead")
+    parser.add_argument("--size", type=int, default=224, help="size of the crops in pixels (224)")
+    parser.add_argument("--batch", type=int, default=50, help="images per batch (50)")
+    parser.add_argument("--batches", type=int, default=3, help="batches per round (3)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (9)")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--json", action="store_true", help="print the recorded figures instead of a table")
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
-    parser.add_argument("--verbose", action="store_true", help="show what the sides print")
+    parser.add_argument("--verbose", action="store_true", help="show the output of the processes")
     options = parser.parse_args()
     files = images_below(options.data)
     if len(files) < options.batch:

@@ -1,4 +1,4 @@
-"""The sides of `benchmarks.loader`: each makes batches in its own environment, in a process of its own."""
+"""The input pipelines of `benchmarks.loader`, each for its own process and environment."""
 
 import contextlib
 import importlib
@@ -13,18 +13,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Only the standard library up here: the other sides' environments have neither JAX nor this package.
+# Only the standard library up here: the other environments have neither JAX nor this package.
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 OPERATIONS, MAGNITUDE = 2, 9
-OURS = ("pillow", "simplejpeg", "cykooz-resizer", "numpy", "grain", "jax")  # what our side's speed hangs on
+OURS = ("pillow", "simplejpeg", "cykooz-resizer", "numpy", "grain", "jax")  # packages that our speed depends on
 
-Makers = dict[str, Callable[[], Any]]  # of the next batch [n, ...], by the name of the row
+Makers = dict[str, Callable[[], Any]]  # functions that return the next batch [n, ...], by the name of the row
 
 
 def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str]]:
-    """Our own: `train.data.loader`, then the training step up to the network, compiled for the CPU."""
+    """Our pipeline: `train.data.loader`, then the training step up to the network, compiled for the CPU."""
     import jax
     import jax.numpy as jnp
 
@@ -35,7 +35,7 @@ def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
     keep_memory()  # as the training program does
 
     def finish(settings: Augment) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """What the training step does with the images before the network sees them."""
+        """The training step's operations on images before the network."""
 
         @jax.jit
         def compiled(images: jax.Array, key: jax.Array) -> jax.Array:
@@ -57,12 +57,12 @@ def ours(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
 
 
 def our_stream(files: list[str], batch: int, size: int) -> Callable[[], Any]:
-    """The training program's batches, made when asked for: read, decoded, cropped, scaled."""
+    """The training program's batches (read, decode, crop, resize), made on demand."""
     from train.config import Data
     from train.data.loader import train_loader
     from train.data.sources import DataSplits, FolderSource
 
-    # Grain shuffles fewer than 2**16 numbers more slowly, by up to 0.2 ms for each one. A large data set has more.
+    # Grain's shuffle of fewer than 2**16 numbers is up to 0.2 ms slower per number, unlike that of a large data set.
     many = files * (2**16 // len(files) + 1)
     source = FolderSource("", tuple(many), (0,) * len(many))
     data = Data(image_size=size, batch_size=batch, train_crop="random_resized", crop_scale=SCALE, crop_ratio=RATIO)
@@ -73,7 +73,7 @@ def our_stream(files: list[str], batch: int, size: int) -> Callable[[], Any]:
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """What is installed of these."""
+    """Versions of the packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -82,7 +82,7 @@ def versions_of(*packages: str) -> dict[str, str]:
 
 
 def timm(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str]]:
-    """The loader of timm without worker processes: the work of one worker, and nothing sent between processes."""
+    """The loader of timm without worker processes: the work of one worker, without communication."""
     import torch
 
     torch.set_num_threads(1)
@@ -131,10 +131,10 @@ def timm(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str
 
 
 def import_torchvision(torch: Any) -> Any:
-    """Imports it where it was built for another PyTorch: its transforms are Python and need none of its operators.
+    """Imports torchvision even if it was built for another PyTorch: its transforms need none of its operators.
 
     Returns:
-      What must be kept for as long as torchvision is used.
+      An object that must be kept as long as torchvision is used.
     """
     try:
         importlib.import_module("torchvision")
@@ -150,7 +150,7 @@ def import_torchvision(torch: Any) -> Any:
 
 
 def tfdata(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str]]:
-    """tf.data: the JPEG decoder reads the crop alone."""
+    """tf.data, whose JPEG decoder reads only the crop."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -189,7 +189,7 @@ def tfdata(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, s
         options = tf.data.Options()
         options.threading.private_threadpool_size = 1
         options.threading.max_intra_op_parallelism = 1
-        # One core gains nothing by reading ahead.
+        # On one core, prefetching gains nothing.
         options.experimental_optimization.inject_prefetch = False
         options.autotune.enabled = False
         data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat().map(image_of)
@@ -211,7 +211,7 @@ def tfdata(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, s
 
 
 def decoders(files: list[str], batch: int, size: int) -> tuple[Makers, dict[str, str]]:
-    """Our own stream with one decoder, resizer or trick exchanged at a time."""
+    """Our pipeline with one decoder, resizer or optimisation exchanged at a time."""
     import types
 
     import numpy as np
@@ -257,12 +257,12 @@ SIDES = {"ours": ours, "timm": timm, "tf.data": tfdata, "decoders": decoders}
 
 
 def serve(task: dict[str, Any]) -> None:
-    """Reads the files' names, says what there is, then runs a round of each row that is named; all in lines of JSON."""
+    """Reads the names of files, prints rows and versions, then runs a round of each row that it reads (JSON lines)."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     sys.path[0] = str(ROOT)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of the libraries goes to standard error
     files = json.loads(sys.stdin.readline())
     makers, versions = SIDES[task["side"]](files, task["batch"], task["size"])
     for make in makers.values():
@@ -280,10 +280,10 @@ def serve(task: dict[str, Any]) -> None:
 
 
 def _settle(tick: float = 0.05, most: float = 10.0) -> None:
-    """Until this process is idle.
+    """Waits until this process is idle.
 
-    What a library reads ahead after a round costs as much as what it had ready at the round's beginning saved (tf.data
-    has a batch in the making), and it must not take the core from the side that is next.
+    Reading ahead after a round (tf.data) counts, since the round started with a batch that was read ahead; and it must
+    not take the core from the next process.
     """
     for _ in range(round(most / tick)):
         before = time.process_time()

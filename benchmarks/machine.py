@@ -1,4 +1,4 @@
-"""A benchmark's record: its figures, and what they were measured on."""
+"""Records of benchmarks: figures, command, date and machine."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Name of the processor, if the system tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
 
 
 def command_line(module: str) -> str:
-    """The command that is running, for a benchmark's record; of absolute paths only their ends, which tell enough."""
+    """The running command, for a benchmark's record; absolute paths are shortened to their last parts."""
 
     def short(word: str) -> str:
         parts = Path(word).parts
@@ -45,7 +45,7 @@ def record(path: Path, command: str, row: Mapping[str, Any]) -> None:
 
     Args:
       path: of the file.
-      command: that gave them.
+      command: the command that measured the figures.
       row: the figures.
     """
     line = {"command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), **row}

@@ -1,4 +1,4 @@
-"""Measures how far our networks are from timm's, and writes the table `docs/parity.md`.
+"""Measures the differences between our networks and timm's, and writes the table `docs/parity.md`.
 
     python -m benchmarks.parity NAME [NAME ...]     # these networks, then the table
     python -m benchmarks.parity --all               # every network with a fixture that has no complete result yet
@@ -31,8 +31,8 @@ from parity import compare, synthetic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity.jsonl"
 TABLE = ROOT / "docs" / "parity.md"
-# A gradient below this share of all gradients' norm is zero in exact arithmetic (a bias in front of a batch norm): both
-# networks hold rounding noise there, and comparing noise says nothing.
+# A gradient below this share of the norm of all gradients is zero in exact arithmetic (a bias before a batch norm).
+# Both networks have only rounding errors there, so it is not compared.
 NOISE = 1e-5
 HEAD = """# Parity with timm
 
@@ -61,7 +61,7 @@ def measure(name: str, step: bool = True) -> dict[str, Any]:
       step: compare the training step too, which takes ten times as long.
 
     Returns:
-      The differences by their names, the parameter count, the worst gradient's key and the seconds it took.
+      The differences by name, the parameter count, the key of the worst gradient and the seconds of the measurement.
     """
     start = time.perf_counter()
     reference = compare.fixture(name)
@@ -110,7 +110,7 @@ def _step_errors(name: str, train: dict[str, Any], value: float, grads: Any, sta
 
 
 def _double_errors(name: str, variables: Any) -> dict[str, float]:
-    """The same gradients in float64, where timm's float64 ones are at hand."""
+    """Differences of the gradients in float64, if timm's float64 gradients are available."""
     reference = compare.double_reference(name)
     if reference is None:
         return {}
@@ -124,7 +124,7 @@ def _double_errors(name: str, variables: Any) -> dict[str, float]:
 
 
 def _complete(name: str, row: dict[str, Any]) -> bool:
-    """Whether a result holds all that the references allow."""
+    """Whether a result has all differences that the references allow."""
     step = "loss" in row or "train" not in compare.fixture(name)
     return step and ("gradients_double" in row or compare.double_reference(name) is None)
 
@@ -136,7 +136,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The document with one line per network."""
+    """The document, with one line per network."""
 
     def number(row: dict[str, Any], key: str) -> str:
         return f"{row[key]:.1e}" if key in row else ""
@@ -150,11 +150,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures what the command line names and writes the table."""
+    """Measures the networks of the command line and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="networks to measure")
     parser.add_argument("--all", action="store_true", help="every network with a fixture and without a result")
-    parser.add_argument("--evaluation", action="store_true", help="logits and features alone; the step follows later")
+    parser.add_argument("--evaluation", action="store_true", help="only logits and features, without a training step")
     parser.add_argument("--fixtures", type=Path, help="folder with `fixtures/NAME.json.gz`, instead of tests/parity")
     options = parser.parse_args()
     if options.fixtures:

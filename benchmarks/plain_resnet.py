@@ -1,7 +1,7 @@
-"""ResNet-50 as one writes it first, with Linen's own layers: the baseline for what a training step reads and writes.
+"""ResNet-50 with Linen's own layers: the baseline for the memory traffic of a training step.
 
-The same network as Flax's ImageNet example trains: stride in the 3x3 (v1.5), `nn.Conv` and `nn.BatchNorm` in the
-arithmetic's type, `nn.relu`, the last scale of each block from zero.
+It is the network of Flax's ImageNet example: stride in the 3x3 (v1.5), `nn.Conv` and `nn.BatchNorm` in the dtype of the
+computation, `nn.relu`, the last scale of each block initialised to zero.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and the shortcut."""
+    """Bottleneck block: 1x1, 3x3, 1x1 and the shortcut."""
 
     features: int
     strides: int

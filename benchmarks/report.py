@@ -1,7 +1,7 @@
 """Writes docs/performance.md and its plot from the results in `benchmarks/results`; nothing is measured here.
 
 python -m benchmarks.report            # write
-python -m benchmarks.report --check    # exit code 1 if the document is not what the results give
+python -m benchmarks.report --check    # exit code 1 if the document differs
 """
 
 import argparse
@@ -65,7 +65,7 @@ Beside ResNet-50 written with Linen's own layers as Flax's example has it (`benc
 same way:
 
 """
-# What a row says behind the network's name, and the key `lean` of its result.
+# Suffix of the network's name in a row, and the key `lean` of its result.
 FORMS = {"": False, ", lean": True}
 SCALING = """
 ## More chips
@@ -172,7 +172,7 @@ def rows(name: str) -> list[Row]:
 
 
 def latest(lines: list[Row], *keys: str) -> list[Row]:
-    """The last line of each combination of keys, in the order in which they first came."""
+    """The last line of each combination of keys, in order of first occurrence."""
     return list({tuple(str(line.get(key)) for key in keys): line for line in lines}.values())
 
 
@@ -258,7 +258,7 @@ def cpu_table(lines: list[Row]) -> str:
     """Networks on a CPU."""
     text = ""
     sources: dict[str, None] = {}
-    # A network may stand beside timm's and beside a JAX peer's: "timm compile" is one of timm's modes.
+    # A network can be compared with timm and with another JAX library. "timm compile" is one of timm's modes.
     named = [{**line, "other": line["fastest_other"].split()[0]} for line in lines if "ratio" in line]
     kept = latest(named, "other", "model", "task", "batch", "image_size")
     places = {key: list(dict.fromkeys(line[key] for line in kept)) for key in ("other", "model")}
@@ -301,7 +301,7 @@ def gpu_table(lines: list[Row]) -> str:
     """Networks on a GPU."""
     text = ""
     sources: dict[str, None] = {}
-    # Where a side of ours broke, there is nothing to compare.
+    # Without `attention_ratio` one of our processes failed.
     whole = [line for line in lines if "attention_ratio" in line]
     for line in latest(whole, "model", "task", "batch", "image_size"):
         ms = line["milliseconds"]
@@ -401,7 +401,7 @@ def document() -> str:
 
 
 def main() -> int:
-    """Writes the page, or compares it."""
+    """Writes the page, or checks it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if they differ")
     if parser.parse_args().check:

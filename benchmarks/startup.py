@@ -1,12 +1,12 @@
-"""Times the start of a training: from nothing, and again with the compilation cache that the first start filled.
+"""Times the start of a training, with an empty compilation cache and with a filled one.
 
     python -m benchmarks.startup                             # the table, about a quarter of an hour
     python -m benchmarks.startup --models seresnet50 --rounds 3
 
-A start is a process of its own, from its first line to the end of the first update of two images: importing, drawing
-the parameters, tracing the step, compiling it, one update. Every round has a new, empty cache folder: one start fills
-it (cold), the next reads it (warm). Figures are medians over the rounds. Every row is appended as one line to
-`benchmarks/results/startup.jsonl` with the command, the date, the machine and the versions.
+A start is a new process, from its first line to the end of the first update of two images: import, initialisation of
+the parameters, tracing and compilation of the step, one update. Every round has a new, empty cache folder: the first
+start fills it (cold), the second reads it (warm). Figures are medians over the rounds. Every row is appended as one
+line to `benchmarks/results/startup.jsonl` with the command, the date, the machine and the versions.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BATCH = 2
 
 
 def start(model: str, side: int, cache: str) -> dict[str, Any]:
-    """One start in a process of its own; its seconds by phase and its versions."""
+    """Makes one start in a new process; returns its seconds by phase and its versions."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks.sides.start", model, str(side), str(BATCH), cache]
     done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -41,11 +41,11 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     """Cold and warm starts of one network.
 
     Args:
-      model: its name.
+      model: name of the network.
       rounds: pairs of starts.
 
     Returns:
-      Seconds by phase and in all, cold and warm, and how many times faster the warm start and its compilation are.
+      Seconds by phase and in total, cold and warm, and the ratios of cold to warm in total and for the compilation.
     """
     side = se_flax.get_variant(model).input_size
     starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
@@ -78,12 +78,12 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 
 def _compiling(phases: dict[str, float]) -> float:
-    """Of what the cache can help: the programs that draw the parameters and that make an update."""
+    """Seconds of the phases that the cache can shorten: initialisation of parameters and compilation of the step."""
     return phases["parameters"] + phases["compile"]
 
 
 def main() -> int:
-    """Measures what the command line names and records it."""
+    """Measures and records the rows of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of a cold and a warm start (3)")

@@ -1,4 +1,4 @@
-"""Interleaved (round-robin) timing of the sides of a comparison, so that machine drift cancels."""
+"""Interleaved (round-robin) timing of the libraries in a comparison, so that machine drift cancels."""
 
 import argparse
 import statistics
@@ -12,15 +12,15 @@ from benchmarks.machine import command_line, describe, record
 from benchmarks.worker import Worker
 
 Task = tuple[str, int]
-# Seconds between turns: OpenMP's threads go on spinning for a while after PyTorch's.
+# Seconds between turns: OpenMP's threads spin for a while after PyTorch's turn.
 PAUSE = 0.05
 
 
 def task(words: str) -> Task:
-    """A word of `--tasks`: `infer:16` as what is timed and the number of images.
+    """Parses a value of `--tasks`, such as `infer:16`, into task and number of images.
 
     Raises:
-      argparse.ArgumentTypeError: it is no such word.
+      argparse.ArgumentTypeError: the value is invalid.
     """
     kind, _, batch = words.partition(":")
     if kind not in ("infer", "train") or not batch.isdigit() or not int(batch):
@@ -31,16 +31,16 @@ def task(words: str) -> Task:
 def take_turns(
     what: str, commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], count: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Sides of a comparison, timed one after the other in every round, so that all meet the same machine.
+    """Times processes one after the other in every round, so that machine drift cancels.
 
     Args:
-      what: is compared, for what is said on standard error.
-      commands: that start the sides (`benchmarks.sides.pace`), by name.
+      what: name of the comparison, for messages on standard error.
+      commands: commands that start the processes (`benchmarks.sides.pace`), by name.
       environment: as for `Worker`.
-      count: rounds.
+      count: number of rounds.
 
     Returns:
-      Seconds per call of every turn, by side, of those that started; and what they say of themselves, their versions.
+      Seconds per call of every turn, by name, for the processes that started; and the versions that they print.
     """
     sides: dict[str, Worker] = {}
     for name, command in commands.items():
@@ -62,7 +62,7 @@ def take_turns(
 
 
 def turn_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """The median of the first side's time over the second's, turn by turn."""
+    """The median over the turns of the first process's time over the second's."""
     return round(statistics.median(b / a for b, a in zip(slow, fast, strict=True)), 3)
 
 
@@ -75,15 +75,15 @@ def record_rows(
     *,
     dry_run: bool,
 ) -> None:
-    """Measures networks and tasks, says each row and appends it to the results, with the machine.
+    """Measures networks and tasks, prints each row and appends it to the results, with the machine.
 
     Args:
-      module: of the benchmark, for the command on record.
+      module: of the benchmark, for the recorded command.
       path: of the results.
       models: names of networks.
-      tasks: as `task` gives them.
-      measure: from network, task and batch to a row with `milliseconds` by side.
-      dry_run: nothing is appended.
+      tasks: from `task`.
+      measure: from network, task and batch size to a row with `milliseconds` by process.
+      dry_run: appends nothing.
     """
     for model in models:
         for kind, batch in tasks:

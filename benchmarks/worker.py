@@ -1,4 +1,4 @@
-"""A worker process that answers every line of JSON with one."""
+"""A worker process that answers every line of JSON with a line of JSON."""
 
 import json
 import os
@@ -6,17 +6,17 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Freed memory stays in the process (mallopt(3)), on every side: what `se_flax.runtime.keep_memory` does for ours.
+# Keeps freed memory in the process (mallopt(3)), for all libraries, as `se_flax.runtime.keep_memory` does for ours.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
 
 
 class Worker:
-    """One such process, seen from the one that measures.
+    """A worker process, for the measuring process.
 
     Args:
-      command: that starts it.
+      command: the command that starts the worker.
       environment: variables added to this process's own and to `KEEP_MEMORY`.
-      quiet: its standard error is dropped.
+      quiet: drops the worker's standard error.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False):
@@ -31,24 +31,24 @@ class Worker:
         self.about: dict[str, Any] = {}
 
     def wait(self) -> bool:
-        """Until it has said in its first line, `about`, that it is ready; False when it broke."""
+        """Waits for the worker's first line, `about`; returns False if the worker failed."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         self.about = json.loads(line) if line else {}
         return bool(line)
 
     def send(self, message: Any) -> None:
-        """A line that it does not answer."""
+        """Sends a line without an answer."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
 
     def ask(self, message: Any) -> Any:
-        """The answer to a line."""
+        """Sends a line and returns the answer."""
         assert self._process.stdout
         self.send(message)
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the worker."""
         self._process.communicate()

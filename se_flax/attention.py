@@ -1,11 +1,11 @@
-"""Channel attention as Linen modules over `se_flax.functional`: a map in, a map of the same shape and dtype out.
+"""Channel attention as Linen modules over `se_flax.functional`, from a feature map to one of the same shape and dtype.
 
-Maps are images [N, H, W, C], signals [N, L, C] or volumes [N, D, H, W, C]; what they share is written [N, ..., C].
-Parameters do not depend on the rank, except for CBAM's spatial kernel. Another rank is a `UserError`.
+Maps are images [N, H, W, C], signals [N, L, C] or volumes [N, D, H, W, C], in short [N, ..., C]. Another rank raises a
+`UserError`. Parameters do not depend on the rank, except for CBAM's spatial kernel.
 
-Every module is called as `module(x, train=False)` and takes `base_channels`, the channel count that a reduction is a
-share of where that is not the map's own (EfficientNet's blocks reduce relative to their input). That uniform call is
-what lets any attention go into any backbone: `create_model("resnet50", attention=ECA)`.
+Every module is called as `module(x, train=False)` and takes `base_channels`, the channel count that a reduction refers
+to if it is not the map's (in EfficientNet's blocks it is that of the block's input). Thanks to this uniform call any
+attention fits any backbone: `create_model("resnet50", attention=ECA)`.
 """
 
 import math
@@ -31,7 +31,7 @@ he_normal = nn.initializers.he_normal()
 
 
 class PointwiseParams(nn.Module):
-    """Parameters of a 1x1 convolution: kernel [1, 1, C_in, C_out] as checkpoints hold it, returned as [C_in, C_out]."""
+    """Parameters of a 1x1 convolution: kernel [1, 1, C_in, C_out] as in checkpoints, returned as [C_in, C_out]."""
 
     use_bias: bool = True
     kernel_init: Initializer = he_normal
@@ -46,23 +46,23 @@ class PointwiseParams(nn.Module):
 
 
 class Attention(nn.Module):
-    """Base of attention modules: what counts as attention in costs and descriptions.
+    """Base class of attention modules: costs and descriptions count them as attention.
 
-    A module that holds more than its attention names the rest in `not_attention`, by submodule.
+    A module with other parts than attention lists their submodules in `not_attention`.
     """
 
     not_attention: ClassVar[tuple[str, ...]] = ()
 
 
 class ChannelAttention(Attention):
-    """Base of modules that gate channels: x * gates(descriptor(x)).
+    """Base class of channel attention: x * gates(descriptor(x)).
 
-    Subclasses define `gates`, and `descriptor` where it is not the mean over the spatial axes. Whoever reads or
-    replaces gates (`se_flax.analysis.gates`) does it in `gates`.
+    Subclasses define `gates`, and `descriptor` if it is not the mean over the spatial axes. `se_flax.analysis.gates`
+    intercepts `gates` to read or replace gates.
 
     Attributes:
-      squeezes_mean: whether the gates are a function of the channels' means alone, so that norm, activation and gate
-        can be one step (`se_flax.nn.norm_attention`).
+      squeezes_mean: whether the gates depend only on the channels' means, so that norm, activation and gate can be one
+        step (`se_flax.nn.norm_attention`).
     """
 
     squeezes_mean: ClassVar[Any] = True
@@ -86,7 +86,7 @@ class ChannelAttention(Attention):
         return squeeze_after_act(x, factor, offset, act.function)
 
     def descriptor(self, x: Array, mask: Array | None = None) -> Array:
-        """What the gates are computed from. Args: as `__call__`. Returns: float32, such as [N, 1, 1, C]."""
+        """The squeeze, input of `gates`. Args: as `__call__`. Returns: float32, such as [N, 1, 1, C]."""
         return F.squeeze(x, mask=mask)
 
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
@@ -101,9 +101,9 @@ class ChannelAttention(Attention):
         Args:
           x: [N, ..., C].
           train: no effect; part of the uniform call.
-          base_channels: what a reduction is a share of; C when None.
-          mask: [N, ...] without the channels, True or 1 where x holds data and not padding: sequences of several
-            lengths in one batch, [N, L]. Padding does not count in the squeeze; what is in it is gated like the rest.
+          base_channels: channel count that a reduction refers to; None for C.
+          mask: [N, ...] without the channels, True or 1 where x holds data, 0 where it holds padding; [N, L] for a
+            batch of sequences of several lengths. The squeeze leaves padding out; the gates multiply all of x.
 
         Returns:
           The shape and dtype of x.
@@ -120,15 +120,15 @@ class SqueezeExcite(ChannelAttention):
     Attributes:
       reduction: hidden width M = C / reduction, the paper's r. Ignored when `fraction` or `width` is given.
       fraction: M = C * fraction.
-      width: M outright.
+      width: M itself.
       rounding: of M, see `functional.reduced_width`.
       squeeze: `mean`, `max`, `none` (both layers act on every pixel: the paper's NoSqueeze) or a function.
       activation: between the layers, by name or as a function.
       gate: `sigmoid`, `tanh`, `relu`, `hard_sigmoid` or a function.
-      use_bias: biases in both layers. The released networks have them; the paper's ablations (section 6) do not.
+      use_bias: biases in both layers. The released networks have biases; the paper's ablations (section 6) do not.
       kernel_init: initialiser of both kernels.
       bias_init: initialiser of both biases.
-      names: of the two layers, so that checkpoints of other projects fit without a table.
+      names: of the two layers, to match the names in checkpoints of other projects.
       dtype: accepted for uniformity; the gate is always float32 and the output has the input's dtype.
 
     Raises:
@@ -167,11 +167,11 @@ class SqueezeExcite(ChannelAttention):
 
     @nn.compact
     def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
-        """The gates of squeezed channels.
+        """The gates of a descriptor.
 
         Args:
-          z: float32 descriptor of the map's rank, such as [N, 1, 1, C]; without a squeeze, of the map's shape.
-          base_channels: what the reduction is a share of; C when None.
+          z: float32 descriptor of the map's rank, such as [N, 1, 1, C]; for `squeeze="none"`, of the map's shape.
+          base_channels: channel count that the reduction refers to; None for C.
 
         Returns:
           float32, the shape of z.
@@ -229,16 +229,16 @@ class ECA(ChannelAttention):
     Parameters: `conv/kernel` [k, 1, 1].
 
     Attributes:
-      kernel_size: k, odd; None takes the paper's rule from the channel count.
+      kernel_size: k, odd; None derives it from the channel count by the paper's rule.
       gamma: slope of that rule.
       b: offset of that rule.
-      from_base: the rule takes `base_channels`: a network pruned after training keeps the kernels of its old widths.
+      from_base: the rule takes `base_channels`, for networks whose channels were pruned but not their ECA kernels.
       gate: by name or as a function.
       kernel_init: initialiser of the kernel.
       dtype: accepted for uniformity; the gate is always float32.
 
     Raises:
-      UserError: unknown gate, or a kernel size that is not odd and positive.
+      UserError: the gate is unknown, or the kernel size is not odd and positive.
     """
 
     kernel_size: int | None = None
@@ -272,10 +272,10 @@ class CBAM(ChannelAttention):
       reduction: hidden width of the shared MLP = C / reduction.
       rounding: of that width.
       use_bias: biases in the MLP, as in the authors' code.
-      kernel_size: side of the spatial kernel.
-      gate: of both gates.
+      kernel_size: of the spatial convolution.
+      gate: non-linearity of both gates.
       momentum: of the batch norm after the spatial convolution, Flax's convention (0.99 is the authors' 0.01).
-      axis_name: mapped device axis over which that norm averages its statistics; None: each replica its own.
+      axis_name: mapped device axis over which that norm averages its statistics; None: each replica uses its own.
       kernel_init: initialiser of the kernels.
       dtype: accepted for uniformity; both gates are float32.
     """
@@ -313,7 +313,7 @@ class CBAM(ChannelAttention):
     ) -> Array:
         """Args: as `ChannelAttention`; train: the spatial batch norm uses the batch's statistics.
 
-        With a mask the channel gates leave padding out; the spatial convolution sees zeros there.
+        With a mask, the channel squeeze leaves padding out, and padding is zero for the spatial convolution.
 
         Returns:
           The shape of x.
@@ -327,21 +327,21 @@ class CBAM(ChannelAttention):
 class ScSE(ChannelAttention):
     """Concurrent spatial and channel squeeze-and-excitation, scSE (Roy et al. 2018, section 2.3).
 
-    One gate per channel as in `SqueezeExcite`, one per pixel from a 1x1 convolution, both of the same map.
+    One gate per channel as in `SqueezeExcite` and one per pixel from a 1x1 convolution, both applied to the same map.
 
     Parameters: `fc1`, `fc2` as in `SqueezeExcite`; `conv/kernel` [1, 1, C, 1], `conv/bias`.
 
     Attributes:
-      reduction: hidden width of the channel gate = C / reduction; the paper has 2.
+      reduction: hidden width of the channel gate = C / reduction; 2 in the paper.
       rounding: of that width.
       combine: `add` (the paper) or `max` (its journal version, Roy et al. 2019) of the two gated maps.
-      gate: of both gates.
+      gate: non-linearity of both gates.
       use_bias: biases in all layers.
       kernel_init: initialiser of the kernels.
       dtype: accepted for uniformity; both gates are float32.
 
     Raises:
-      UserError: another way to combine.
+      UserError: `combine` is unknown.
     """
 
     reduction: float = 2.0
@@ -424,7 +424,7 @@ class GlobalContext(ChannelAttention):
         self.mlp_scale = _ContextMlp(self.activation, self.kernel_init)
 
     def descriptor(self, x: Array, mask: Array | None = None) -> Array:
-        """The context: the mean over the pixels, weighed by a softmax. Args: as `__call__`. Returns: [N, 1, 1, C]."""
+        """The context: softmax-weighted mean over the pixels. Args: as `__call__`. Returns: float32 [N, 1, 1, C]."""
         x = F.check_map(x, "GlobalContext")
         n, *_, channels = x.shape
         pixels = x.astype(jnp.float32).reshape(n, math.prod(x.shape[1:-1]), channels)

@@ -6,17 +6,15 @@ from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The command lines print it in one line, without a traceback."""
+    """An error that the user can correct. The command lines print it as one line, without a traceback."""
 
 
 def respelled(text: str, names: Mapping[str, str]) -> str:
-    """A message in the words of another program: `pass name=...` becomes `pass --name=...`.
-
-    Messages write an argument as Python does, with its equals sign.
+    """Replaces the Python arguments in a message by a command's options: `name=...` becomes `--name=...`.
 
     Args:
-      text: the message.
-      names: what to write in place of `name=`, or of a whole `overwrite=True`.
+      text: the message, with arguments as in Python (`name=`).
+      names: replacements, by argument with its equals sign (`name=`, or `overwrite=True` as a whole).
     """
     longest_first = sorted(names, key=len, reverse=True)
     pattern = rf"(?<![\w./=-])(?:{'|'.join(map(re.escape, longest_first))})"
@@ -24,15 +22,15 @@ def respelled(text: str, names: Mapping[str, str]) -> str:
 
 
 def closest(given: str, allowed: Iterable[str], count: int = 3) -> str:
-    """Names the allowed values nearest to a wrong one, for the end of an error message.
+    """The allowed values closest to a wrong one, for the end of an error message.
 
     Args:
-      given: what was asked for.
-      allowed: what exists.
-      count: at most so many suggestions.
+      given: the wrong value.
+      allowed: the allowed values.
+      count: greatest number of suggestions.
 
     Returns:
-      `"closest: a, b"` when something is near, else `"allowed: a, b, c"` (shortened when long).
+      `"closest: a, b"` if some are similar, else `"allowed: a, b, c"` (shortened if long).
     """
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=count, cutoff=0.6)

@@ -1,9 +1,9 @@
-"""Channel attention as pure functions of arrays: the formulas, with their shapes, in one place.
+"""Channel attention as pure functions of arrays.
 
-Maps have their channels last and one, two or three spatial axes: [N, L, C] (signals), [N, H, W, C] (images) or
-[N, D, H, W, C] (volumes); a squeeze is over all of them. A gate is pooled and computed in float32 whatever the dtype of
-the map, because a mean over thousands of bfloat16 values and a sigmoid near saturation both lose what the gate is there
-to express; the product with the map has the map's dtype.
+Feature maps have their channels last and one, two or three spatial axes: [N, L, C] (signals), [N, H, W, C] (images) or
+[N, D, H, W, C] (volumes); a squeeze is over all spatial axes. Squeeze and gate are computed in float32 whatever the
+map's dtype, because bfloat16 is too coarse for a mean over thousands of values and for a sigmoid near saturation; the
+product with the map has the map's dtype.
 
 Notation: N images, H x W pixels, C channels, M = hidden width of the excitation; [N, ..., C] is a map of any such rank.
 """
@@ -19,7 +19,7 @@ from se_flax.lowering.sharding import gathered
 
 Array = jax.Array
 Elementwise = Callable[[Array], Array]
-# Gates are a few thousand multiply-adds per image: full float32 precision costs nothing, also on a TPU.
+# A gate takes a few thousand multiply-adds per image: full float32 precision costs nothing, also on a TPU.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -62,26 +62,26 @@ def check_map(x: Array, what: str) -> Array:
     """Refuses anything but a map with one to three spatial axes.
 
     Args:
-      x: what a function of maps was called with.
-      what: its name, for the message.
+      x: the array.
+      what: name of the function, for the message.
 
     Returns:
       The map as a JAX array.
 
     Raises:
-      UserError: another rank.
+      UserError: x has another rank.
     """
     if x.ndim not in (3, 4, 5):
         hint = {1: "x[None, None]", 2: "x[:, None]"}.get(x.ndim)
         raise UserError(
             f"got an array of shape {tuple(x.shape)}; {what} takes a map [N, L, C], [N, H, W, C] or [N, D, H, W, C]"
-            + (f", which a descriptor of channels becomes by {hint}" if hint else "")
+            + (f"; make it a map with {hint}" if hint else "")
         )
     return jnp.asarray(x)
 
 
 def spatial_axes(x: Array) -> tuple[int, ...]:
-    """The axes between the images and the channels: (1, 2) of a map [N, H, W, C]."""
+    """The spatial axes: (1, 2) of a map [N, H, W, C]."""
     return tuple(range(1, x.ndim - 1))
 
 
@@ -98,16 +98,16 @@ def _squeeze_none(x: Array) -> Array:
 
 
 SQUEEZES: Mapping[str, Elementwise] = {"mean": _squeeze_mean, "max": _squeeze_max, "none": _squeeze_none}
-"""How a map becomes a descriptor (Hu et al. 2020, tables 11 and 16); `none` keeps the full resolution."""
+"""Squeezes, from a map to a descriptor (Hu et al. 2020, tables 11 and 16); `none` keeps the full resolution."""
 
 
 def lookup(table: Mapping[str, Elementwise], choice: "str | Elementwise", what: str) -> Elementwise:
     """Turns a name into its function; a function passes through.
 
     Args:
-      table: the named choices.
-      choice: one of their names, or a function of an array.
-      what: what is being chosen, for the message.
+      table: functions by name.
+      choice: one of the names, or a function of an array.
+      what: kind of function, for the message.
 
     Returns:
       The function.
@@ -123,14 +123,14 @@ def lookup(table: Mapping[str, Elementwise], choice: "str | Elementwise", what: 
 
 
 def round_to_multiple(value: float, divisor: int = 8, limit: float = 0.9) -> int:
-    """Nearest multiple of `divisor`, at least `divisor`, and never less than `limit` of the value.
+    """Nearest multiple of `divisor`, at least `divisor`, and never less than `limit * value`.
 
-    The rule of the MobileNet family (`_make_divisible` in TensorFlow's slim): rounding down by more than 10 % is undone
-    by one more step up.
+    The rule of the MobileNet family (`_make_divisible` in TensorFlow's slim): a result more than 10 % below the value
+    goes up to the next multiple.
 
     Args:
-      value: the wished number of channels.
-      divisor: what the result is a multiple of.
+      value: number of channels before rounding.
+      divisor: the result is a multiple of it.
       limit: smallest allowed share of `value`; 0 accepts any rounding down (timm's SE-ResNets).
 
     Returns:
@@ -159,22 +159,20 @@ def reduced_width(
     """Hidden width M of an excitation.
 
     Args:
-      channels: C, what the width is a share of.
-      reduction: M = C / reduction (Hu et al. 2020, section 3.2: r). Exactly one of this and `fraction` is given.
+      channels: C.
+      reduction: M = C / reduction (Hu et al. 2020, section 3.2: r). Give exactly one of `reduction` and `fraction`.
       fraction: M = C * fraction (the `se0.25` of MnasNet and EfficientNet).
-      rounding: `floor` (Caffe's SENet), `ceil` (usual over the fields of a table), `nearest`, `multiple_of_8` (with
-        the 90 % rule), `multiple_of_8_any` (without it), or a function of the unrounded width.
+      rounding: `floor` (Caffe's SENet), `ceil` (usual for fields of tables), `nearest`, `multiple_of_8` (with the 90 %
+        rule of `round_to_multiple`), `multiple_of_8_any` (without it), or a function of the unrounded width.
 
     Returns:
       The width, at least 1.
 
     Raises:
-      UserError: both or none of `reduction` and `fraction`, one that is not positive, or an unknown rounding.
+      UserError: both or neither of `reduction` and `fraction` given, one not positive, or an unknown rounding.
     """
     if (reduction is None) == (fraction is None):
-        raise UserError(
-            f"got reduction={reduction} and fraction={fraction}; give exactly one of them (or the width outright)"
-        )
+        raise UserError(f"got reduction={reduction} and fraction={fraction}; give exactly one of them (or width)")
     share = fraction if reduction is None else reduction
     assert share is not None
     if not share > 0:
@@ -182,13 +180,13 @@ def reduced_width(
     if not callable(rounding) and rounding not in _ROUNDINGS:
         raise UserError(f"unknown rounding {rounding!r}; {closest(str(rounding), _ROUNDINGS)}")
     round_ = rounding if callable(rounding) else _ROUNDINGS[rounding]
-    # A product with 1/16 is exact, one with 1/3 is not: divide where the caller spoke of a ratio.
+    # Multiplying by 1 / reduction is inexact for reductions that are not powers of two, so divide.
     value = channels / share if reduction is not None else channels * share
     return max(1, round_(value))
 
 
 def mask_of(x: Array, mask: Array) -> Array:
-    """A mask of a map's pixels, ready to be multiplied with it.
+    """A mask of pixels in a form that can be multiplied with a map.
 
     Args:
       x: map [N, ..., C].
@@ -198,7 +196,7 @@ def mask_of(x: Array, mask: Array) -> Array:
       float32 [N, ..., 1].
 
     Raises:
-      UserError: another shape.
+      UserError: the mask has another shape.
     """
     mask = jnp.asarray(mask)
     if mask.shape != x.shape[:-1]:
@@ -215,14 +213,14 @@ def squeeze(x: Array, kind: str | Elementwise = "mean", mask: Array | None = Non
     Args:
       x: map [N, ..., C], any float dtype.
       kind: `mean`, `max`, `none` or a function of the map.
-      mask: [N, ...], True or 1 where x holds data and not padding, which does not count; None for everywhere. An image
-        without data has the descriptor zero.
+      mask: [N, ...], True or 1 where x holds data, 0 where it holds padding, which is left out; None for no padding. An
+        image without data has the descriptor zero.
 
     Returns:
       float32 descriptor of x's rank, [N, 1, 1, C] of a map [N, H, W, C]; the map's shape for `none`.
 
     Raises:
-      UserError: x is no map, an unknown kind, or a mask of another shape or with a function.
+      UserError: x is no map, the kind is unknown, or the mask has another shape or is given with a function.
     """
     x = check_map(x, "a squeeze")
     function = lookup(SQUEEZES, kind, "squeeze")
@@ -279,7 +277,7 @@ def pointwise(z: Array, kernel: Array, bias: Array | None = None) -> Array:
       float32 [..., M].
 
     Raises:
-      UserError: the kernel is no matrix, or not of z's channels.
+      UserError: the kernel is not a matrix [C, M] with z's C.
     """
     z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel, jnp.float32)
     if kernel.ndim != 2 or kernel.shape[0] != z.shape[-1]:
@@ -292,7 +290,7 @@ def pointwise(z: Array, kernel: Array, bias: Array | None = None) -> Array:
 
 
 def scale(x: Array, gate: Array) -> Array:
-    """The scaling F_scale (Hu et al. 2020, equation 4): the map times its gate, in the map's dtype.
+    """The scaling F_scale (Hu et al. 2020, equation 4): map times gate, in the map's dtype.
 
     Args:
       x: map [N, ..., C].
@@ -302,7 +300,7 @@ def scale(x: Array, gate: Array) -> Array:
       The map's shape and dtype.
 
     Raises:
-      UserError: the gate has another rank, and its axes would meet the wrong ones.
+      UserError: the gate has another rank, and would be broadcast along the wrong axes.
     """
     x, gate = jnp.asarray(x), jnp.asarray(gate)
     if gate.ndim != x.ndim:
@@ -316,7 +314,7 @@ def scale(x: Array, gate: Array) -> Array:
 def eca_kernel_size(channels: int, gamma: float = 2.0, b: float = 1.0) -> int:
     """Odd kernel size of ECA from the channel count: |log2(C) / gamma + b / gamma|_odd (Wang et al. 2020, equation 12).
 
-    The authors' code truncates, then goes up to the next odd number; this does the same.
+    As in the authors' code, the value is truncated and an even result goes up to the next odd number.
 
     Args:
       channels: C.
@@ -361,7 +359,7 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
 
 
 def squeeze_mean_max(x: Array, mask: Array | None = None) -> Array:
-    """CBAM's two descriptors of the channels, mean and maximum (Woo et al. 2018, section 3.1).
+    """CBAM's two channel descriptors, mean and maximum (Woo et al. 2018, section 3.1).
 
     Args:
       x: map [N, ..., C].
@@ -389,7 +387,7 @@ def excite_mean_max(
       reduce_kernel: [C, M].
       reduce_bias: [M] or None.
       expand_kernel: [M, C].
-      expand_bias: [C] or None; it enters twice, once per path, as in the authors' code.
+      expand_bias: [C] or None; it is added twice, once per path, as in the authors' code.
       gate: non-linearity at the end.
 
     Returns:

@@ -10,18 +10,19 @@ _NEVER = -1
 
 
 def keep_memory() -> bool:
-    """Keeps freed memory in the process instead of giving it back to the system after every call.
+    """Keeps freed memory in the process instead of returning it to the system.
 
-    A training step on a CPU takes gigabytes for its temporaries and frees them. By default glibc maps and unmaps blocks
-    of that size each time, and touching their pages anew costs a large part of the arithmetic's time. The process's
-    size stays at its peak, where training has it most of the time; beside an accelerator that is the host's share.
+    A training step on a CPU allocates gigabytes of temporaries and frees them. By default glibc maps and unmaps blocks
+    of that size in every step, and the page faults cost a large part of the step's time. With this setting the memory
+    of the process stays at its peak.
 
-    To be called before JAX is used: only the thread that glibc's main heap belongs to keeps its blocks, so computations
-    run in the thread that asks for them (`jax_cpu_enable_async_dispatch` is off), and JAX reads that once, when it
-    looks for devices. On several CPU devices computations have threads of their own, and nothing is gained.
+    Call this function before JAX is used. glibc keeps the blocks of its main heap only, which belongs to the main
+    thread, so computations must run in the calling thread: the function switches `jax_cpu_enable_async_dispatch` off,
+    which JAX reads once, when it looks for devices. With several CPU devices computations have their own threads, and
+    nothing is gained.
 
     Returns:
-      Whether it could be done; on other systems than Linux with glibc nothing changes.
+      Whether it was done; on other systems than Linux with glibc nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,6 +1,6 @@
-"""Arguments of other libraries and their counterparts here.
+"""Arguments of other libraries and their counterparts in this one, for error messages.
 
-The letters of a foreign name mislead: `pretrained` is close to nothing that a network has, `in_chans` close to several.
+Spelling does not find them: `pretrained` resembles no attribute of a network, `in_chans` resembles several.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,14 +34,14 @@ NETWORK: Mapping[str, str] = {
     **dict.fromkeys(("rd_ratio", "se_ratio", "reduction", "reduction_ratio"), _REDUCTION),
     **dict.fromkeys(("train", "training", "is_training", "deterministic"), _CALL),
 }
-"""By the foreign name: our attribute, or a sentence."""
+"""Our attribute, or a sentence of advice, by the foreign name."""
 
 
 def advice(given: str, allowed: Iterable[str]) -> str:
-    """What to say of an attribute that a network does not have: by its meaning, else by its letters.
+    """The advice for an unknown attribute of a network, by meaning or else by spelling.
 
     Args:
-      given: as for `create_model`.
+      given: the attribute that was given to `create_model`.
       allowed: the network's attributes.
     """
     allowed, meaning = set(allowed), NETWORK.get(given.lower(), "")

@@ -227,7 +227,7 @@ def test_file_names_follow_the_same_rule(tmp_path):
     ):
         labelled_images(tmp_path, ("1", "2", "3"), 3)
     touch(tmp_path / "ILSVRC2012_val_00000293_n01440764.JPEG")
-    with pytest.raises(UserError, match="JPEG says no class"):
+    with pytest.raises(UserError, match="JPEG names no class"):
         labelled_images(tmp_path, ("w", "x", "y", "z"), 4)
 
 
@@ -329,7 +329,7 @@ def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path, target):
     for name in ("a/1.png", "b/1.png"):
         touch(tmp_path / name)
     (tmp_path / "c").symlink_to(target)
-    everywhere(tmp_path, rf"c is a link to {target}, which is not there; mend or remove it")
+    everywhere(tmp_path, rf"c is a link to {target}, which is not there; correct or remove it")
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_a_file_from_elsewhere_can_be_described_by_hand(plain, tmp_path, suffix)
         ('{"labels": {"0": "cat"}}', "has labels={'0': 'cat'}; a list of names is needed, or null"),
         (
             '{"labels": ["cat", "dog"]}',
-            r"has 10 classes and is described with 2 labels; mend the description, or leave",
+            r"has 10 classes and is described with 2 labels; correct the description, or leave",
         ),
         ('{"arguments": [1]}', r"has arguments=\[1\]; an object is needed"),
         ('{"arguments": {"attention": {"class": "os.system", "arguments": {}}}}', "unknown module 'os.system'"),

@@ -223,7 +223,7 @@ def test_a_run_starts_from_the_loaded_weights(small, tmp_path, capsys, ema_decay
     saved = tmp_path / "saved"
     se_flax.save_pretrained(saved, "seresnet20", variables, arguments=arguments, preprocess=OURS)
     loaded = se_flax.load_pretrained(saved, num_classes=10)
-    assert "the classifier was drawn anew for 10 classes" in loaded.notes[0]
+    assert "the classifier was initialised anew for 10 classes" in loaded.notes[0]
     config = make_config(train_only="head", learning_rate=0.0, ema_decay=ema_decay)
     config.steps, config.init_from = 1, str(saved)
     result = run(config, tmp_path / "run").result

@@ -237,7 +237,7 @@ def test_a_network_without_classifier_fits_one_without():
 
 @pytest.mark.parametrize("prefix", ["model/", "layers/functional/", "efficientnet/top_model/"])
 def test_a_prefix_of_all_names_is_taken_off_and_said(prefix, arrays, variables):
-    text = f"^the prefix '{prefix}' of all names in the checkpoint was taken off$"
+    text = f"^the prefix '{prefix}' of all names in the checkpoint was removed$"
     counted = {path: arrays[key] for key, _, path in entries(SMALL)}
     for names in (arrays, to_keras(SMALL, variables, keras=2), counted):
         # What an optimizer left has a place of its own.

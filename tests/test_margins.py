@@ -111,7 +111,7 @@ def test_mixed_labels_are_refused(function, name):
     logits = jnp.zeros((2, 3))
     with pytest.raises(UserError, match=rf"labels of shape \(2, 3\) and dtype float32 for {name}.*one class index per"):
         function(logits, jax.nn.one_hot(jnp.array([0, 1]), 3))
-    with pytest.raises(UserError, match=r"dtype float32.*train without mixup and cutmix"):
+    with pytest.raises(UserError, match=r"dtype float32.*train without mixup and CutMix"):
         function(logits, jnp.array([0.0, 1.0]))
 
 
@@ -301,11 +301,13 @@ def test_margins_start_from_a_network_whose_classifier_is_nested(tmp_path, monke
 
 
 def test_the_cross_entropy_starts_from_cosines_with_a_new_classifier(trained):
-    """Directions of classes are no dense layer: it is drawn anew, and a note says so."""
+    """Directions of classes are no dense layer: it is initialised anew, and a note says so."""
     workdir, _ = trained
     config = settings(init_from=str(workdir), loss=Loss())
     loaded = finetune.load(config, 10)
-    assert loaded.notes == ("seresnet20: the classifier was drawn anew for 10 classes (the checkpoint's: 10 classes)",)
+    assert loaded.notes == (
+        "seresnet20: the classifier was initialised anew for 10 classes (the checkpoint's: 10 classes)",
+    )
     finetune.check_fit(config, build_model(config, 10), loaded)
     assert loaded.variables["params"]["linear"].keys() == {"kernel", "bias"}
     again = finetune.load(settings(init_from=str(workdir)), 10)

@@ -189,7 +189,7 @@ def test_weights_with_other_classes_and_channels_are_imported(name):
     changes = {"num_classes": 5, "in_channels": 1}
     made, notes = import_variables(name, arrays, torch.LAYOUT, **changes, attributes=NESTED[name])
     assert notes == (
-        f"{name}: the classifier was drawn anew for 5 classes (the checkpoint's: 1,000 classes)",
+        f"{name}: the classifier was initialised anew for 5 classes (the checkpoint's: 1,000 classes)",
         f"{name}: the stem was adapted from 3 channels to 1 (summed over the colours)",
     )
     before, after = flatten_dict(given), flatten_dict(made)

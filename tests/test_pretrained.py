@@ -133,7 +133,9 @@ def test_a_function_of_your_own_cannot_be_saved(variables, tmp_path):
 
 def test_another_classifier_and_stem_are_said(saved):
     loaded = load_pretrained(saved, num_classes=3)  # asked for, so a note and no warning, which would be an error here
-    assert loaded.notes == ("seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: 10 classes)",)
+    assert loaded.notes == (
+        "seresnet20: the classifier was initialised anew for 3 classes (the checkpoint's: 10 classes)",
+    )
     assert loaded.labels is None and loaded.model.num_classes == 3
     loaded = load_pretrained(saved, in_channels=1)
     assert loaded.notes == ("seresnet20: the stem was adapted from 3 channels to 1 (summed over the colours)",)
@@ -306,7 +308,7 @@ def test_a_prefix_of_all_names_is_taken_off_and_said(suffix, variables, tmp_path
         SAVE[suffix](path, {prefix + key: value for key, value in se_flax.to_timm(NAME, variables).items()})
         loaded = load_pretrained(path, preprocess=PREPARE)
         assert_same_bits(loaded.variables, variables)
-        assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
+        assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was removed",)
     SAVE[suffix](path, {f"model/{key}": value for key, value in flat(variables).items()})
     assert_same_bits(load_pretrained(path, preprocess=PREPARE).variables, variables)
     SAVE[suffix](path, {f"module.{key}": value for key, value in se_flax.to_timm(NAME, draw(num_classes=4)).items()})
@@ -321,7 +323,7 @@ def test_bfloat16_that_numpy_and_hdf5_save_without_a_name(suffix, variables, tmp
     loaded = load_pretrained(path, preprocess=PREPARE)
     assert_same_bits(loaded.variables, jax.tree.map(lambda x: x.astype(np.float32), halves))
     count = len(jax.tree.leaves(variables))
-    assert loaded.notes == (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",)
+    assert loaded.notes == (f"{count} arrays of dtype |V2 were read as bfloat16, which NumPy saves under that name",)
     SAVE[suffix](path, {"conv1.weight": np.zeros((16, 3, 3, 3), ml_dtypes.float8_e4m3fn)})
     text = r"'conv1.weight' has dtype \|V1, raw bytes as NumPy saves types that it does not know; save it as float32"
     with pytest.raises(UserError, match=text):
@@ -337,7 +339,7 @@ def test_files_without_a_classifier_or_with_a_grey_stem(suffix, tmp_path):
     loaded = load_pretrained(path, num_classes=0, preprocess=PREPARE)
     assert loaded.notes == () and loaded.model.num_classes == 0
     assert load_pretrained(path, num_classes=3, preprocess=PREPARE).notes == (
-        "seresnet20: the classifier was drawn anew for 3 classes (the checkpoint's: none)",
+        "seresnet20: the classifier was initialised anew for 3 classes (the checkpoint's: none)",
     )
     grey = draw(in_channels=1)
     SAVE[suffix](path, se_flax.to_timm(NAME, grey))

@@ -103,7 +103,7 @@ def test_info_of_a_folder_and_of_a_file(capsys, ref, tmp_path):
     state = se_flax.to_timm("seresnet20", se_flax.load_pretrained(ref).variables)
     safetensors.numpy.save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "x.safetensors")
     status, out, err = run(capsys, "info", tmp_path / "x.safetensors", "--name", "SE-ResNet20", "--json")
-    found, note = json.loads(out), "the prefix 'module.' of all names in the checkpoint was taken off"
+    found, note = json.loads(out), "the prefix 'module.' of all names in the checkpoint was removed"
     assert (found["name"], found["num_classes"], found["params"]) == ("seresnet20", 3, params)
     assumed = f"{tmp_path / 'x.safetensors'} does not say how its images are prepared; assumed: image_size=32, "
     assert found["notes"][0] == note and found["notes"][1].startswith(assumed)
@@ -113,7 +113,7 @@ def test_info_of_a_folder_and_of_a_file(capsys, ref, tmp_path):
 
 def test_what_was_asked_for_is_one_line_and_no_warning(capsys, ref, tmp_path):
     status, _, err = run(capsys, "convert", ref, tmp_path / "new", "--num-classes", 7)
-    note = "seresnet20: the classifier was drawn anew for 7 classes (the checkpoint's: 3 classes)"
+    note = "seresnet20: the classifier was initialised anew for 7 classes (the checkpoint's: 3 classes)"
     assert status == 0 and err == f"se-flax: {note}\n"
 
 
@@ -280,7 +280,7 @@ def test_convert_there_and_back(capsys, ref, photos, tmp_path):
             "cannot be read as an image: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or PPM image",
         ),
         (["eval", "{ref}", "missing"], "missing: no such folder"),
-        (["eval", "{ref}", "{photos}/red"], "says no class: without class folders a picture's name begins with"),
+        (["eval", "{ref}", "{photos}/red"], "names no class; without class folders a picture's name must begin with"),
         (["convert", "{ref}", "x.onnx"], "x.onnx is neither a folder nor a .safetensors or .npz file"),
         (["convert", "{ref}", "x.npz", "--layout", "keras"], "has no counterpart in keras.applications"),
     ],

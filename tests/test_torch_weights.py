@@ -231,7 +231,7 @@ def test_what_a_training_program_saved_around_the_state_dict(seresnet20, outer):
 def test_a_prefix_that_not_all_keys_have_is_named(seresnet20):
     _, given = seresnet20
     lightning = {f"model.{key}": value for key, value in given.items()} | {"criterion.weight": np.ones(10)}
-    text = r"; what is missing stands under 'model\.' beside 'criterion\.weight': save it alone$"
+    text = r"; the missing keys are under 'model\.', beside 'criterion\.weight': save only them$"
     with pytest.raises(UserError, match=text):
         se_flax.from_timm("seresnet20", lightning)
     # A part that several keys share is none of all of them.

@@ -109,7 +109,7 @@ def test_a_prefix_of_pytorch_files_is_taken_off_and_said(prefix, torch_that_load
     path = torch_that_loads({"state_dict": {prefix + key: Tensor(value) for key, value in given.items()}})
     prepare = se_flax.Preprocess(image_size=32)
     loaded = se_flax.load_pretrained(path, name="seresnet20", preprocess=prepare)  # a warning would be an error here
-    assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was taken off",)
+    assert loaded.notes == (f"the prefix {prefix!r} of all names in the checkpoint was removed",)
     assert se_flax.to_timm("seresnet20", loaded.variables).keys() >= given.keys()
 
 
@@ -138,7 +138,7 @@ def test_pytorch_bfloat16(torch_that_loads):
         (RuntimeError("set weights_only to False"), "finds no plain arrays in it; download it again"),
         (
             pickle.UnpicklingError("weights_only\nUnsupported global: GLOBAL posix.system was not allowed"),
-            "it is not arrays alone but asks for posix.system, and such files can run code; where you trust it, save",
+            "it refers to posix.system, not to arrays alone, and such files can run code; if you trust it, save",
         ),
     ],
 )
@@ -182,7 +182,7 @@ def test_orbax_checkpoints(packed, tmp_path):
         checkpointer.save(tmp_path / "inner", {"trainer": {"model": {**NETWORK, "step": 3}}})
     assert_network(tmp_path / "inner")
     with open_arrays(tmp_path / "inner") as arrays:
-        assert arrays.notes == ("the prefix 'trainer/model/' of all names in the checkpoint was taken off",)
+        assert arrays.notes == ("the prefix 'trainer/model/' of all names in the checkpoint was removed",)
 
 
 def doubled(tree):
@@ -204,7 +204,10 @@ def test_folders_that_are_no_checkpoint_of_a_network(tmp_path):
     with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
         checkpointer.save(tmp_path / "a", {"weights": np.ones(3)})
         checkpointer.save(tmp_path / "b", NETWORK)
-    refuses(tmp_path / "a", "has neither params nor batch_stats at its top, but: weights; save variables so")
+    refuses(
+        tmp_path / "a",
+        "has neither params nor batch_stats at its top level, but: weights; save variables under these names",
+    )
     refuses(tmp_path, "it holds several trees of arrays; give the folder of one: a, b")
     metadata = tmp_path / "b" / "_METADATA"
     text = metadata.read_text()

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/attention.md: the path from a map to its gate, and the places in a residual block.
+"""Draws the figures of docs/attention.md: the path from a map to its gate, and the placements in a residual block.
 
 python tools/attention_pictures.py
 """
@@ -19,11 +19,11 @@ text{font:14px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:#263238
 .line{stroke:#b0bec5}.head{fill:#b0bec5}}
 """
 Step = tuple[str, str, str]
-"""Kind, what it does, the shape that leaves it."""
+"""Kind of box, operation, output shape."""
 
 
 def box(kind: str, x: float, y: float, width: float, text: str, below: str = "", height: float = 38) -> str:
-    """A rounded box with its text, and a shape under it; a map is a stack of three."""
+    """A rounded box with its text, and a shape below it; a feature map is a stack of three boxes."""
     shift = [8, 4, 0] if kind == MAP else [0]
     rects = "".join(
         f'<rect class="{kind}" x="{x + d:.1f}" y="{y - d:.1f}" width="{width:.1f}" height="{height}" rx="5"/>'
@@ -36,7 +36,7 @@ def box(kind: str, x: float, y: float, width: float, text: str, below: str = "",
 
 
 def arrow(*points: tuple[float, float]) -> str:
-    """A line through points with a head at its end."""
+    """A line through points with an arrowhead at its end."""
     (x0, y0), (x1, y1) = points[-2:]
     length = max(((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5, 1e-9)
     ux, uy = (x1 - x0) / length, (y1 - y0) / length
@@ -49,7 +49,7 @@ def arrow(*points: tuple[float, float]) -> str:
 
 
 def circle(x: float, y: float, sign: str) -> str:
-    """A product or a sum."""
+    """A circle with the sign of a product or a sum."""
     return f'<circle class="step" cx="{x:.1f}" cy="{y:.1f}" r="13"/><text x="{x:.1f}" y="{y + 5:.1f}">{sign}</text>'
 
 
@@ -63,15 +63,15 @@ def picture(width: float, height: float, title: str, parts: Sequence[str]) -> st
 
 
 def gated(x: float, steps: Sequence[Step], entry: str | None) -> tuple[list[str], float]:
-    """A map on the lower line and the path of its gate above it.
+    """A feature map on the lower line, with the path of its gate above it.
 
     Args:
       x: left end.
       steps: from the map to the gate.
-      entry: text in the map's box; None where the line comes from the left.
+      entry: text in the map's box; None if the line comes from the left.
 
     Returns:
-      Shapes, and where the product stands.
+      SVG elements, and the x of the product.
     """
     top, line = 24.0, 150.0
     parts = []
@@ -99,7 +99,7 @@ def gated(x: float, steps: Sequence[Step], entry: str | None) -> tuple[list[str]
 
 
 def module(title: str, *stages: Sequence[Step]) -> str:
-    """One module: gates one after another."""
+    """A module with its gates in sequence."""
     parts: list[str] = []
     x, entry = 10.0, "x"
     for index, steps in enumerate(stages):
@@ -111,7 +111,7 @@ def module(title: str, *stages: Sequence[Step]) -> str:
 
 
 def branches(title: str) -> str:
-    """Branches that compete in a softmax."""
+    """Branches with a softmax over them."""
     rows = (40.0, 150.0)
     parts = [box(MAP, 10, 76, 64, "x", "H×W×C"), circle(330, 114, "+")]
     for y, text in zip(rows, ("branch 1", "branch R"), strict=True):

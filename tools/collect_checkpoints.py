@@ -1,9 +1,9 @@
-"""Collects the published checkpoints that parity fixtures name into `se_flax/data/checkpoints.json`.
+"""Collects the published checkpoints in parity fixtures into `se_flax/data/checkpoints.json`.
 
     python tools/collect_checkpoints.py FOLDER [FOLDER ...]
 
-Every folder holds fixtures `<architecture>.json.gz` with a list `checkpoints` in timm's terms. The table has one entry
-per architecture and one line per checkpoint, in the terms of `se_flax.variant.Weights`.
+Every folder holds fixtures `<architecture>.json.gz` with a list `checkpoints` in timm's format. The table has one entry
+per architecture and one line per checkpoint, with the fields of `se_flax.variant.Weights`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ TARGET = Path(__file__).resolve().parent.parent / "se_flax" / "data" / "checkpoi
 
 
 def row(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """One checkpoint in our terms; what is absent or equals the default there is left out."""
+    """One checkpoint as fields of `Weights`, without absent fields and those equal to timm's default."""
     sizes = checkpoint["input_size"][1:]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{checkpoint['name']} takes images of {sizes}; only squares are expected")

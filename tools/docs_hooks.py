@@ -1,8 +1,8 @@
-"""What `mkdocs.yml` builds beside Markdown: formulas without JavaScript, and pages for the files that pages link to.
+"""Hooks of `mkdocs.yml`: formulas without JavaScript, and pages for files of the repository that pages link to.
 
-A page in `docs/` may link to `../configs/folder.py` as it would on a forge; the site gets a page with that file's text,
-so that the link is checked by the strict build and works offline. Formulas between double dollars become pictures,
-drawn by matplotlib in the colour of the text, so that they need no fonts or scripts from elsewhere.
+A page in `docs/` may link to `../configs/folder.py` as on a forge; the site gets a page with that file's text, so that
+the strict build checks the link and it works offline. Formulas between double dollars become SVG, drawn by matplotlib
+in the colour of the text, without fonts or scripts from elsewhere.
 """
 
 import html
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<path>[\w./-]+?)(?P<anchor>#[\w-]+)?\)")
 FORMULA = re.compile(r'<div class="arithmatex">\s*\\\[(?P<tex>.*?)\\\]\s*</div>', re.DOTALL)
 DRAWING = {"svg.fonttype": "path", "svg.hashsalt": "formula", "mathtext.fontset": "cm", "savefig.transparent": True}
-# A colour that no formula has, to be told apart from the rest of the drawing.
+# A colour that is not used elsewhere in the drawing.
 INK = "#123456"
 FENCES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".sh": "bash"}
 
 
 def outside(page: str, up: str, path: str) -> str | None:
-    """The file of the repository that a link of a page leads to; None for one inside `docs/`.
+    """The file of the repository that a page links to; None for links inside `docs/`.
 
     Args:
       page: the page, relative to `docs/`.
@@ -52,7 +52,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def source_page(target: str) -> str:
-    """A page with one file of the repository; Markdown is shown as it is written."""
+    """A page with one file of the repository; Markdown is shown as source."""
     text = (ROOT / target).read_text()
     fence = "`" * max(4, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     language = FENCES.get(Path(target).suffix, "text")
@@ -60,7 +60,7 @@ def source_page(target: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links out of `docs/` to the pages that `on_files` added."""
+    """Changes links out of `docs/` to the pages that `on_files` added."""
     source = page.file.src_uri
 
     def turn(link: re.Match[str]) -> str:
@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns formulas into pictures."""
+    """Turns formulas into SVG."""
     return FORMULA.sub(lambda found: draw(html.unescape(found["tex"]).strip()), content)
 
 
@@ -81,7 +81,7 @@ def draw(tex: str) -> str:
     """A formula as an inline SVG in the colour of the text.
 
     Args:
-      tex: what matplotlib's mathtext understands.
+      tex: formula in matplotlib's mathtext.
     """
     drawn = io.BytesIO()
     with matplotlib.rc_context(DRAWING):

@@ -2,9 +2,9 @@
 
     python tools/double_gradients.py NAME [NAME ...]      # needs torch and timm, which the project does not
 
-A fixture's gradients are float32. Of the many units of a network with ReLU some lie so close to zero that float32 puts
-them on the wrong side, in PyTorch as in JAX, and each moves every earlier gradient. In float64 both frameworks agree to
-a dozen digits, so the proof that the networks are the same is made there.
+A fixture's gradients are float32. In a network with ReLU some activations are so close to zero that float32 rounding
+changes their sign, in PyTorch and in JAX, and with it all earlier gradients. In float64 both frameworks agree to a
+dozen digits, which shows that the networks are the same.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from parity import synthetic  # noqa: E402
 
 
 def double_gradients(name: str) -> dict[str, object]:
-    """Loss, and norm and projection of every gradient, of one network in float64.
+    """Loss of a network in float64, and norm and projection of every gradient.
 
     Args:
       name: a network with a fixture that has a training step.

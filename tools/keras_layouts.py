@@ -1,10 +1,10 @@
-"""Writes the fixtures of `tests/keras` where Keras is installed.
+"""Writes the fixtures of `tests/keras`; needs Keras.
 
     python -m venv keras3 && keras3/bin/pip install keras 'jax[cpu]' h5py && keras3/bin/python tools/keras_layouts.py
     python -m venv keras2 && keras2/bin/pip install tensorflow-cpu==2.15.1 && keras2/bin/python tools/keras_layouts.py
 
-With Keras 3 every network's variables and their places in files, and for small ones the logits of synthetic weights;
-with Keras 2 the names in its files, which those of the published weights are. Nothing is downloaded.
+With Keras 3 the fixtures are every network's variables and their names in files, and for small networks the logits of
+synthetic weights; with Keras 2 the names in its files, which published weights have. Nothing is downloaded.
 """
 
 import os
@@ -43,10 +43,10 @@ OLDER = keras.__version__.startswith("2")
 
 
 def build(name):
-    """The network with random weights, logits instead of probabilities."""
+    """The network with random weights, and with logits instead of probabilities."""
     keras.backend.clear_session()
     application, arguments = NETWORKS[name]
-    if not application.startswith("EfficientNetB"):  # they have no such switch
+    if not application.startswith("EfficientNetB"):  # these have no such argument
         arguments = {**arguments, "include_preprocessing": False}
     shape = (reference.SIZE, reference.SIZE, 3)
     build = getattr(keras.applications, application)
@@ -59,7 +59,7 @@ def variables(model):
 
 
 def places(model, named, save):
-    """Where the variables end up in a file, found by numbering them."""
+    """Names of the variables in a file, found by saving their numbers as values."""
     for number, variable in enumerate(named.values()):
         variable.assign(np.full(variable.shape, number, "float32"))
     with tempfile.TemporaryDirectory() as folder:
@@ -74,13 +74,13 @@ def places(model, named, save):
 
 
 def numbered(model, folder):
-    """The format of today."""
+    """Saves in Keras 3's format."""
     model.save_weights(folder / "model.weights.h5")
     return folder / "model.weights.h5"
 
 
 def legacy(model, folder):
-    """The older format, by layer; of weights alone with Keras 2, of a whole model with Keras 3, which has no other."""
+    """Saves in the older format by layer: weights with Keras 2; a model with Keras 3, which supports only that."""
     path = folder / "model.h5"
     if OLDER:
         model.save_weights(path)
@@ -90,7 +90,7 @@ def legacy(model, folder):
 
 
 def reference_logits(model, named, entries, images):
-    """Logits of the synthetic weights, and the mean square in front of every batch norm, which these depend on."""
+    """Logits of the synthetic weights, and the mean square before every batch norm, which the weights depend on."""
     for key, value in reference.weights(entries, {}).items():
         named[key].assign(value)
     scales = {}
@@ -111,7 +111,7 @@ def reference_logits(model, named, entries, images):
 
 
 def fixture(name):
-    """What the file of a network holds, see `tests/keras_reference.py`."""
+    """The content of a network's fixture, see `tests/keras_reference.py`."""
     application, arguments = NETWORKS[name]
     listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
     model = build(name)
@@ -128,7 +128,7 @@ def fixture(name):
     if name in LOGITS and not OLDER:
         images = reference.images()
         for key, variable in named.items():
-            if key.startswith("normalization"):  # nothing but a division by 255 is left of the preprocessing
+            if key.startswith("normalization"):  # the preprocessing is only a division by 255
                 images = 255 * reference.images()
                 variable.assign(np.full(variable.shape, float(key.endswith("variance"))))
         logits, content["norm_scales"] = reference_logits(model, named, content["entries"], images)
@@ -139,7 +139,7 @@ def fixture(name):
 
 
 def main():
-    """Writes one file for every name on the command line, or all."""
+    """Writes the fixtures of the names on the command line, or all."""
     for name in sys.argv[1:] or (LEGACY if OLDER else NETWORKS):
         content = fixture(name)
         reference.write(f"{name}.keras2" if OLDER else name, content)

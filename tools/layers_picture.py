@@ -2,8 +2,7 @@
 
     python tools/layers_picture.py
 
-Nothing is imported: the sources are parsed. Imports inside functions count too, because what a module needs late it
-needs all the same. Those for the type checker alone do not.
+The sources are parsed, not imported. Imports inside functions count; those for the type checker only do not.
 """
 
 import ast
@@ -17,8 +16,8 @@ PACKAGES = ("configs", "train", "se_flax")
 WIDTH, MARGIN, LABEL = 1000, 16, 150
 BOX_HEIGHT, GAP, LETTER = 24, 6, 7.0
 COLOURS = {"configs": "#8d6e63", "train": "#3f51b5", "se_flax": "#e65100"}
-# Subpackages stand out from the rows that they share with others.
-INNER = {"backbones": "#2e7d32", "weights": "#6a1b9a", "cli": "#00838f", "ctr": "#ad1457", "cpu": "#37474f"}
+# Colours of subpackages, which share rows with others.
+INNER = {"backbones": "#2e7d32", "checkpoints": "#6a1b9a", "cli": "#00838f", "ctr": "#ad1457", "cpu": "#37474f"}
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
@@ -32,7 +31,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: Mapping[str, Path]) -> set[str]:
-    """Modules among `known` that one module imports; a package only where a name of its own is taken from it."""
+    """Modules among `known` that a module imports; a package only if one of its own names is imported."""
     found = set()
     for node in _statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -57,7 +56,7 @@ def _statements(tree: ast.AST) -> list[ast.AST]:
 
 
 def graph(root: Path = ROOT) -> dict[str, set[str]]:
-    """What every module imports."""
+    """The imports of every module."""
     known = modules(root)
     return {name: imports(name, path, known) for name, path in known.items()}
 
@@ -83,7 +82,7 @@ def heights(edges: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def bands(edges: Mapping[str, set[str]]) -> list[tuple[str, list[list[str]]]]:
-    """Packages from the top down, and the rows of modules in each: a row imports only rows below it."""
+    """Packages from top to bottom, with the rows of modules in each; a row imports only rows below it."""
     found = []
     for package in PACKAGES:
         mine = {name: others for name, others in edges.items() if name.split(".")[0] == package}
@@ -98,12 +97,12 @@ def bands(edges: Mapping[str, set[str]]) -> list[tuple[str, list[list[str]]]]:
 
 
 def is_package(name: str, edges: Mapping[str, set[str]]) -> bool:
-    """Whether other modules lie in it."""
+    """Whether there are modules in it."""
     return any(other.startswith(name + ".") for other in edges)
 
 
 def label(name: str, package: str) -> str:
-    """What stands in a module's box."""
+    """Text in a module's box."""
     return name if name == package else name.removeprefix(package + ".")
 
 
@@ -114,7 +113,7 @@ def first_line(path: Path) -> str:
 
 
 def draw(root: Path = ROOT) -> str:
-    """The picture as SVG; a module's title says what it is and what it imports."""
+    """The picture as SVG; a module's title is the first line of its docstring and its imports."""
     known, edges = modules(root), graph(root)
     parts: list[str] = []
     y = float(MARGIN)

@@ -3,8 +3,8 @@
 Command:   python -m tools.notebooks            after a change of colab/<name>.py
            jupytext --to py:percent <name>.ipynb    the other way, for a notebook that was edited in Colab
 
-A script is the notebook as text (jupytext's percent format): that is what is reviewed and changed. The notebooks hold
-no outputs, and are the same bytes whoever writes them.
+A script is the notebook as text (jupytext's percent format), for reviews and changes. The notebooks have no outputs and
+are byte for byte reproducible.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def scripts() -> list[Path]:
 
 
 def notebook_text(script: str) -> str:
-    """The notebook of a script, as a file holds it.
+    """The notebook of a script, as the text of its file.
 
     Args:
       script: text in the percent format.
@@ -39,7 +39,7 @@ def notebook_text(script: str) -> str:
 
 
 def main() -> None:
-    """Writes all of them."""
+    """Writes all notebooks."""
     for script in scripts():
         script.with_suffix(".ipynb").write_text(notebook_text(script.read_text()))
         print(script.with_suffix(".ipynb"))

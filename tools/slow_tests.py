@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 SLOW = Path(__file__).resolve().parents[1] / "tests" / "slow.txt"
-# Seconds that a test function may take with all its parameters, its set-up included.
+# Most seconds of a test function, with all its parameters and their set-up.
 LIMIT = 0.5
 
 
@@ -18,7 +18,7 @@ def slow_tests(log: str) -> list[str]:
     """Tests over the limit, as `test_file.py::test_name`.
 
     Args:
-      log: what pytest printed with `--durations=0`.
+      log: output of pytest with `--durations=0`.
     """
     seconds: dict[str, float] = collections.defaultdict(float)
     for match in re.finditer(r"^([\d.]+)s (?:call|setup|teardown)\s+tests/(\S+?)(?:\[.*)?$", log, re.MULTILINE):

@@ -1,7 +1,7 @@
-"""Writes docs/zoo.md: every network with its size, its cost, its measured parity and its published checkpoints.
+"""Writes docs/zoo.md: all networks with size, costs, measured parity and published checkpoints.
 
-    python tools/zoo_table.py           # counts the networks that are new or have another size, then writes the page
-    python tools/zoo_table.py --again   # counts all of them
+    python tools/zoo_table.py           # counts networks that are new or have another size, then writes the page
+    python tools/zoo_table.py --again   # counts all networks
 
 Counting traces each network (seconds each, minutes in all), so the counts are kept in `benchmarks/results/costs.jsonl`.
 """
@@ -47,13 +47,13 @@ COLUMNS = """| network | side | parameters | GMACs | parity | checkpoints |
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The last row of every name in a file of JSON lines; nothing where there is no file."""
+    """The last row of every name in a file of JSON lines; empty without a file."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
 def count(name: str, variant: Variant) -> dict[str, Any]:
-    """Counts one network at its own side."""
+    """Counts one network at its own image size."""
     counted = costs(name)
     return {"name": name, "image_size": variant.input_size, "params": counted.params, "macs": counted.macs}
 
@@ -107,14 +107,14 @@ def page(
 
 
 def main() -> None:
-    """Counts what is not counted yet and writes the page."""
+    """Counts the networks that are not counted yet and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="count every network anew")
+    parser.add_argument("--again", action="store_true", help="count all networks")
     options = parser.parse_args()
     variants = {name: se_flax.get_variant(name) for name in se_flax.list_models()}
     counts = {} if options.again else read(COUNTS)
     counts = {name: row for name, row in counts.items() if name in variants}
-    PAGE.write_text(page(FAMILIES, counts, read(PARITY)))  # something to read, should counting be interrupted
+    PAGE.write_text(page(FAMILIES, counts, read(PARITY)))  # in case the counting is interrupted
     for name in sorted(missing(variants, counts), key=lambda name: variants[name].num_params):
         counts[name] = count(name, variants[name])
         print(f"{name}: {counts[name]['macs']:,}", flush=True)

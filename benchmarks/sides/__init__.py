@@ -1,1 +1,1 @@
-"""The sides of a comparison: one process each, under the interpreter that has what it needs."""
+"""The libraries of a comparison, one process each, with the interpreter that has the library."""

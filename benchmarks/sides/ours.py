@@ -1,7 +1,7 @@
-"""se-flax's side: `python -m benchmarks.sides.ours MODEL TASK BATCH SIDE [WORD ...]`.
+"""se-flax in a comparison: `python -m benchmarks.sides.ours MODEL TASK BATCH IMAGE_SIZE [WORD ...]`.
 
-Words: `plain` leaves out `se_flax.fuse` at inference, `onednn` takes oneDNN's matrix products there, `bfloat16`
-computes in that (parameters are float32 in training), `without` is the network without its attention.
+Words: `plain` leaves out `se_flax.fuse` at inference, `onednn` takes oneDNN's matrix products at inference, `bfloat16`
+computes in bfloat16 (parameters are float32 in training), `without` is the network without its attention.
 """
 
 import sys
@@ -17,7 +17,7 @@ import se_flax
 from benchmarks.sides.pace import serve
 from se_flax.runtime import keep_memory
 
-# Matrix products by oneDNN, which XLA brings along on x86, instead of XLA's usual library.
+# Matrix products by oneDNN, which XLA includes on x86, instead of XLA's default library.
 ONEDNN = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
@@ -25,7 +25,7 @@ ONEDNN = {
 
 
 def train_step(model: Any, batch: int, side: int) -> Any:
-    """A function that makes one update with SGD and momentum and waits for it."""
+    """Returns a function that makes one update with SGD and momentum and waits for it."""
     images, labels = _images(batch, side), jnp.arange(batch) % 1000
     variables = jax.jit(model.init)(jax.random.key(0), images)
     optimizer = optax.sgd(0.01, momentum=0.9)
@@ -55,7 +55,7 @@ def train_step(model: Any, batch: int, side: int) -> Any:
 
 
 def inference(model: Any, batch: int, side: int, words: set[str]) -> Any:
-    """A function that computes logits and waits for them."""
+    """Returns a function that computes logits and waits for them."""
     images = _images(batch, side)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     if "plain" not in words:

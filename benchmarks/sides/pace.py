@@ -1,4 +1,4 @@
-"""What the sides of a comparison share: one process each, taking a turn whenever the other end says so."""
+"""Timing loop of a process in a comparison, which takes a turn for every line that it reads."""
 
 import json
 import sys
@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Seconds of a turn at least. Caches, clocks and threads are as in steady use then, whoever had the turn before.
+# Least seconds of a turn: enough for caches, clock rates and threads to be as in steady use.
 TURN = 0.5
 
 
 def serve(work: Callable[[], Any], **about: Any) -> None:
-    """Warms up, says what it is, and takes one turn for every line on standard input.
+    """Warms up, prints `about`, and takes one turn for every line on standard input.
 
-    A turn is one call that is not timed, then calls until half a second is over; it prints their mean time in seconds.
+    A turn is one call that is not timed, then calls for half a second, whose mean time in seconds is printed.
 
     Args:
-      work: one call; returns when its result is there.
+      work: makes one call; returns when the result is ready.
       **about: versions and settings, for the record.
     """
     for _ in range(3):

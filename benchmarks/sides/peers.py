@@ -1,6 +1,6 @@
-"""The nearest JAX networks: `python -m benchmarks.sides.peers flax|keras MODEL TASK BATCH SIDE`.
+"""Other JAX networks in a comparison: `python -m benchmarks.sides.peers flax|keras MODEL TASK BATCH IMAGE_SIZE`.
 
-flax: ResNet-50 as Flax's ImageNet example has it. keras: keras.applications on Keras's JAX backend, compiled.
+flax: ResNet-50 of Flax's ImageNet example. keras: keras.applications on Keras's JAX backend, compiled.
 """
 
 import sys
@@ -13,7 +13,7 @@ from benchmarks.sides.pace import serve
 
 
 def flax(task: str, batch: int, side: int) -> tuple[Any, dict[str, str]]:
-    """One repetition of Flax's network, and versions."""
+    """A function that makes one call of Flax's network, and versions."""
     from importlib.metadata import version
 
     from benchmarks.plain_resnet import PlainResNet50
@@ -25,7 +25,7 @@ def flax(task: str, batch: int, side: int) -> tuple[Any, dict[str, str]]:
 
 
 def keras(task: str, batch: int, side: int) -> tuple[Any, dict[str, str]]:
-    """One repetition of Keras's network, and versions."""
+    """A function that makes one call of Keras's network, and versions."""
     import keras
 
     model = keras.applications.EfficientNetB0(weights=None, input_shape=(side, side, 3))

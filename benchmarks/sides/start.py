@@ -1,4 +1,4 @@
-"""One start of a training: `python -m benchmarks.sides.start MODEL SIDE BATCH CACHE`; seconds by phase in JSON."""
+"""Times one start of a training: `python -m benchmarks.sides.start MODEL IMAGE_SIZE BATCH CACHE`; prints JSON."""
 
 import time
 

@@ -1,8 +1,8 @@
-"""timm's side, under an interpreter that has it: `python timm_side.py MODEL TASK BATCH SIDE MODE [bfloat16]`.
+"""timm in a comparison: `python timm_side.py MODEL TASK BATCH IMAGE_SIZE MODE [bfloat16]`, with timm's interpreter.
 
 Modes are `eager`, `channels_last` and `compile`, which is `torch.compile` with channels-last memory. In bfloat16 the
-parameters are float32 in training (autocast). It computes on a GPU where torch sees one and `CUDA_VISIBLE_DEVICES` does
-not hide it.
+parameters are float32 in training (autocast). The network runs on a GPU if torch finds one (see
+`CUDA_VISIBLE_DEVICES`).
 """
 
 import sys

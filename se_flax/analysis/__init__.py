@@ -1,1 +1,1 @@
-"""What a network costs (`costs`) and what its gates do (`gates`)."""
+"""Analysis of networks: costs (`costs`), feature maps (`features`) and gates (`gates`)."""

@@ -1,14 +1,14 @@
-"""Model costs counted from a traced forward pass: parameters, multiply-adds, activations. Nothing is computed.
+"""Model costs counted from a traced forward pass (nothing is computed): parameters, multiply-adds, activations.
 
-Papers and tools count differently. Every layer's counts are kept apart here, and two sums of them are named:
+Papers and tools count differently. The counts are kept separately for each layer, and there are two sums of them:
 
 | | convolutions, matrix products | batch norm | final pooling | sum of two maps | attention's pooling |
 |---|---|---|---|---|---|
 | `macs` | yes | 2 per element | 1 per element | - | - |
 | `macs_paper` | yes | - | - | 1 per element | 1 per element |
 
-`macs` is what timm's result tables have (the counter of fvcore, whose layer and group norms are 5 per element), and
-`macs_paper` is what tables 2 and 3 of Hu et al. 2020 have; see docs/costs.md.
+`macs` is the figure of timm's result tables (fvcore's counter, with 5 per element for layer and group norms), and
+`macs_paper` that of tables 2 and 3 of Hu et al. 2020; see docs/costs.md.
 """
 
 import dataclasses
@@ -42,26 +42,26 @@ _NORMS: Mapping[type, int] = {
 }
 _BIASED = (Conv, nn.Conv, nn.Dense, *_NORMS)
 _SPATIAL, _CHANNEL = (1, 2), (3,)
-# Programs that are traced once and used again: the module's name in them would be the first user's.
+# Jaxprs that JAX caches: the module's name inside would be that of the first caller.
 _SHARED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "cond")
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What one layer costs for one image.
+    """Costs of one layer for one image.
 
     Attributes:
       path: of the module, `layer1_0/conv1`; an attention module is one layer. Empty for the network's own operations.
       kind: class of the module.
-      is_attention: whether it belongs to the attention.
-      params: trainable.
-      statistics: running means and variances.
+      is_attention: whether the layer belongs to the attention.
+      params: number of trainable parameters.
+      statistics: number of running means and variances.
       products: multiply-adds of convolutions and matrix products.
-      norms: operations of norms, by fvcore's rates.
-      final_poolings: elements of maps that are pooled over all pixels outside the attention.
+      norms: operations of norms, with fvcore's counts per element.
+      final_poolings: input elements of global average pooling outside the attention.
       sums: elements of sums of two maps (residual connections).
-      squeezes: elements that the attention pools.
-      activations: outputs of convolutions and matrix products.
+      squeezes: input elements of the attention's squeeze.
+      activations: output elements of convolutions and matrix products.
     """
 
     path: str
@@ -78,28 +78,28 @@ class LayerCosts:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds as timm's tables have them."""
+        """Multiply-adds as in timm's tables."""
         return self.products + self.norms + self.final_poolings
 
     @property
     def macs_paper(self) -> int:
-        """Multiply-adds as the squeeze-and-excitation paper has them."""
+        """Multiply-adds as in the squeeze-and-excitation paper."""
         return self.products + self.sums + self.squeezes
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network costs for one image; the two ways to count are explained at the head of this file.
+    """Costs of a network for one image; the module's docstring has the two ways to count multiply-adds.
 
     Attributes:
-      params: trainable parameters.
-      params_with_statistics: and running means and variances, as the paper counts.
-      macs: multiply-adds as timm's tables have them.
-      macs_paper: multiply-adds as Hu et al. 2020, tables 2 and 3, have them.
-      activations: outputs of convolutions and matrix products, as timm's tables have them.
-      attention_params: of `params`, those of the attention.
-      attention_macs: of `macs`, those of the attention.
-      by_layer: the same for every layer, in the order in which the network calls them.
+      params: number of trainable parameters.
+      params_with_statistics: trainable parameters, running means and variances, as the paper counts.
+      macs: multiply-adds as in timm's tables.
+      macs_paper: multiply-adds as in Hu et al. 2020, tables 2 and 3.
+      activations: output elements of convolutions and matrix products, as in timm's tables.
+      attention_params: the attention's share of `params`.
+      attention_macs: the attention's share of `macs`.
+      by_layer: the costs of every layer, in the order of the calls.
     """
 
     params: int
@@ -112,23 +112,23 @@ class Costs:
     by_layer: tuple[LayerCosts, ...] = field(repr=False)
 
     def totals(self) -> dict[str, int]:
-        """The figures of the whole network by name."""
+        """The costs of the whole network, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "by_layer"}
 
 
 def costs(model: nn.Module | str, image_size: int | None = None) -> Costs:
-    """Counts what a network costs for one image, without computing anything.
+    """Counts the costs of a network for one image, without computing anything.
 
     Args:
       model: a network, or the name of one of `se_flax.list_models()`.
-      image_size: side of the square image in pixels; None takes the side that a named network was designed for, and
-        224 for a module.
+      image_size: height and width of the image in pixels; None takes the size that a named network was designed for,
+        and 224 for a module.
 
     Returns:
       The counts.
 
     Raises:
-      UserError: unknown name, or a size that is not a positive whole number.
+      UserError: the name is unknown, or the size is not a positive whole number.
 
     Examples:
       >>> import se_flax
@@ -146,25 +146,25 @@ def costs(model: nn.Module | str, image_size: int | None = None) -> Costs:
     with trace.watching():
         traced = jax.make_jaxpr(model.init_with_output, return_shape=True)(jax.random.key(0), images)
     program, (_, variables) = traced
-    # Initialisation is in the program too, but nothing of it depends on the images.
+    # The program includes the initialisation, which does not depend on the images and so is not counted.
     trace.read(program.jaxpr, "", 1, top=True, images=program.jaxpr.invars[-1])
     return trace.costs(variables)
 
 
 class _Trace:
-    """The modules that a traced call went through, and what was counted in each."""
+    """The modules of a traced call, with the counts of each."""
 
     def __init__(self, model: nn.Module):
         self._given = tuple(_classes(getattr(model, "attention", None)))
         self._modules: dict[str, nn.Module] = {"": model}
-        self._channel_convolved: list[tuple[str, int]] = []  # ECA, size of what it convolves
-        self._squeezed_for: dict[str, str] = {}  # norm that pools for an attention -> that attention
+        self._channel_convolved: list[tuple[str, int]] = []  # path of an ECA, elements that it convolves
+        self._squeezed_for: dict[str, str] = {}  # path of a norm that also squeezes -> path of the attention
         self._counts: dict[str, dict[str, int]] = {"": {}}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Marks every operation that is traced with the path of its module."""
-        pooling: list[str] = []  # a norm that also pools, for the attention whose gates come next
+        """Marks every traced operation with the path of its module."""
+        pooling: list[str] = []  # norms that also squeeze, for the attention that is called next
 
         def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
@@ -172,7 +172,7 @@ class _Trace:
             if path not in self._modules:
                 self._modules[path] = module
                 self._counts[path] = {}
-            # A batch norm gives its coefficients, whoever applies them.
+            # Every use of a batch norm calls `coefficients`, not always `__call__`.
             if context.method_name == ("coefficients" if isinstance(module, BatchNorm) else "__call__"):
                 self._count_norm(module, path, args)
             if kwargs.get("per_image"):
@@ -197,7 +197,7 @@ class _Trace:
         return isinstance(module, (Attention, *self._given))
 
     def _attention_of(self, path: str) -> str | None:
-        """The attention that a module is or lies in."""
+        """Path of the attention that a module is or is part of; None for other modules."""
         parts = path.split("/")
         for i in range(1, len(parts) + 1):
             above = "/".join(parts[:i])
@@ -215,14 +215,14 @@ class _Trace:
             here[name] = here.get(name, 0) + count
 
     def read(self, jaxpr: Any, path: str, times: int, *, top: bool, images: Any = None) -> None:
-        """Counts a program's operations, those of the programs that it calls included.
+        """Counts the operations of a jaxpr and of all jaxprs inside.
 
         Args:
-          jaxpr: the program.
+          jaxpr: the jaxpr.
           path: of the module that calls it.
-          times: how often it is called.
-          top: whether it is the network's own program and not one of a function such as an activation.
-          images: only operations that depend on this variable count; None for all.
+          times: number of calls.
+          top: whether it is the network's own jaxpr and not that of a function such as an activation.
+          images: count only operations that depend on this variable; None counts all.
         """
         depending = {images}
         for eqn in jaxpr.eqns:
@@ -240,13 +240,13 @@ class _Trace:
             elif name in ("reduce_sum", "reduce_max"):
                 self._count_pooling(eqn, here, times)
             elif name in ("add", "add_any"):
-                # A bias is smaller than its map, unless that has one pixel; activations are programs of their own.
+                # A bias is smaller than its map, unless the map has one pixel; activations have jaxprs of their own.
                 maps = {x.aval.shape for x in eqn.invars} == {eqn.outvars[0].aval.shape} and eqn.outvars[
                     0
                 ].aval.ndim == 4
                 if top and maps and not isinstance(self._modules[here], _BIASED) and self._attention_of(here) is None:
                     self._add(here, sums=times * _size(eqn.outvars[0]))
-            elif name == "cond":  # what chooses an implementation by platform; the last is the plain one
+            elif name == "cond":  # jax.lax.platform_dependent; the last branch is the plain implementation
                 self.read(eqn.params["branches"][-1].jaxpr, here, times, top=False)
             else:
                 inner_times = times * eqn.params["length"] if name == "scan" else times
@@ -268,12 +268,12 @@ class _Trace:
             self._add(path, final_poolings=times * pooled.size)
 
     def costs(self, variables: Mapping[str, Any]) -> Costs:
-        """The counts, an attention with all that is in it being one layer."""
+        """The counts; an attention with all its submodules is one layer."""
         shapes = {name: flatten_dict(dict(tree), sep="/") for name, tree in variables.items()}
         for collection, name in (("params", "params"), ("batch_stats", "statistics")):
             for leaf, value in shapes.get(collection, {}).items():
                 self._add(leaf.rpartition("/")[0], **{name: math.prod(value.shape)})
-        # ECA's convolution is a sum of shifted products in the program.
+        # ECA's convolution is traced as a sum of shifted products, not as a convolution.
         for path, size in self._channel_convolved:
             self._add(path, products=size * shapes["params"][f"{path}/conv/kernel"].shape[0], activations=size)
         merged: dict[tuple[str, bool], dict[str, int]] = {}
@@ -302,7 +302,7 @@ class _Trace:
 
 
 def products(eqn: Any) -> int:
-    """Multiply-adds of a convolution or matrix product of a traced program.
+    """Multiply-adds of a convolution or matrix product.
 
     Args:
       eqn: equation of a jaxpr, `conv_general_dilated` or `dot_general`.
@@ -325,7 +325,7 @@ def _program(value: Any) -> Any:
 
 
 def _classes(given: Any) -> Iterator[type]:
-    """The classes that a network's `attention` attribute names."""
+    """The classes in a network's `attention` attribute."""
     for part in given if isinstance(given, tuple | list) else [given]:
         while isinstance(part, functools.partial):
             part = part.func

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from se_flax.zoo import create_model, get_variant
 
-# Pixels: a multiple of every network's stride.
+# In pixels; a multiple of every network's stride.
 _STEP = 256
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature map of a network.
+    """A feature map of a network.
 
     Attributes:
       name: of the map in the named tuple that the network returns, after the torch module that makes it.
       channels: of the map.
-      stride: pixels of the image per pixel of the map, along either side.
+      stride: pixels of the image per pixel of the map, along height and width.
     """
 
     name: str
@@ -30,18 +30,18 @@ class FeatureInfo:
 
 
 def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple[FeatureInfo, ...]:
-    """Name, channels and stride of every feature map that `return_features=True` gives, without running the network.
+    """Name, channels and stride of every feature map of `return_features=True`, without running the network.
 
     Args:
       model: a network, or the name of one of `se_flax.list_models()`.
-      image_size: side of the images that it is traced with; None takes the side that a named network was designed for,
-        and 224 for a module.
+      image_size: height and width of the images for the trace; None takes the size that a named network was designed
+        for, and 224 for a module.
 
     Returns:
-      One entry per map, in the order in which they are returned: finest first.
+      One entry per map, finest first.
 
     Raises:
-      UserError: unknown name, or images too small for the network.
+      UserError: the name is unknown, or the images are too small for the network.
 
     Examples:
       >>> import se_flax
@@ -57,7 +57,7 @@ def feature_info(model: nn.Module | str, image_size: int | None = None) -> tuple
         call = functools.partial(model.init_with_output, return_features=True)
         return jax.eval_shape(lambda key, images: call(key, images)[0][1], jax.random.key(0), images)
 
-    # Convolutions without padding take as many pixels off at every size: the difference of two sizes shows the stride.
+    # Convolutions without padding remove the same border at every size: the difference of two sizes gives the stride.
     side = image_size or 224
     smaller, larger = maps(side), maps(side + _STEP)
     return tuple(

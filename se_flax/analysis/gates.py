@@ -1,7 +1,7 @@
 """Statistics of channel gates over a data set, and the accuracy with gates replaced by their means.
 
-Nothing here changes a network: its channel gates are read, and replaced, while it is traced (`nn.intercept_methods`).
-The sums are streamed in float64 on the host, so a data set of any size costs the memory of its classes, not its images.
+The network needs no change: `nn.intercept_methods` reads and replaces its channel gates while it is traced. The sums
+are accumulated in float64 on the host, so memory grows with the number of classes, not of images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from se_flax.errors import UserError
 Array = jax.Array
 Floats = NDArray[np.float64]
 Batches = Iterable[tuple[np.ndarray, int]]
-"""Images [B, H, W, C], B the same in every batch, and how many of them count: the rest is padding at the end."""
+"""Images [B, H, W, C], with the same B in every batch, and the number of them before the padding at the end."""
 
 EVERY_LAYER = "all layers"
 UNCHANGED = "none"
@@ -28,7 +28,7 @@ UNCHANGED = "none"
 
 @contextmanager
 def _visited(visit: Callable[[str, Array], Array]) -> Iterator[None]:
-    """Passes every channel gate through a function, with the path of its module, while a network is traced."""
+    """Applies a function to every channel gate, with the path of its module, while a network is traced."""
 
     def call(method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
@@ -48,25 +48,25 @@ def apply_with_gates(
     means: Mapping[str, Array] | None = None,
     replaced: Mapping[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Runs a network in evaluation mode and reads its channel gates; can be jitted.
+    """Runs a network in evaluation mode and returns its channel gates too; can be jitted.
 
-    Read are the gates of squeeze-and-excitation, ECA, effective SE, the channel half of CBAM, global context, and of
+    The gates are those of squeeze-and-excitation, ECA, effective SE, the channel half of CBAM, global context, and of
     any module that computes its gates in a method `gates`.
 
     Args:
-      model: any network of the zoo, or another with such modules.
+      model: a network of the zoo, or another with such modules.
       variables: its variables.
       images: [N, H, W, C].
-      means: by layer, float [channels]: what takes the gates' place.
-      replaced: by layer, a bool scalar: whether it does; may be traced. A layer that is absent keeps its gates.
+      means: replacements of the gates, float [channels] by layer.
+      replaced: whether to replace the gates, bool scalars by layer, which may be traced; False for a layer that is
+        absent.
 
     Returns:
-      The logits, and by layer (the path of its attention module, `layer1_0/se`) the gates that it computed, whether
-      replaced or not: float32 [N, channels], in the order of the calls. Gates of single pixels (no squeeze) are
-      averaged over the map.
+      The logits; and the computed gates, before any replacement, float32 [N, channels] by layer (path of the attention
+      module, `layer1_0/se`), in the order of the calls. Gates per pixel (no squeeze) are averaged over the map.
 
     Raises:
-      UserError: two gates of one module; its layers cannot be told apart.
+      UserError: a module computes its gates twice, so that the layers cannot be distinguished.
     """
     gates: dict[str, Array] = {}
 
@@ -84,23 +84,23 @@ def apply_with_gates(
 
 
 def gate_layers(model: nn.Module, variables: Mapping[str, Any], image_size: int) -> dict[str, int]:
-    """The layers that `apply_with_gates` reads, without computing anything.
+    """The layers of `apply_with_gates`, without computing anything.
 
     Args:
       model: a network.
       variables: its variables, or their shapes.
-      image_size: side of the images.
+      image_size: height and width of the images.
 
     Returns:
       Channels by layer, in the order of the calls.
 
     Raises:
-      UserError: it has none.
+      UserError: the network has no channel gates.
     """
     channels: dict[str, int] = {}
 
     def trace(variables: Any, images: Any) -> None:
-        # What a transformation returns has its keys sorted; the order of the calls is seen in here only.
+        # JAX's transformations sort the keys of their results, so the order of the calls must be read here.
         channels.update({name: gate.shape[-1] for name, gate in apply_with_gates(model, variables, images)[1].items()})
 
     shape = (1, image_size, image_size, getattr(model, "in_channels", 3))
@@ -115,24 +115,24 @@ def gate_layers(model: nn.Module, variables: Mapping[str, Any], image_size: int)
 
 @dataclass(frozen=True)
 class LayerGates:
-    """The gates of one layer over a data set. Standard deviations are those of the images at hand (divided by N).
+    """Statistics of one layer's gates over a data set. Standard deviations are biased (divided by N).
 
     Attributes:
       mean: [C], over all images.
       std: [C].
       minimum: [C].
       maximum: [C].
-      closed: share of the gates, over images and channels, that are below the lower threshold.
-      open: share above the upper one.
-      dead: share of the channels whose gate is closed on every image.
-      saturated: share of those whose gate is open on every image.
-      class_means: [K, C], of the classes in the order of their numbers.
+      closed: share of the gates, over images and channels, below the lower threshold.
+      open: share of the gates above the upper threshold.
+      dead: share of the channels with a closed gate for every image.
+      saturated: share of the channels with an open gate for every image.
+      class_means: [K, C], in the order of the class numbers.
       group_means: [G, C].
       group_std: [G, C].
-      between: share of the gates' variance, among the images of all groups, that lies between the groups' means; the
-        squares are summed over the channels. NaN where it is not defined: one group, or one image in each.
-      chance: its expected value for groups drawn at random, (G - 1) / (N - 1).
-      permuted: [P], its values for random groups of the same sizes.
+      between: variance between the groups' means over the total variance, among the images of all groups and summed
+        over the channels. NaN if undefined: one group, or one image in each.
+      chance: expected value of `between` for random groups, (G - 1) / (N - 1).
+      permuted: [P], values of `between` for random groups of the same sizes.
     """
 
     mean: Floats
@@ -152,16 +152,16 @@ class LayerGates:
 
 
 class GateStatistics:
-    """Sums over a data set that is added batch by batch.
+    """Sums over the gates of a data set, which is added batch by batch.
 
     Args:
       layers: channels by layer, from `gate_layers`.
-      labels: class of every image, in the order in which they will be added.
-      groups: by name, class numbers; no class in two of them.
-      closed: gates below count as closed.
-      open: gates above count as open.
-      permutations: random groupings to compare with.
-      seed: of these.
+      labels: class of every image, in the order in which the images will be added.
+      groups: class numbers by name of the group; each class is in one group at most.
+      closed: threshold below which a gate is closed.
+      open: threshold above which a gate is open.
+      permutations: number of random groupings to compare with.
+      seed: of the random groupings.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class GateStatistics:
             group[np.isin(self.labels, members)] = i
         inside = np.flatnonzero(group >= 0)
         rng = np.random.default_rng(seed)
-        self._group = np.tile(group, (permutations + 1, 1))  # the first row is the truth
+        self._group = np.tile(group, (permutations + 1, 1))  # the first row is the true grouping
         for row in self._group[1:]:
             row[inside] = rng.permutation(group[inside])
         self._sizes = np.bincount(group[inside], minlength=len(self.groups))
@@ -204,10 +204,10 @@ class GateStatistics:
         }
 
     def add(self, gates: Mapping[str, np.ndarray]) -> None:
-        """Adds the next images.
+        """Adds the gates of the next images.
 
         Args:
-          gates: by layer, [n, channels]; n images, without padding.
+          gates: [n, channels] by layer, for n images without padding.
         """
         count = len(next(iter(gates.values())))
         images = slice(self._done, self._done + count)
@@ -225,10 +225,10 @@ class GateStatistics:
         self._done += count
 
     def result(self) -> dict[str, LayerGates]:
-        """The statistics, once every image was added.
+        """The statistics, after all images were added.
 
         Returns:
-          By layer.
+          Statistics by layer.
 
         Raises:
           ValueError: images are missing.
@@ -245,7 +245,7 @@ class GateStatistics:
         square = sums["group_square"].sum()
         whole = square - np.square(total).sum() / members
         between = (np.square(sums["group"]) / sizes).sum((1, 2)) - np.square(total).sum() / members
-        # Below this the variance is the rounding of the gates themselves.
+        # A smaller variance is rounding error of the gates.
         defined = 1 < len(sizes) < members and whole > 1e-12 * square
         shares = between / whole if defined else np.full(len(between), np.nan)
         closed, open_ = sums["outside"] / (count * len(mean))
@@ -280,7 +280,7 @@ def collect(
       model: the network.
       variables: its variables.
       batches: the images, in the order of the statistics' labels.
-      statistics: where they are added.
+      statistics: the sums, to which the gates are added.
 
     Returns:
       The statistics by layer.
@@ -294,14 +294,14 @@ def collect(
 
 @dataclass
 class Answers:
-    """What a network answers on a labelled data set, beside what it answers with its own gates.
+    """Predictions of a network with replaced gates on a labelled data set, compared with those of its own gates.
 
     Attributes:
-      count: images.
-      top1: right answers.
-      lost: images that are answered wrongly now and rightly with the network's own gates.
-      gained: the other way round.
-      changed: images with another answer.
+      count: number of images.
+      top1: number of correct predictions.
+      lost: images predicted correctly with the network's own gates only.
+      gained: images predicted correctly with the replaced gates only.
+      changed: images with different predictions.
       loss: mean cross-entropy.
     """
 
@@ -321,25 +321,25 @@ def usefulness(
     labels: Sequence[int],
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Answers]:
-    """How much a network loses when the gates of a layer are constant.
+    """Accuracy of a network with a layer's gates replaced by their means over the data set.
 
-    Every image passes through the network once for each layer, and twice more.
+    With L layers, every image passes through the network L + 2 times.
 
     Args:
       model: the network.
       variables: its variables.
-      means: by layer, [channels]: its gates' mean over the data set.
+      means: mean of the gates over the data set, [channels] by layer.
       batches: the images.
-      labels: their classes.
-      progress: called after every pass of a batch with the number of its images.
+      labels: classes of the images.
+      progress: called after each forward pass of a batch, with the number of its images.
 
     Returns:
-      The answers by the layer whose gates were replaced by their means; under `UNCHANGED` those of the network as it
-      is, and under `EVERY_LAYER` those with every layer's gates replaced at once.
+      The predictions by the layer whose gates were replaced; `UNCHANGED` has those with the network's own gates, and
+      `EVERY_LAYER` those with the gates of all layers replaced.
     """
     constants = {name: jnp.asarray(mean, jnp.float32) for name, mean in means.items()}
     layers = list(means)
-    # Which layers are replaced is an argument of the compiled program: one compilation serves all of them.
+    # `replaced` is a traced argument, so one compilation serves all layers.
     apply = jax.jit(lambda v, c, images, replaced: apply_with_gates(model, v, images, c, replaced)[0])
     cases = {UNCHANGED: set[str](), **{name: {name} for name in layers}, EVERY_LAYER: set(layers)}
     answers = {case: Answers() for case in cases}

@@ -1,7 +1,7 @@
 """Lazily read arrays of a file, and the checks that all file formats share.
 
-What a file declares (names, shapes, dtypes, sizes) is checked before it is believed; what the libraries that read it
-raise when it is damaged becomes one sentence about that file.
+Names, shapes, dtypes and sizes that a file declares are checked before they are used. Exceptions that libraries raise
+for a damaged file become one sentence about that file.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ import numpy as np
 
 from se_flax.errors import UserError
 
-MAX_ARRAYS = 100_000  # the largest networks have a few thousand; each costs memory before its name is checked
+MAX_ARRAYS = 100_000  # the largest networks have a few thousand; each entry costs memory before its name is checked
 MAX_NAME = 512  # characters; the longest known names have under 100
-MAX_HEADER_BYTES = 64 << 20  # 100,000 entries of the longest names fit; a larger one only fills the memory
-MAX_RANK = 32  # NumPy's own bound was 32 for decades; kernels have 5
-MAX_RATIO = 1100  # of declared to stored bytes: deflate, the usual compression, reaches 1,032 at most
+MAX_HEADER_BYTES = 64 << 20  # 100,000 entries with the longest names fit
+MAX_RANK = 32  # NumPy's own bound until 2.0; kernels have rank 5
+MAX_RATIO = 1100  # of declared to stored bytes; deflate, the usual compression, reaches 1,032 at most
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 _TO_FLOAT32 = ("float16", "bfloat16", "float64")
@@ -34,16 +34,16 @@ DTYPES = {
 
 
 def is_raw_bfloat16(dtype: np.dtype) -> bool:
-    """Whether NumPy wrote bfloat16 under this name: it saves types that are not its own as raw bytes, here `|V2`.
+    """Whether a dtype is `|V2`, raw bytes, as which NumPy saves bfloat16.
 
-    No other type of two bytes is saved so: float16 has a name, and what else JAX has takes one byte.
+    NumPy saves all types that are not its own as raw bytes. Of JAX's types only bfloat16 is one with two bytes.
     """
     return dtype == np.dtype("V2")
 
 
 def raw_bfloat16_notes(count: int) -> tuple[str, ...]:
-    """The sentence on so many arrays that were read so."""
-    return (f"{count} arrays without a named type (|V2) were read as bfloat16, which NumPy saves so",) if count else ()
+    """A note on `count` arrays of this dtype, if any."""
+    return (f"{count} arrays of dtype |V2 were read as bfloat16, which NumPy saves under that name",) if count else ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LazyArray:
     Attributes:
       shape: as the file declares it.
       dtype: as stored; `numpy.asarray` turns float16, bfloat16 and float64 into float32.
-      read: reads it; raises UserError when the file does not hold such an array.
+      read: reads the array; raises UserError if the file does not hold an array of this shape and dtype.
     """
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class LazyArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("an array in a file cannot be had without a copy; use copy=None")
+            raise ValueError("an array in a file cannot be read without a copy; use copy=None")
         value = self.read()
         return value if dtype is None else value.astype(dtype, copy=False)
 
@@ -73,8 +73,8 @@ class ArrayFile(Mapping[str, LazyArray]):
 
     Attributes:
       arrays: the same as a plain dictionary.
-      metadata: the text that a .safetensors file carries beside its arrays; empty for others.
-      notes: a sentence on each thing that was read otherwise than the file names it.
+      metadata: metadata in the header of a .safetensors file; empty for other formats.
+      notes: a sentence on each deviation from what the file declares.
     """
 
     arrays: Mapping[str, LazyArray]
@@ -92,7 +92,7 @@ class ArrayFile(Mapping[str, LazyArray]):
 
 
 class InvalidFile(ValueError):
-    """What is wrong with a file, without its path."""
+    """An error in a file, as a sentence without the file's path; see `as_user_error`."""
 
 
 @dataclass
@@ -100,10 +100,10 @@ class Source:
     """A file being read.
 
     Attributes:
-      path: its.
-      size: bytes it really has.
-      closing: what to close at the end.
-      closed: whether that has happened.
+      path: of the file.
+      size: its actual size in bytes.
+      closing: resources to close at the end.
+      closed: whether they are closed.
     """
 
     path: Path
@@ -114,7 +114,7 @@ class Source:
 
 @contextlib.contextmanager
 def as_user_error(path: Path) -> Iterator[None]:
-    """Turns whatever reading a damaged file raises into one sentence about that file."""
+    """Turns any exception from reading a file into a `UserError`, one sentence about that file."""
     try:
         yield
     except UserError:
@@ -123,14 +123,14 @@ def as_user_error(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
     except MemoryError as error:
         raise UserError(f"{path} holds more than fits into memory; free some, or use a smaller file") from error
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except Exception as error:  # which exception depends on where the file is damaged
         raise UserError(
             f"{path} is damaged or of another format ({one_line(error)}); download or save it again"
         ) from error
 
 
 def one_line(text: object) -> str:
-    """The first line of an error or name, short and fit for a terminal."""
+    """The first line of an error or name, shortened and printable."""
     one_line = next(iter(str(text).strip().splitlines()), "") or type(text).__name__
     one_line = "".join(c if c.isprintable() else "?" for c in one_line)
     return one_line if len(one_line) <= 160 else one_line[:157] + "..."
@@ -143,7 +143,7 @@ def check_name(name: str) -> None:
       name: of an array, parts joined by `/` or `.`.
 
     Raises:
-      ValueError: it is empty, too long, has unprintable characters or could be taken for a path out of a folder.
+      InvalidFile: the name is empty or too long, has unprintable characters, or could lead out of a folder as a path.
     """
     if not 0 < len(name) <= MAX_NAME:
         raise InvalidFile(f"the name {one_line(name)!r} has {len(name)} characters; allowed: 1 to {MAX_NAME}")
@@ -159,7 +159,7 @@ def nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def lazy(source: Source, name: str, shape: Any, dtype: Any, read: Callable[[], Any]) -> LazyArray:
-    """An array as the file declares it, after every check that needs no data."""
+    """An array as the file declares it, after all checks that need no data."""
     check_name(name)
     raw = isinstance(dtype, np.dtype) and is_raw_bfloat16(dtype)
     kept = BFLOAT16 if raw else DTYPES.get(str(getattr(dtype, "name", dtype)))
@@ -168,7 +168,7 @@ def lazy(source: Source, name: str, shape: Any, dtype: Any, read: Callable[[], A
         why = ", raw bytes as NumPy saves types that it does not know; save it as float32" if nameless else ""
         raise InvalidFile(f"array {name!r} has dtype {one_line(dtype)}{why}; allowed: {', '.join(DTYPES)}")
     shape = tuple(shape)
-    # NumPy computes sizes in 64 bits, also of arrays with a side of zero.
+    # NumPy computes sizes in 64 bits, which must not overflow, also for arrays with an axis of length zero.
     sane = len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
     if not sane or math.prod(max(n, 1) for n in shape) * kept.itemsize >= 1 << 63:
         raise InvalidFile(f"array {name!r} has the impossible shape {one_line(shape)}; save it again")
@@ -183,7 +183,7 @@ def _read(source: Source, name: str, shape: tuple[int, ...], dtype: np.dtype, re
         value = value.view(BFLOAT16) if is_raw_bfloat16(value.dtype) else value
         if value.shape != shape or value.dtype.name != dtype.name:
             raise InvalidFile(f"array {name!r} is {value.dtype.name} {value.shape}, declared as {dtype.name} {shape}")
-        with np.errstate(over="raise"):  # a float64 that float32 cannot hold is no weight
+        with np.errstate(over="raise"):  # a float64 beyond float32's range is not a weight
             return value.astype(np.float32 if dtype.name in _TO_FLOAT32 else dtype, copy=False)
 
 

@@ -10,16 +10,16 @@ from se_flax.errors import UserError
 
 
 def refuse_overwrite(folder: Path, overwrite: bool, *, sign: str, what: str) -> None:
-    """Refuses to write over what one would miss.
+    """Refuses to overwrite a folder, unless it was asked for and the folder is of the same kind.
 
     Args:
-      folder: where something is to be written.
-      overwrite: an earlier one of its kind may be replaced.
+      folder: the folder to write.
+      overwrite: an existing folder of the same kind may be replaced.
       sign: a file that every folder of that kind has.
-      what: one such, in words.
+      what: name of the kind, with article, for the message.
 
     Raises:
-      UserError: the folder has something in it, and it may not be replaced or is something else.
+      UserError: the folder is not empty, and may not be replaced or is of another kind.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -31,16 +31,16 @@ def refuse_overwrite(folder: Path, overwrite: bool, *, sign: str, what: str) -> 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside the wanted one, which takes its place when the block ends well.
+    """A temporary folder that replaces the target when the block ends without an error.
 
     Args:
-      folder: the wanted one; what is there is replaced.
+      folder: the target; an existing one is replaced.
 
     Yields:
-      The folder to write into.
+      The temporary folder to write into, beside the target.
 
     Raises:
-      UserError: the disk or the file system did not allow it.
+      UserError: the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -55,7 +55,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _swap(building: Path, folder: Path) -> None:
-    """Puts a finished folder in its place; what was there goes only once the new one stands."""
+    """Renames a finished folder to its target; an existing target is deleted only after that."""
     if not folder.exists():
         building.rename(folder)
         return

@@ -1,7 +1,7 @@
-"""Strict conversion of named arrays to variables: every key used once, every target filled, every shape equal.
+"""Strict conversion of named arrays to variables: every key is used once, every variable filled, every shape equal.
 
-Two deviations are made on request and noted: another number of classes draws the classifier anew, another number of
-image channels adapts the stem. A prefix that all keys have is no deviation: `unprefixed` takes it off.
+Two deviations are possible on request and noted: for another number of classes the classifier is initialised anew; for
+another number of image channels the stem is adapted. A prefix that all keys have is removed by `unprefixed`.
 """
 
 import math
@@ -27,14 +27,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How another library names and lays out the variables of a network.
+    """Names and layout of a network's variables in another library.
 
     Attributes:
-      what: a set of such arrays in the user's words, for messages: `state dict`.
-      key: its key of a variable, from the variable's path (collection first).
-      shape: the shape there, from path and our shape.
-      to_ours: from path, array in that layout and our shape to the array in our layout.
-      ignored: keys, given as the set of all targets' keys, that belong to no variable and carry nothing to import.
+      what: a set of arrays in this layout, for messages: `state dict`.
+      key: from a variable's path (collection first) to its key.
+      shape: from path and our shape to the shape in this layout.
+      to_ours: from path, array in this layout and our shape to the array in our layout.
+      ignored: from the keys of all variables to further keys that are not imported.
     """
 
     what: str
@@ -44,16 +44,16 @@ class Layout:
     ignored: Callable[[Mapping[str, Path]], set[str]] = lambda targets: set()
 
     def without(self, prefix: str) -> "Layout":
-        """The same for keys from which a prefix was taken off, which its messages say."""
+        """The same layout for keys without a prefix, which its messages mention."""
         return replace(self, what=f"{self.what} without the prefix {prefix!r}")
 
 
 def variable_shapes(model: nn.Module, image_size: int) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shapes of a network's variables, without computing any.
+    """Shapes of a network's variables, without computing them.
 
     Args:
       model: a network.
-      image_size: side of the images to trace it with.
+      image_size: height and width of the images to trace it with.
 
     Returns:
       Shape and dtype by path (collection first).
@@ -78,18 +78,18 @@ def import_variables(
 
     Args:
       name: the network.
-      arrays: by key; whatever has a `shape` and turns into a NumPy array.
-      layout: whose keys and shapes these are.
-      num_classes: of the network; where the arrays have another number the classifier is drawn anew.
-      in_channels: of the network; from 3 to 1 the stem's kernel is summed over the colours, from 3 to any other number
-        its colours are repeated and scaled by 3 / in_channels (timm's `adapt_input_conv`).
-      attributes: as given to `create_model`, when the network differs from its default.
+      arrays: arrays by key: objects with `shape` and `__array__`.
+      layout: layout of the arrays.
+      num_classes: of the network; if the arrays have another number, the classifier is initialised anew.
+      in_channels: of the network; from 3 to 1 the stem's kernel is summed over the colours, from 3 to another number
+        the colours are repeated and scaled by 3 / in_channels (timm's `adapt_input_conv`).
+      attributes: as given to `create_model`, if the network differs from its default.
 
     Returns:
-      The variables (float32 on the default device), and a sentence on each deviation that was asked for.
+      The variables (float32 on the default device), and a sentence on each deviation.
 
     Raises:
-      UserError: keys that are missing, left over or of another shape, all in one message, and what to do about it.
+      UserError: keys are missing, unexpected or of another shape; one message lists all and says what to do.
     """
     size = get_variant(name).input_size
     requested: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
@@ -103,7 +103,7 @@ def import_variables(
     given = {key: tuple(np.shape(array)) for key, array in arrays.items()}
     wanted = {path: tuple(layout.shape(path, leaf.shape)) for path, leaf in shapes.items()}
     fits = {path for key, path in targets.items() if given.get(key) == wanted[path]}
-    # A classifier is one thing: a bias that happens to fit is of no use without its kernel.
+    # If only part of the classifier fits, such as its bias, all of it is initialised.
     redrawn = head.keys() & shapes.keys() if head.keys() - fits else set()
     adapted = {
         path: _with_channels(shapes[path].shape, 3)
@@ -138,7 +138,7 @@ def import_variables(
         flat.update(_draw(model, size, redrawn) if redrawn else {})
         classes = _classes(head, given, layout)
         before = f"{classes:,} classes" if classes else "none"
-        after = f"drawn anew for {num_classes:,} classes" if redrawn else "left out"
+        after = f"initialised anew for {num_classes:,} classes" if redrawn else "left out"
         notes.append(f"{name}: the classifier was {after} (the checkpoint's: {before})")
     if adapted:
         rule = "summed over the colours" if in_channels == 1 else f"its colours repeated and scaled by 3/{in_channels}"
@@ -149,17 +149,17 @@ def import_variables(
 def unprefixed(
     name: str, arrays: Mapping[str, Any], layout: Layout, attributes: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
-    """Takes off the parts that all keys begin with, where the keys fit the network without them.
+    """Removes a prefix that all keys have, if the keys fit the network without it.
 
     Args:
       name: the network.
-      arrays: by key.
-      layout: whose keys these are.
+      arrays: arrays by key.
+      layout: layout of the arrays.
       attributes: as for `import_variables`.
 
     Returns:
-      The arrays by the shorter keys, the layout (which names the prefix in its messages), and a sentence that says so;
-      arguments as they were and no sentence where there is no such prefix.
+      The arrays by the shorter keys, the layout (which mentions the prefix in its messages), and a sentence on the
+      prefix; without such a prefix the arguments and no sentence.
     """
     prefixes = common_prefixes(arrays)
     if len(prefixes) == 1:
@@ -178,16 +178,16 @@ def known_keys(name: str, layout: Layout, attributes: Mapping[str, Any]) -> set[
 
 
 def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes: Mapping[str, Any]) -> dict[str, int]:
-    """How many classes and image channels a checkpoint was trained for, by its classifier and its stem.
+    """Numbers of classes and image channels of a checkpoint, by the shapes of its classifier and stem.
 
     Args:
       name: the network.
       shapes: of the arrays, by key.
-      layout: whose keys and shapes these are.
+      layout: layout of the arrays.
       attributes: as for `import_variables`.
 
     Returns:
-      `num_classes` and `in_channels`, each where it shows: without a classifier there is no `num_classes`.
+      `num_classes` and `in_channels`, without those that the arrays do not tell (`num_classes` without a classifier).
     """
     model, size = create_model(name, **attributes), get_variant(name).input_size
     ours = variable_shapes(model, size)
@@ -201,7 +201,7 @@ def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes:
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """A stem's kernel for another number of image channels, so that a grey image gives what it gave in colour.
+    """A stem's kernel for another number of image channels; the output for a grey image stays the same.
 
     timm's rule (`timm/models/_manipulate.py`, `adapt_input_conv`).
 
@@ -223,7 +223,7 @@ def _with_channels(shape: Shape, channels: int) -> Shape:
 
 
 def _head(model: Network, size: int, shapes: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Shapes of the classifier's variables, as one of a single class where the network has none."""
+    """Shapes of the classifier's variables; for a network without a classifier those of one with a single class."""
     if not getattr(model, "num_classes", 1):
         shapes = variable_shapes(model.clone(num_classes=1), size)
     return {path: leaf for path, leaf in shapes.items() if lies_in(path[1:], model.head_path)}
@@ -235,7 +235,7 @@ def _stem(model: Network, shapes: Mapping[Path, Any]) -> set[Path]:
 
 
 def _classes(head: Mapping[Path, Any], given: Mapping[str, Shape], layout: Layout) -> int | None:
-    """Width of the classifier in arrays of given shapes; its kernel or bias must be of that width in their layout."""
+    """Number of classes of the classifier among arrays of given shapes; None without a classifier."""
     for path, leaf in head.items():
         shape = given.get(layout.key(path), ())
         for classes in shape:
@@ -252,7 +252,7 @@ def _advice(
     unsettled: set[Path],
     unexpected: list[str],
 ) -> str:
-    """What to do about arrays that do not fit: the end of a sentence, with its `; `, or nothing."""
+    """Advice on arrays that do not fit: the end of a sentence, with a leading `; `, or nothing."""
     model, size = create_model(name, **attributes), get_variant(name).input_size
     ours = variable_shapes(model, size)
     head, stem = _head(model, size, ours).keys(), _stem(model, ours)
@@ -260,7 +260,7 @@ def _advice(
     if rest or unexpected:
         outer = outer_part(map(layout.key, rest), unexpected)
         beside = next((key for key in unexpected if not key.startswith(outer)), "")
-        return f"; what is missing stands under {outer!r} beside {beside!r}: save it alone" if outer else ""
+        return f"; the missing keys are under {outer!r}, beside {beside!r}: save only them" if outer else ""
     found = sizes_in(name, given, layout, attributes)
     advice = ""
     if unsettled & stem and "in_channels" in found:
@@ -274,7 +274,7 @@ def _advice(
 
 
 def _numbers(key: str, array: Any) -> np.ndarray:
-    """An array of real numbers; bfloat16 that NumPy saved without its name is read as such."""
+    """An array of real numbers; `|V2` is read as bfloat16."""
     value = np.asarray(array)
     if is_raw_bfloat16(value.dtype):
         return value.view(BFLOAT16)
@@ -284,7 +284,7 @@ def _numbers(key: str, array: Any) -> np.ndarray:
 
 
 def _draw(model: nn.Module, size: int, paths: set[Path]) -> dict[Path, jax.Array]:
-    """Initial values of some variables only; the compiler drops what the others would need."""
+    """Initial values of some variables; XLA does not compute the others."""
     images = jnp.zeros((1, size, size, getattr(model, "in_channels", 3)))
 
     def draw(key: jax.Array) -> list[jax.Array]:

@@ -1,8 +1,8 @@
 """Checkpoint metadata as JSON: network, arguments, preprocessing, labels, provenance.
 
-It stands in `se_flax.json` of a saved folder, in the header of a .safetensors file (metadata under `se_flax`), and
-beside every other file of arrays: `weights.npz` is described by `weights.npz.json`. So it goes along with every
-conversion, and can be written by hand for files from elsewhere: every key may be left out there.
+The metadata is in `se_flax.json` of a saved folder, in the header of a .safetensors file (under `se_flax`), and in a
+JSON file beside any other file of arrays: `weights.npz.json` describes `weights.npz`. Conversions keep it. For files
+from elsewhere it can be written by hand, with any key left out:
 
     {"architecture": "seresnet50", "preprocess": {"image_size": 224, "crop": 0.95}, "labels": ["cat", "dog"]}
 """
@@ -29,15 +29,15 @@ _MAX_JSON = 16 << 20  # labels of 21,843 classes take one megabyte
 
 @dataclass(frozen=True)
 class Description:
-    """What a source says of itself.
+    """Metadata of a checkpoint.
 
     Attributes:
-      architecture: name of the network; None where it does not say.
+      architecture: name of the network; None if unknown.
       arguments: for `create_model`.
-      preprocess: settings by name, see `se_flax.Preprocess.to_json`; None where it does not say.
-      labels: names of the classes in the order of the logits; None where there are none.
-      says_labels: whether it speaks of labels at all.
-      provenance: where the weights came from.
+      preprocess: settings by name, see `se_flax.Preprocess.to_json`; None if unknown.
+      labels: names of the classes in the order of the logits; None without labels.
+      says_labels: whether the metadata has the key `labels`, possibly null.
+      provenance: origin of the weights.
     """
 
     architecture: str | None = None
@@ -48,10 +48,10 @@ class Description:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for a file.
+        """The metadata as plain data, for a file.
 
         Raises:
-          UserError: an argument of the network that cannot be saved.
+          UserError: an argument of the network cannot be saved.
         """
         return {
             "format": FORMAT,
@@ -68,11 +68,11 @@ def from_json(data: Mapping[str, Any], where: str) -> Description:
     """The inverse of `Description.to_json`; any key may be missing.
 
     Args:
-      data: of a file that nobody trusts.
-      where: it stands, for messages.
+      data: content of an untrusted file.
+      where: the file, for messages.
 
     Raises:
-      UserError: another format, or a value that is not what it should be.
+      UserError: the format is another, or a value is invalid.
     """
     if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where} has format {data['format']!r}; this version reads {FORMAT}")
@@ -93,14 +93,14 @@ def from_json(data: Mapping[str, Any], where: str) -> Description:
 
 
 def completed(said: Mapping[str, Any], default: Preprocess) -> Preprocess:
-    """Preprocessing of which a source says a part.
+    """Preprocessing with some settings given and the others from a default.
 
     Args:
-      said: settings by name.
-      default: what fills in the others; those that it only assumes stay marked so.
+      said: the given settings, by name.
+      default: the other settings; those marked as assumed stay so.
 
     Raises:
-      UserError: unknown names, or values of the wrong kind.
+      UserError: a name is unknown, or a value invalid.
     """
     filled = {name for name in SETTINGS if name not in said}
     marked = said.get("assumed") or ()
@@ -109,10 +109,10 @@ def completed(said: Mapping[str, Any], default: Preprocess) -> Preprocess:
 
 
 def network_name(value: Any, where: object) -> str:
-    """The name of a network as a description gives it.
+    """The name of a network in a description.
 
     Raises:
-      UserError: it is none.
+      UserError: the value is not a string.
     """
     if not isinstance(value, str):
         raise UserError(f"{where} has architecture={value!r}; the name of a network is needed")
@@ -121,10 +121,10 @@ def network_name(value: Any, where: object) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file that nobody trusts.
+    """Reads a JSON object from an untrusted file.
 
     Raises:
-      UserError: it is too large, or not a JSON object.
+      UserError: the file is too large, or not a JSON object.
     """
     try:
         with path.open("rb") as file:
@@ -147,21 +147,21 @@ def _parsed(raw: bytes | str, where: str) -> dict[str, Any]:
 
 
 def beside(path: Path) -> Path:
-    """Where the description of a file of arrays stands that has no room for it."""
+    """Path of the JSON file that describes a file of arrays, for formats without a header for metadata."""
     return path.with_name(path.name + ".json")
 
 
 def of_file(path: Path) -> tuple[Description, str] | None:
-    """What a file of arrays says of itself, in its own header or else in the JSON beside it, and where it says so.
+    """Metadata of a file of arrays, from its header or the JSON file beside it.
 
     Args:
       path: an existing file.
 
     Returns:
-      None where nothing is said.
+      The metadata and the path of the file it was read from; None without metadata.
 
     Raises:
-      UserError: the file or the JSON is damaged, or the JSON is of another file.
+      UserError: the file or the JSON is damaged, or the JSON belongs to another file.
     """
     if path.suffix.lower() == ".safetensors":
         with open_arrays(path) as arrays:
@@ -182,22 +182,23 @@ def of_file(path: Path) -> tuple[Description, str] | None:
 
 
 def write_described(path: str | os.PathLike[str], arrays: Mapping[str, Any], description: Description) -> None:
-    """Writes arrays with what belongs to them; `of_file` finds it.
+    """Writes arrays with their metadata, which `of_file` reads.
 
     Args:
-      path: ends in `.safetensors`, whose header takes the description, or in `.npz`, which gets a JSON file beside it.
+      path: ends in `.safetensors`, with the metadata in its header, or in `.npz`, with the metadata in a JSON file
+        beside it.
       arrays: as for `se_flax.checkpoints.files.write_arrays`.
-      description: what belongs to them.
+      description: the metadata.
 
     Raises:
-      UserError: as `write_arrays`; an argument of the network that cannot be saved.
+      UserError: as for `write_arrays`; or an argument of the network cannot be saved.
     """
     path, data = Path(path), description.to_json()
     if path.suffix.lower() == ".safetensors":
         write_arrays(path, arrays, metadata={KEY: json.dumps(data)})
         return
     write_arrays(path, arrays)
-    # Bound to these very bytes: arrays that take the file's place later shall not inherit its preprocessing.
+    # Binds the metadata to these bytes: other arrays written to this path later must not inherit it.
     data["sha256"] = _sha256(path)
     with replacing(beside(path)) as stream:
         stream.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())

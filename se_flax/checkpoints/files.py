@@ -4,9 +4,9 @@
         arrays["conv1.weight"].shape
         np.asarray(arrays["conv1.weight"])
 
-Opening reads names, shapes and dtypes alone, so a caller can compare them with its network before any data is read. A
-file that lies about itself is refused with a `UserError`; nothing in it is executed, and no size that it merely claims
-is allocated.
+Opening reads only names, shapes and dtypes, so that a caller can compare them with its network before it reads data. A
+file whose header does not match its content raises a `UserError`. Nothing in a file is executed, and no memory is
+allocated for sizes that are only declared.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ ALLOWED = ".safetensors, .npz, .h5, .hdf5, .pth, .pt, .bin, .ckpt, .tar, or the 
 
 _ZIP, _HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 _Reader = Callable[[Source], ArrayFile]
-# Reader and first bytes by suffix; .safetensors has no fixed ones.
+# Reader and first bytes by suffix; .safetensors files have no fixed first bytes.
 _READERS: dict[str, tuple[_Reader, tuple[bytes, ...]]] = {
     ".safetensors": (open_safetensors, ()),
     ".npz": (open_npz, (_ZIP,)),
@@ -67,23 +67,23 @@ _SPECIAL = (
 
 @contextlib.contextmanager
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
-    """Opens a file of arrays; what it is follows from its suffix.
+    """Opens a file of arrays; the suffix tells its format.
 
-    A PyTorch file may hold a state dict or a dictionary with one under a name that training programs use
-    (`se_flax.checkpoints.prefix.unwrapped`). It needs PyTorch itself, which loads plain arrays alone. An Orbax folder
-    may be a checkpoint, or a step of a run with the item `state`; of it, `params` and `batch_stats` are read, from the
-    moving average `ema` where there is one. Groups of an HDF5 file and parts of an Orbax tree are joined by `/`.
+    A PyTorch file may hold a state dict, or a dictionary with a state dict under a name that training programs use
+    (`se_flax.checkpoints.prefix.unwrapped`). Reading it needs PyTorch, which is made to load plain arrays only. An
+    Orbax folder may be a checkpoint, or a step of a run with the item `state`; its `params` and `batch_stats` are read,
+    from the moving average `ema` if there is one. Groups of an HDF5 file and parts of an Orbax tree are joined by `/`.
 
     Args:
       path: one of `ALLOWED`.
 
     Yields:
-      The arrays by name, to be read before the block ends. `numpy.asarray` of one gives float16, bfloat16 and float64
-      as float32, and integers as they are.
+      The arrays by name, to be read before the block ends. `numpy.asarray` converts float16, bfloat16 and float64 to
+      float32 and keeps integers.
 
     Raises:
-      UserError: the file is missing, no regular file, of another format, damaged, or too large to be a network; reading
-        an array raises it too.
+      UserError: the file is missing, not a regular file, of another format, damaged, or too large to be a network;
+        reading an array can raise it too.
     """
     path = Path(path)
     with contextlib.ExitStack() as closing:
@@ -103,7 +103,7 @@ def _identify(path: Path, closing: contextlib.ExitStack) -> tuple[Source, _Reade
         if stat.S_ISDIR(info.st_mode):
             return Source(path, 0, closing), open_orbax
         special = next((what for test, what in _SPECIAL if test(info.st_mode)), None)
-        if special:  # opening one could wait or read for ever
+        if special:  # opening it could block or never end
             raise UserError(f"{path} is {special}; give a regular file: {ALLOWED}")
         suffix = path.suffix.lower()
         if suffix == ".keras":
@@ -132,16 +132,16 @@ def _identify(path: Path, closing: contextlib.ExitStack) -> tuple[Source, _Reade
 def write_arrays(
     path: str | os.PathLike[str], arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes arrays to a file, whole or not at all: an older file stays until the new one is complete.
+    """Writes arrays to a file atomically: an older file stays until the new one is complete.
 
     Args:
       path: ends in `.safetensors` or `.npz`.
-      arrays: arrays by name, also those of an open file. bfloat16, which NumPy's format lacks, becomes float32 in it.
-      metadata: text for the header of a `.safetensors` file; NumPy's format has no place for it.
+      arrays: arrays by name, also those of an open file. bfloat16 becomes float32 in `.npz`, whose format lacks it.
+      metadata: text for the header of a `.safetensors` file; `.npz` has no place for it.
 
     Raises:
-      UserError: another suffix, a name or dtype that would not be read back, a full disk, a folder that is missing or
-        may not be written.
+      UserError: the suffix is another, a name or dtype could not be read back, the disk is full, or the folder is
+        missing or not writable.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -166,16 +166,16 @@ def write_arrays(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file beside the wanted one, which takes its place when the block ends well.
+    """A temporary file that replaces the target when the block ends without an error.
 
     Args:
-      path: the wanted one; what is there is replaced.
+      path: the target; an existing file is replaced.
 
     Yields:
-      The file to write into.
+      The temporary file to write into, beside the target.
 
     Raises:
-      UserError: a full disk, a folder that is missing or may not be written.
+      UserError: the disk is full, or the folder is missing or not writable.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -194,7 +194,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _write_npz(stream: IO[bytes], values: dict[str, np.ndarray]) -> None:
-    # Not numpy.savez: it takes names as keywords, and `file` is taken.
+    # Not numpy.savez: it takes names as keyword arguments, and `file` is its own.
     with zipfile.ZipFile(stream, "w") as archive:
         for name, value in values.items():
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:

@@ -42,8 +42,8 @@ def open_safetensors(source: Source) -> ArrayFile:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise InvalidFile(f"its header claims {length:,} bytes; allowed: {MAX_HEADER_BYTES:,}")
-        check_count(stream.read(length).count(b"{") - 2)  # its own and that of the metadata
-    # The library checks that the declared shapes fill the file exactly.
+        check_count(stream.read(length).count(b"{") - 2)  # less the header's and the metadata's
+    # safetensors checks that the declared shapes fill the file exactly.
     handle: Any = source.closing.enter_context(safetensors.safe_open(source.path, framework="numpy"))
     arrays = {}
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
@@ -54,7 +54,7 @@ def open_safetensors(source: Source) -> ArrayFile:
 
 
 def _check_directory(stream: IO[bytes], size: int) -> None:
-    """Bounds a ZIP archive's list of members, which `zipfile` reads whole."""
+    """Checks the size of a ZIP archive's directory, which `zipfile` reads whole."""
     stream.seek(max(0, size - 98))
     tail = stream.read(98)
     if len(tail) < 22 or not tail[-22:].startswith(b"PK\x05\x06"):
@@ -84,11 +84,11 @@ def open_npz(source: Source) -> ArrayFile:
         if name == info.orig_filename or name in arrays:
             what = "occurs twice" if name in arrays else "is no .npy array"
             raise InvalidFile(f"its member {one_line(info.orig_filename)!r} {what}; save it with numpy.savez")
-        # Other compressions can shrink without bound; numpy.savez uses these two.
+        # Other compressions have no bounded ratio; numpy.savez uses these two.
         if info.flag_bits & 0x41 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InvalidFile(f"array {one_line(name)!r} is encrypted or packed unusually; save it with numpy.savez")
         with archive.open(info) as member:
-            # Version 1 bounds the header to 64 KB; NumPy writes others for structured arrays only.
+            # Version 1 limits the header to 64 KB; NumPy writes other versions for structured arrays only.
             if np.lib.format.read_magic(member) != (1, 0):
                 raise InvalidFile(f"array {one_line(name)!r} has an unusual header; save it with numpy.savez")
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
@@ -110,8 +110,8 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def open_h5(source: Source) -> ArrayFile:
-    """An HDF5 file: every dataset of numbers in it, by its path; a group that is reached twice counts once."""
-    import h5py  # takes a while, and only this format needs it
+    """An HDF5 file: all datasets of numbers by path; a group with several paths is read once."""
+    import h5py  # slow to import, and only this format needs it
 
     file = source.closing.enter_context(h5py.File(source.path, "r", locking=False))
     arrays: dict[str, LazyArray] = {}
@@ -128,7 +128,7 @@ def open_h5(source: Source) -> ArrayFile:
             item = group[key]
             if isinstance(item, h5py.Group):
                 address = h5py.h5o.get_info(item.id).addr
-                if address not in seen:  # a group can hold itself
+                if address not in seen:  # a group can contain itself
                     seen.add(address)
                     groups.append((name + "/", item))
             elif not isinstance(item, h5py.Dataset) or item.shape is None:
@@ -145,7 +145,7 @@ def _read_h5(source: Source, name: str, item: Any) -> np.ndarray:
     declared, stored = nbytes(item.shape, item.dtype), item.id.get_storage_size()
     ratio = MAX_RATIO if item.id.get_create_plist().get_nfilters() else 1
     chunk = nbytes(item.chunks or (), item.dtype)
-    # Chunks that were never written read as zeros: a short file can declare any shape. A chunk is read whole.
+    # Unwritten chunks read as zeros, so a short file can declare any shape. A chunk is read whole.
     if stored > source.size or declared > stored * ratio or chunk > max(declared, 1 << 20):
         raise InvalidFile(
             f"array {name!r} declares shape {item.shape}, which its {stored:,} bytes cannot hold; save it again"
@@ -154,7 +154,7 @@ def _read_h5(source: Source, name: str, item: Any) -> np.ndarray:
 
 
 def open_torch(source: Source) -> ArrayFile:
-    """A PyTorch file, read by PyTorch itself; `se_flax.checkpoints.files.open_arrays` says what it may hold."""
+    """A PyTorch file, read by PyTorch; see `se_flax.checkpoints.files.open_arrays` for its content."""
     try:
         torch = importlib.import_module("torch")
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -171,16 +171,16 @@ def open_torch(source: Source) -> ArrayFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats, which the user of a published file cannot change
-            # Only the ZIP form can be mapped.
+            # Only the ZIP format can be memory-mapped.
             mapped = zipfile.is_zipfile(source.path)
             content = torch.load(source.path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        # PyTorch's own text advises to load with weights_only=False, which runs whatever the file says.
+        # PyTorch's own message advises weights_only=False, which executes code in the file.
         needs = re.search(r"GLOBAL `?([\w.]+)", str(error))
         if needs:
             raise InvalidFile(
-                f"it is not arrays alone but asks for {one_line(needs[1])}, and such files can run code; where you "
-                "trust it, save its state dict alone or convert that to .safetensors"
+                f"it refers to {one_line(needs[1])}, not to arrays alone, and such files can run code; if you trust "
+                "it, save only its state dict, or convert that to .safetensors"
             ) from error
         reason = "" if "weights_only" in str(error) else f" ({one_line(error)})"
         raise InvalidFile(
@@ -203,12 +203,12 @@ def open_torch(source: Source) -> ArrayFile:
 
 
 def _read_torch(torch: Any, name: str, value: Any) -> np.ndarray:
-    # A tensor of any shape can repeat one stored number.
+    # With strides of zero a tensor of any shape needs only one stored number.
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         raise InvalidFile(
             f"array {name!r} declares shape {tuple(value.shape)}, which its bytes cannot hold; save it again"
         )
     value = value.detach().contiguous()
-    if value.dtype == torch.bfloat16:  # NumPy has no such type of its own
+    if value.dtype == torch.bfloat16:  # not a type of NumPy's own
         return value.view(torch.int16).numpy().view(BFLOAT16)
     return value.numpy().copy()  # not a view of the file

@@ -1,4 +1,4 @@
-"""Published checkpoints on the Hugging Face hub: fetched, cached and verified."""
+"""Download, cache and verification of published checkpoints from the Hugging Face hub."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from se_flax.checkpoints.array_file import one_line
 from se_flax.errors import UserError
 
 CONFIG = "config.json"
-# The first that exists is taken; timm writes the first, older repositories hold the second.
+# In order of preference: timm writes the first; older repositories have only the second.
 ARRAYS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -22,11 +22,11 @@ class Fetched:
     """Files of one repository in the local cache.
 
     Attributes:
-      config: its `config.json`.
-      arrays: its weights.
-      revision: the commit they belong to, empty where the cache does not say.
-      sha256: of the weights; verified against the hub's own record where it has one.
-      verified: whether there was such a record.
+      config: path of `config.json`.
+      arrays: path of the weights.
+      revision: commit of the files; empty if the cache does not tell.
+      sha256: digest of the weights.
+      verified: whether the digest was compared with the hub's record; small files have no record.
     """
 
     config: Path
@@ -37,21 +37,21 @@ class Fetched:
 
 
 def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Fetched:
-    """Fetches a repository's configuration and weights, from the cache where they are there already.
+    """Fetches a repository's configuration and weights, from the cache if possible.
 
     Args:
       repo: `owner/name` on the hub.
-      revision: branch, tag or commit; None is the main branch. With a commit the cache is used without asking the hub.
-      cache_dir: instead of huggingface_hub's own cache (`HF_HOME`).
+      revision: branch, tag or commit; None is the main branch. For a commit in the cache the hub is not asked.
+      cache_dir: cache folder; None is that of huggingface_hub (`HF_HOME`).
 
     Returns:
-      Where the files are.
+      Paths and digest of the files.
 
     Raises:
-      UserError: no such repository, revision or file; the hub cannot be reached and the cache does not have it; the
-        weights are not those that the hub recorded.
+      UserError: there is no such repository, revision or file; the hub cannot be reached and the files are not in the
+        cache; or the digest of the weights is not the hub's.
     """
-    from huggingface_hub import errors, hf_hub_download  # half a second that only this function pays
+    from huggingface_hub import errors, hf_hub_download  # half a second, needed here only
 
     folder = None if cache_dir is None else os.fspath(cache_dir)
 
@@ -68,7 +68,7 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[s
 
     why = ""
     try:
-        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):  # a commit never changes, so the cache needs no asking
+        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):  # a commit never changes
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return _fetched(*files(cached=True))
         why = _unreachable()
@@ -92,9 +92,9 @@ def fetch(repo: str, revision: str | None = None, cache_dir: str | os.PathLike[s
 
 
 def _unreachable() -> str:
-    """Why the hub cannot be reached, empty where it can.
+    """The reason why the hub cannot be reached; empty if it can.
 
-    Its client would try six times in half a minute and say so each time; here two requests decide.
+    Two requests decide; the hub's client would retry six times in half a minute, with a log line each time.
     """
     from huggingface_hub import constants, get_session
 
@@ -105,7 +105,7 @@ def _unreachable() -> str:
         time.sleep(1 if why else 0)
         try:
             get_session().head(constants.ENDPOINT, timeout=seconds)
-        except Exception as error:  # which class depends on the client's version; whatever it is, there was no answer
+        except Exception as error:  # the class depends on the client's version
             why = one_line(error)
         else:
             return ""
@@ -117,19 +117,19 @@ def _fetched(config: Path, arrays: Path) -> Fetched:
 
 
 def _revision(path: Path) -> str:
-    """The cache keeps files under `snapshots/<commit>/`."""
+    """The commit of a cached file, from its folder `snapshots/<commit>/`; empty for other paths."""
     name = path.parent.name
     return name if re.fullmatch(r"[0-9a-f]{40}", name) else ""
 
 
 def _checked_digest(path: Path) -> tuple[str, bool]:
-    """SHA-256 of a cached file, and whether the hub's own record confirmed it.
+    """SHA-256 of a cached file, and whether it was compared with the hub's record.
 
-    The cache names the content of a large file by the SHA-256 that the hub recorded when it was uploaded; a small
-    file's name is shorter and says nothing here.
+    The cache names the blob of a large file by the SHA-256 that the hub recorded at the upload. Blobs of small files
+    have shorter names, which are other digests.
 
     Raises:
-      UserError: the content has another digest.
+      UserError: the file has another digest than recorded.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

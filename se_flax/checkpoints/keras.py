@@ -1,7 +1,7 @@
 """Weights of keras.applications <-> Linen variables, by one table of layers.
 
-A key is `<layer>/<weight>` as Keras 3 names them: `block4a_se_reduce/kernel`, `conv_1_bn/gamma`. The networks are the
-same, so the name of a layer follows from its place in ours:
+A key is `<layer>/<weight>` with Keras 3's names: `block4a_se_reduce/kernel`, `conv_1_bn/gamma`. The networks are the
+same, so the name of a Keras layer follows from our module:
 
 | ours | EfficientNet, EfficientNetV2 | MobileNetV3 |
 |---|---|---|
@@ -10,15 +10,16 @@ same, so the name of a layer follows from its place in ours:
 | `.../se/conv_reduce` | `..._se_reduce` | `..._squeeze_excite_conv` |
 | `.../se/conv_expand` | `..._se_expand` | `..._squeeze_excite_conv_1` |
 | last 1x1 convolution before the pooling, norm | `top_conv`, `top_bn` | `conv_1`, `conv_1_bn` |
-| 1x1 convolution behind the pooling | | `conv_2` |
+| 1x1 convolution after the pooling | | `conv_2` |
 | `classifier` | `predictions` | `logits`, a 1x1 convolution |
 
-EfficientNet names the stage from 1 and the block in it by a letter; MobileNetV3 counts its blocks from 0. Depthwise
-kernels are HWC1 there and HW1C here; all others are equal. In Keras 2, so in the published files, a depthwise kernel is
-`depthwise_kernel` and MobileNetV3's layers are `Conv_1/BatchNorm`, `expanded_conv_6/depthwise`; both are read.
+EfficientNet numbers the stages from 1 and the blocks of a stage by letters; MobileNetV3 numbers all blocks from 0.
+Depthwise kernels are HWC1 in Keras and HW1C here; all other layouts are equal. In Keras 2, and so in the published
+files, a depthwise kernel is `depthwise_kernel`, and MobileNetV3's layers are `Conv_1/BatchNorm` and
+`expanded_conv_6/depthwise`. Both kinds of names are read.
 
-The normalisation that Keras puts into the network is no part of it here: variables of the layer `normalization` (mean,
-variance, count) and of an optimizer are ignored. `keras_files.preprocess` says what a network expects instead.
+Keras has the normalisation of images inside the network; here it is in `Preprocess` (`keras_files.preprocess`).
+Variables of the layer `normalization` (mean, variance, count) and of an optimizer are ignored.
 """
 
 import re
@@ -46,9 +47,9 @@ APPLICATIONS: Mapping[str, str] = {
         for ours, arguments in (("100", ""), ("075", "(alpha=0.75)"), ("minimal_100", "(minimalistic=True)"))
     },
 }
-"""The networks of keras.applications that we have, by our name."""
+"""The supported networks of keras.applications, by our name."""
 
-# Submodules of every kind of block in the order in which they compute, and EfficientNet's names for them.
+# Submodules of each kind of block in the order of the computation, with EfficientNet's names for them.
 _SE = (("se/conv_reduce", "se_reduce"), ("se/conv_expand", "se_expand"))
 _BLOCKS: dict[Any, tuple[tuple[str, str], ...]] = {
     ConvBlock: (("conv", "project_conv"), ("bn1", "project_bn")),
@@ -84,7 +85,7 @@ _MOBILE = {
     "head_conv": "Conv_2",
     "predictions": "Logits",
 }
-# The weights of every class of Keras's layers in Keras's order, and our leaves.
+# Weights of each Keras layer class in Keras's order, with our names of the leaves.
 _WEIGHTS: dict[str, dict[str, str]] = {
     "conv2d": {"kernel": "kernel", "bias": "bias"},
     "depthwise_conv2d": {"kernel": "kernel"},
@@ -97,7 +98,7 @@ _OPTIMIZER = ("optimizer/", "optimizer_weights/")
 
 
 class _Layer(NamedTuple):
-    """One of Keras's layers: our module, its class in snake case, Keras 2's name, whether the network has it."""
+    """A Keras layer: our module, its class in snake case, Keras 2's name, whether the network has it."""
 
     module: Path
     kind: str
@@ -111,11 +112,11 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Network:
-    """The layers of a network that have weights, in the order in which they compute.
+    """The layers of a network that have weights, in the order of the computation.
 
     Attributes:
-      layers: all that there could be, with attention and with a classifier.
-      mobile: whether it is a MobileNetV3.
+      layers: all possible layers, including attention and classifier.
+      mobile: whether the network is a MobileNetV3.
     """
 
     layers: tuple[_Layer, ...]
@@ -188,7 +189,7 @@ def layout(name: str, **attributes: Any) -> Layout:
       The layout, with the names that `by_layer` returns.
 
     Raises:
-      UserError: a network that keras.applications does not have.
+      UserError: keras.applications does not have the network.
     """
     network = _network(name, attributes)
     by_module = {layer.module: layer for layer in network.layers}
@@ -197,7 +198,7 @@ def layout(name: str, **attributes: Any) -> Layout:
     def key(path: Path) -> str:
         layer = by_module.get(path[1:-1])
         weight = layer and weights[layer.kind].get(path[-1])
-        # A module that Keras's network does not have keeps its own name, which no Keras file has.
+        # A module without counterpart in Keras keeps our name, which then is missing in every Keras file.
         return f"{layer.name}/{weight}" if layer and weight else "/".join(path[1:])
 
     def as_convolution(path: Path) -> bool:
@@ -215,25 +216,24 @@ def layout(name: str, **attributes: Any) -> Layout:
 
 
 def by_layer(name: str, arrays: Mapping[str, Any], **attributes: Any) -> dict[str, Any]:
-    """Arrays by `<layer>/<weight>`, whichever way Keras named them.
+    """Renames arrays to `<layer>/<weight>` from any of Keras's naming schemes.
 
     Args:
       name: one of `APPLICATIONS`.
-      arrays: anything, by one of these names, such as `se_flax.checkpoints.files.open_arrays` gives:
+      arrays: objects of any type, such as those of `se_flax.checkpoints.files.open_arrays`, by one of these names:
 
         - `conv_1_bn/gamma`, or Keras 2's `Conv_1/BatchNorm/gamma`;
         - the data sets of an `.h5` file of weights or of a whole model: `stem_conv/stem_conv/kernel:0`, with or without
-          `model_weights/` in front and `:0` at the end, whatever stands between layer and weight;
-        - the data sets of a `.weights.h5` file: `layers/conv2d_3/vars/0`. Keras counts layers of a class in the order
-          of the network and leaves their names out (Keras 2.15 and 3.0 to 3.15 write the same).
+          a leading `model_weights/` and a final `:0`, and with any parts between layer and weight;
+        - the data sets of a `.weights.h5` file: `layers/conv2d_3/vars/0`. Keras numbers the layers of a class in the
+          order of the network and omits their names (Keras 2.15 and 3.0 to 3.15 write the same).
       **attributes: as given to `create_model`.
 
     Returns:
-      The same arrays by Keras 3's names; what belongs to an optimizer is left out, what is unknown or there twice keeps
-      its own name.
+      The same arrays by Keras 3's names, without those of an optimizer. An unknown or duplicate name is kept.
 
     Raises:
-      UserError: a network that keras.applications does not have.
+      UserError: keras.applications does not have the network.
     """
     network = _network(name, attributes)
     known = {spelling: layer for layer in network.layers for spelling in (layer.name, layer.keras2)}
@@ -257,7 +257,7 @@ def by_layer(name: str, arrays: Mapping[str, Any], **attributes: Any) -> dict[st
 def unprefixed(
     name: str, arrays: Mapping[str, Any], **attributes: Any
 ) -> tuple[dict[str, Any], Layout, tuple[str, ...]]:
-    """As `convert.unprefixed`, for arrays by any of Keras's names; it returns them `by_layer`."""
+    """As `convert.unprefixed`, for arrays by any of Keras's names; the arrays are returned as from `by_layer`."""
     known = {f"{layer.name}/{w}" for layer in _network(name, attributes).layers for w in _WEIGHTS[layer.kind]}
     prefixes = common_prefixes(path for path in arrays if not path.startswith(_OPTIMIZER))
     prefix = best_prefix(prefixes, lambda each: len(known & by_layer(name, without(arrays, each), **attributes).keys()))
@@ -267,7 +267,7 @@ def unprefixed(
 
 
 def _preprocessing(path: str) -> str | None:
-    """Key of a variable of the network's own normalisation, None for every other path."""
+    """Key of a variable of Keras's layer `normalization`; None for other paths."""
     weights = tuple(_WEIGHTS["normalization"])
     counted = re.fullmatch(r"layers/normalization(?:_\d+)?/vars/([012])", path)
     named = re.fullmatch(rf"(?:model_weights/)?normalization(?:_\d+)?/(?:.*/)?({'|'.join(weights)})(?::0)?", path)
@@ -276,9 +276,9 @@ def _preprocessing(path: str) -> str | None:
 
 
 def _named(path: str, known: Mapping[str, _Layer]) -> str:
-    """Key of a path that begins with a layer's name and ends with the weight's."""
+    """Key of a path that begins with a layer's name and ends with the name of a weight."""
     parts = re.sub(r":0$", "", path.removeprefix("model_weights/")).split("/")
-    # Names of layers hold slashes too: `Conv/BatchNorm` is not a weight of `Conv`.
+    # Longest first, since names of layers can have slashes: `Conv/BatchNorm` is not a weight of `Conv`.
     for length in range(len(parts) - 1, 0, -1):
         layer = known.get("/".join(parts[:length]))
         if layer is not None:
@@ -302,21 +302,21 @@ def from_keras(
     Args:
       name: our name of the network, one of `se_flax.checkpoints.keras.APPLICATIONS`.
       arrays: NumPy arrays, or objects with `shape` and `__array__`, by `<layer>/<weight>` in Keras's layout
-        (`stem_conv/kernel`, `block1a_dwconv/depthwise_kernel`), or by the names of an HDF5 file's data sets: all that
-        `se_flax.checkpoints.keras.by_layer` knows. Parts that all names begin with are taken off where the rest fits,
-        and a warning says so.
-      num_classes: of the network. Where the arrays have another number of classes, or none (`include_top=False`), the
-        classifier is drawn anew; 0 leaves it out.
-      in_channels: of the network. From 3 to 1 the stem is summed over the colours, from 3 to another number its colours
-        are repeated and scaled.
-      **attributes: as given to `create_model`, when the network differs from its default.
+        (`stem_conv/kernel`, `block1a_dwconv/depthwise_kernel`) or by the data sets of an HDF5 file, see
+        `se_flax.checkpoints.keras.by_layer`. A prefix that all names have is removed if the names fit without it, with
+        a warning.
+      num_classes: of the network. If the arrays have another number of classes, or no classifier
+        (`include_top=False`), the classifier is initialised anew; 0 is a network without classifier.
+      in_channels: of the network. From 3 to 1 the stem's kernel is summed over the colours, from 3 to another number
+        the colours are repeated and scaled.
+      **attributes: as given to `create_model`, if the network differs from its default.
 
     Returns:
       `{"params": ..., "batch_stats": ...}` of float32 arrays.
 
     Raises:
-      UserError: a network that keras.applications does not have; keys that are missing, left over or of another shape,
-        all in one message.
+      UserError: keras.applications does not have the network; or keys are missing, unexpected or of another shape, all
+        listed in one message.
     """
     found, theirs, notes = unprefixed(name, arrays, **attributes)
     variables, _ = import_variables(
@@ -333,17 +333,17 @@ def to_keras(name: str, variables: Mapping[str, Any], *, keras: int = 3) -> dict
     Args:
       name: our name of the network, one of `se_flax.checkpoints.keras.APPLICATIONS`.
       variables: `{"params": ..., "batch_stats": ...}`.
-      keras: 3 for the names of layers and weights in Keras 3, 2 for those in Keras 2 and in the published weight files;
-        they differ in MobileNetV3's layers and in the depthwise kernels.
+      keras: 3 for the names in Keras 3, 2 for those in Keras 2 and in the published weight files; MobileNetV3's layers
+        and the depthwise kernels differ.
 
     Returns:
       NumPy arrays by `<layer>/<weight>`, in Keras's layout.
 
     Raises:
-      UserError: a network that keras.applications does not have, or a module that its network does not have.
+      UserError: keras.applications does not have the network, or its network does not have one of the modules.
     """
     if keras not in (2, 3):
-        raise UserError(f"got keras={keras!r}; give 2 or 3, whose names the weights shall have")
+        raise UserError(f"got keras={keras!r}; give 2 or 3, the Keras version whose names to write")
     theirs = layout(name)
     older = {layer.name: layer.keras2 for layer in _network(name, {}).layers} if keras == 2 else {}
     arrays = {}

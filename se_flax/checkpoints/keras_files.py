@@ -11,8 +11,8 @@ _HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 # (x - 128) / 128 of a byte x: keras/src/applications/efficientnet_v2.py, `Rescaling(scale=1 / 128, offset=-1)`.
 _AROUND_128 = Preprocess(mean=(128 / 255,) * 3, std=(128 / 255,) * 3)
 
-# Our name, as Keras files begin, the side that Keras gives the network, and how it normalises. keras.applications puts
-# the normalisation into the network (`include_preprocessing=True`); here it stays outside, where it can be seen.
+# Our name, first part of the names of Keras's files, image size and normalisation in Keras. keras.applications puts the
+# normalisation into the network (`include_preprocessing=True`); here it is part of `Preprocess`.
 _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
     *(
         (f"tf_efficientnet_b{i}", f"efficientnetb{i}", side, _IMAGENET)
@@ -33,15 +33,15 @@ _NETWORKS: tuple[tuple[str, str, int, Preprocess], ...] = (
 )
 NETWORKS = frozenset(ours for ours, *_ in _NETWORKS)
 SUFFIXES = (".npz", ".h5", ".hdf5")
-"""Of the files that Keras's own names are read off."""
+"""Suffixes of files that may have Keras's names."""
 
 
 def network(words: str, *, whole: bool = False) -> str | None:
-    """The network that a name says, None where it is not one of Keras's names.
+    """Our name of the network that a Keras name means; None for other names.
 
     Args:
       words: such as `efficientnetv2-b0.h5`, `efficientnetb3_notop.h5`, `weights_mobilenet_v3_large_224_1.0_float.h5`.
-      whole: all of them are the name; otherwise they begin with it.
+      whole: whether `words` must be the name alone; otherwise more may follow it.
     """
     stem = re.sub(r"[^a-z0-9]", "", words.lower().partition(".weights.h5")[0].removesuffix(".h5"))
     fitting = [
@@ -51,13 +51,13 @@ def network(words: str, *, whole: bool = False) -> str | None:
 
 
 def preprocess(name: str) -> Preprocess:
-    """What keras.applications does to an image before this network.
+    """Preprocessing of a network with weights of keras.applications.
 
-    Resize and crop are not Keras's business; they are those of the network's first published checkpoint: timm's for the
-    same weights.
+    Image size and normalisation are Keras's. Keras does not define resize and crop; they are those of the network's
+    first published checkpoint, timm's for the same weights.
 
     Args:
-      name: one that `network` returned.
+      name: a network that `network` returned.
     """
     side, base = next((side, base) for ours, _, side, base in _NETWORKS if ours == name)
     timm = next((Preprocess.of(weights) for weights in published_weights().get(name, ())), base)

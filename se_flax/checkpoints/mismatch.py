@@ -4,14 +4,14 @@
 def mismatch_report(
     name: str, missing: list[str], unexpected: list[str], shapes: list[str], what: str = "state dict"
 ) -> str:
-    """The message of a strict import that failed.
+    """The error message of a strict import.
 
     Args:
       name: the network.
-      missing: keys that it needs.
-      unexpected: keys that it does not know.
+      missing: keys that are missing in the checkpoint.
+      unexpected: keys that the network does not have.
       shapes: keys of another shape, each with both shapes.
-      what: the checkpoint's kind, in the user's words.
+      what: kind of the checkpoint (`state dict`).
 
     Returns:
       The sentence; a long list is shortened to eight keys and their count.

@@ -13,7 +13,7 @@ from se_flax.nn import norm
 from se_flax.nn.head import CosineClassifier
 from se_flax.nn.norm import BatchNorm
 
-# The only classes that a file may name: reading one never imports or calls anything else.
+# The classes that a file may name; reading a file imports and calls nothing else.
 CLASSES = {
     cls.__name__: cls
     for cls in (
@@ -53,7 +53,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, functools.partial) and not value.args:
         name = getattr(value.func, "__name__", "")
         if CLASSES.get(name) is value.func:
-            # The axis belongs to the program that trained, not to the network.
+            # The axis belongs to the training program, not to the network.
             arguments = {key: to_json(item) for key, item in value.keywords.items() if key != "axis_name"}
             return {"class": name, "arguments": arguments}
     name = getattr(value, "__name__", "")
@@ -61,7 +61,7 @@ def to_json(value: Any) -> Any:
         return {"class": name, "arguments": {}}
     try:
         name = jnp.dtype(value).name
-    except (TypeError, ValueError):  # whatever NumPy makes of a foreign object
+    except (TypeError, ValueError):  # raised by NumPy for objects that are not dtypes
         name = ""
     if name in DTYPES:
         return {"dtype": name}
@@ -75,7 +75,7 @@ def from_json(data: Any) -> Any:
     """The inverse of `to_json`; lists become tuples.
 
     Raises:
-      UserError: a class or dtype that may not be named.
+      UserError: the class or dtype is not allowed.
     """
     if isinstance(data, list):
         return tuple(from_json(item) for item in data)

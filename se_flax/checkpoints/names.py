@@ -1,4 +1,4 @@
-"""Network names in file names and in `name=`, read alike."""
+"""Parsing of network names in file names and in `name=`."""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _BY_LETTERS = {re.sub(r"[^a-z0-9]", "", name): name for name in VARIANTS}
 
 
 def kind_of(keys: Iterable[str]) -> str:
-    """Whose names arrays have: `se-flax` (`params/...`), `keras` (`<layer>/<weight>`) or `timm` (`layer.weight`)."""
+    """Naming scheme of arrays: `se-flax` (`params/...`), `keras` (`<layer>/<weight>`) or `timm` (`layer.weight`)."""
     keys = list(keys)
     if any(re.search(r"(^|/)params/", key) for key in keys):
         return "se-flax"
@@ -21,14 +21,15 @@ def kind_of(keys: Iterable[str]) -> str:
 
 
 def our_name(words: str, *, whole: bool) -> str | None:
-    """The network of ours that words mean, however they are joined: `SE-ResNet_50` is `seresnet50`.
+    """The network that words mean, with any separators: `SE-ResNet_50` is `seresnet50`.
 
     Args:
       words: joined by `-`, `_` or spaces, in upper or lower case.
-      whole: all of them are the name; otherwise they begin with it (`seresnet50_ra-8efdb4bb`), and the longest counts.
+      whole: whether `words` must be the name alone; otherwise more may follow it (`seresnet50_ra-8efdb4bb`), and the
+        longest name counts.
 
     Returns:
-      None where there is no such network.
+      One of `list_models()`, or None.
     """
     parts = re.split(r"[-_ ]", words.lower())
     heads = [parts] if whole else [parts[:length] for length in range(len(parts), 0, -1)]
@@ -37,13 +38,13 @@ def our_name(words: str, *, whole: bool) -> str | None:
 
 
 def meanings(name: str) -> tuple[str, ...]:
-    """The networks that a person can mean by a name: ours, and that of keras.applications, which spells it so too.
+    """The networks that a name can mean: ours, and the one that keras.applications spells the same.
 
     Args:
       name: such as `seresnet50`, `SE-ResNet-50`, `seresnet50.ra2_in1k`, `EfficientNetV2B0`.
 
     Raises:
-      UserError: there is no such network, or none of its published checkpoints has that tag.
+      UserError: there is no such network, or it has no published checkpoint with that tag.
     """
     head, _, tag = name.partition(".")
     found = (our_name(head, whole=True), keras_files.network(head, whole=True))
@@ -57,18 +58,18 @@ def meanings(name: str) -> tuple[str, ...]:
 
 
 def network_of(path: Path, name: str | None) -> str:
-    """The network whose weights a bare file or folder holds.
+    """The network of a file or folder without metadata.
 
     Args:
       path: of the file.
-      name: what the user says; None reads the file's name, which may have more behind the network's.
+      name: the user's name of the network; None takes the file's name, in which more may follow the network's.
 
     Returns:
-      One of `list_models()`. Where a network of ours and one of keras.applications share their spelling
-      (`efficientnet_b0`), the names of the arrays tell which it is.
+      One of `list_models()`. If a network of ours and one of keras.applications have the same spelling
+      (`efficientnet_b0`), the names of the arrays decide.
 
     Raises:
-      UserError: neither says it.
+      UserError: neither of them names a network.
     """
     if name is not None:
         found = meanings(name)

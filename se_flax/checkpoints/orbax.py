@@ -1,4 +1,4 @@
-"""Reader of Orbax checkpoints: a folder with one tree of arrays, or a step of a run with such items."""
+"""Reader of Orbax checkpoints: a folder with one tree of arrays, or a step of a run with several."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from se_flax.checkpoints.array_file import (
 )
 from se_flax.checkpoints.prefix import MAX_PARTS, shared_parts, taken_off
 
-MAX_FILES = 1_000_000  # Orbax writes a handful per array when it does not pack them
+MAX_FILES = 1_000_000  # Orbax writes a handful per array if it does not pack them
 _TREE = "_METADATA"
 _COLLECTIONS = ("params", "batch_stats")
 
@@ -40,9 +40,9 @@ def open_orbax(source: Source) -> ArrayFile:
       source: a folder.
 
     Returns:
-      Arrays named `params/layer1_0/conv1/kernel`; reading the first reads all.
+      Arrays named `params/layer1_0/conv1/kernel`; reading one array reads all of them.
     """
-    import orbax.checkpoint as ocp  # takes seconds, and only this format needs it
+    import orbax.checkpoint as ocp  # slow to import, and only this format needs it
 
     folder = _tree_folder(source.path)
     source.size = _check_files(folder)
@@ -53,7 +53,7 @@ def open_orbax(source: Source) -> ArrayFile:
 
     @cache
     def restored() -> dict[Names, np.ndarray]:
-        # Compressed arrays may be longer than their bytes, but all together not by any factor.
+        # Arrays may be compressed, but the ratio over all of them is bounded.
         declared = sum(nbytes(array.shape, array.dtype) for array in arrays.values())
         if declared > source.size * MAX_RATIO:
             raise InvalidFile(
@@ -78,7 +78,7 @@ def _pick(restored: Callable[[], dict[Names, np.ndarray]], path: Names) -> np.nd
 
 def _tree_folder(path: Path) -> Path:
     """The folder with the tree of arrays: the given one, or its item `state`, or its only item with one."""
-    path = path.absolute()  # Orbax takes no other
+    path = path.absolute()  # Orbax requires it
     if (path / _TREE).is_file():
         return path
     items = sorted(entry.name for entry in os.scandir(path) if (path / entry.name / _TREE).is_file())
@@ -92,7 +92,7 @@ def _tree_folder(path: Path) -> Path:
 
 
 def _check_files(folder: Path) -> int:
-    """Bytes of a folder's files, all of which must be regular ones."""
+    """Total size of a folder's files in bytes; all must be regular files."""
     size = count = 0
     for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -110,7 +110,7 @@ def _check_files(folder: Path) -> int:
 
 
 def _leaf_paths(folder: Path) -> list[Names]:
-    """Paths of the arrays in a tree, from its JSON: they name files, so they are checked before Orbax sees them."""
+    """Paths of the arrays in a tree, from its JSON; checked, since Orbax uses them as file names."""
     path = folder / _TREE
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise InvalidFile(f"its {_TREE} is longer than {MAX_HEADER_BYTES:,} bytes; give a checkpoint of one network")
@@ -127,8 +127,8 @@ def _leaf_paths(folder: Path) -> list[Names]:
 
 
 def _variables(leaves: list[Names]) -> tuple[dict[str, Names], tuple[str, ...]]:
-    """Paths of a network's variables by name, the averaged ones where there are any, and what to say about them."""
-    # Parts that all paths begin with are of the program that saved: {"model": {"params": ..., "batch_stats": ...}}.
+    """Paths of a network's variables by name, from the moving average if there is one, and notes for the user."""
+    # The program that saved them may add common parts: {"model": {"params": ..., "batch_stats": ...}}.
     for depth in range(min(shared_parts(leaves), MAX_PARTS) + 1):
         chosen: dict[str, Names] = {}
         for collection in _COLLECTIONS:
@@ -137,7 +137,8 @@ def _variables(leaves: list[Names]) -> tuple[dict[str, Names], tuple[str, ...]]:
         if chosen:
             return chosen, (taken_off("/".join(leaves[0][:depth]) + "/"),) if depth else ()
     tops = ", ".join(sorted({path[0] for path in leaves})[:8])
-    raise InvalidFile(f"it has neither {' nor '.join(_COLLECTIONS)} at its top, but: {tops}; save variables so")
+    names = " nor ".join(_COLLECTIONS)
+    raise InvalidFile(f"it has neither {names} at its top level, but: {tops}; save variables under these names")
 
 
 def _leaf(tree: Any, path: Names) -> Any:
@@ -150,7 +151,7 @@ def _leaf(tree: Any, path: Names) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Orbax's own log off the screen where ours says it, or where there is nothing to say."""
+    """Silences Orbax's log."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""`load_pretrained` and `save_pretrained`: a trained network with everything that belongs to it."""
+"""`load_pretrained` and `save_pretrained`: a trained network with preprocessing, labels and provenance."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from se_flax.images.preprocess import Preprocess
 from se_flax.zoo import create_model
 
 NATIVE = Layout("checkpoint", "/".join, lambda path, shape: shape, lambda path, value, shape: value)
-"""Our own names: `params/layer1_0/conv1/kernel`."""
+"""Layout of our own checkpoints: `params/layer1_0/conv1/kernel`."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Pretrained:
     """A trained network, ready to use.
 
     Attributes:
-      name: the network's, one of `se_flax.list_models()`.
+      name: of the network, one of `se_flax.list_models()`.
       model: the Linen module.
       variables: `{"params": ..., "batch_stats": ...}`, float32.
-      preprocess: from images to what the network takes.
-      labels: the classes' names in the order of the logits; None where the checkpoint does not say.
-      arguments: what `create_model` was given beside the name.
-      provenance: where the weights came from, and their licence where known.
-      notes: a sentence on each thing that is not as in the checkpoint.
+      preprocess: from images to the input of the network.
+      labels: names of the classes in the order of the logits; None if unknown.
+      arguments: arguments of `create_model` beside the name.
+      provenance: origin of the weights, and their licence if known.
+      notes: a sentence on each deviation from the checkpoint.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Pretrained:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> Description:
-        """What is saved beside the variables, whatever they are converted to."""
+        """The metadata that is saved with the variables in every format."""
         return Description(
             self.name, self.arguments, self.preprocess.to_json(), self.labels, provenance=self.provenance
         )
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Saves all of it; see `save_pretrained`."""
+        """Saves variables and metadata; see `save_pretrained`."""
         save_pretrained(folder, self, overwrite=overwrite)
 
 
@@ -83,22 +83,22 @@ def load_pretrained(
         by `save_pretrained`, by timm or by the training program; a `.safetensors`, `.npz`, `.h5` or `.weights.h5` file
         (`.pth` with PyTorch installed); or the folder of an Orbax checkpoint. Names and layouts of timm, Keras and
         se-flax are told apart by the arrays' names.
-      name: the network, where neither folder nor file name says it.
-      num_classes: another number of classes than the checkpoint's draws the classifier anew, 0 leaves it out; `notes`
-        says so.
-      in_channels: another number of image channels than 3 adapts the stem; `notes` says so.
-      preprocess: how images are prepared, or single settings of it by name (`{"image_size": 224}`), instead of what the
-        checkpoint says. Where neither says it, that of a published checkpoint of the network is assumed; a warning and
-        `notes` say so, and `preprocess.assumed` names the settings.
+      name: the network, if neither metadata nor file name tells it.
+      num_classes: number of classes. If it is not the checkpoint's, the classifier is initialised anew, with a sentence
+        in `notes`; 0 is a network without classifier.
+      in_channels: number of image channels. If it is not 3, the stem is adapted, with a sentence in `notes`.
+      preprocess: preprocessing, or single settings by name (`{"image_size": 224}`), instead of the checkpoint's.
+        Settings that neither gives are assumed as in a published checkpoint of the network; a warning and `notes` say
+        so, and `preprocess.assumed` lists them.
       revision: branch, tag or commit on the hub.
-      cache_dir: of downloads, instead of the hub's own (`HF_HOME`).
+      cache_dir: folder for downloads, instead of the hub's own (`HF_HOME`).
       **attributes: further arguments for `create_model`, such as `dtype` or `drop_path_rate`.
 
     Returns:
       Network, variables, preprocessing, labels and provenance.
 
     Raises:
-      UserError: nothing there, not readable, damaged, or not the weights of that network.
+      UserError: the checkpoint does not exist, cannot be read, is damaged, or does not fit the network.
 
     Examples:
       >>> loaded = se_flax.load_pretrained("seresnet50.ra2_in1k")  # doctest: +SKIP
@@ -112,7 +112,7 @@ def load_pretrained(
     given = {**source.arguments, **attributes}
     with open_arrays(source.arrays) as arrays:
         renamed, layout, names = _layout(source, arrays, given)
-        if source.digests is None:  # nothing, or a program that does not always write it, says how large its ends are
+        if source.digests is None:  # the metadata, if any, may lack num_classes and in_channels
             given |= _unsaid_sizes(source, renamed, layout, given)
         variables, asked = import_variables(
             source.name, renamed, layout, num_classes=num_classes, in_channels=in_channels, attributes=given
@@ -144,7 +144,7 @@ def load_pretrained(
 def _layout(
     source: Source, arrays: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Layout, tuple[str, ...]]:
-    """The arrays by the names of a layout, whose names these are, and a sentence where a prefix was taken off."""
+    """The arrays without a common prefix, their layout, and a sentence if a prefix was removed."""
     kind = kind_of(arrays)
     if kind == "keras":
         return keras.unprefixed(source.name, arrays)
@@ -154,7 +154,7 @@ def _layout(
 def _unsaid_sizes(
     source: Source, arrays: Mapping[str, Any], layout: Layout, given: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Numbers of classes and channels that only the arrays say; where they are the network's own, none."""
+    """num_classes and in_channels that are not in the metadata, from the arrays, unless they are the defaults."""
     unsaid = ({"num_classes", "in_channels"} if source.bare else {"in_channels"}) - given.keys()
     found = sizes_in(source.name, {key: np.shape(x) for key, x in arrays.items()}, layout, given) if unsaid else {}
     model = create_model(source.name, **given)
@@ -170,12 +170,12 @@ def _prepare(source: Source, given: Preprocess | Mapping[str, Any] | None) -> Pr
 
 
 def _labels(source: Source, classes: int, asked: int | None) -> tuple[str, ...] | None:
-    """The classes' names; those of another classifier belong to nobody."""
+    """Labels of the classes; None for a new classifier."""
     if source.labels is None or len(source.labels) == classes:
         return source.labels
     if asked is None and not source.labels_assumed:
         raise UserError(
-            f"{source.arrays} has {classes} classes and is described with {len(source.labels)} labels; mend the "
+            f"{source.arrays} has {classes} classes and is described with {len(source.labels)} labels; correct the "
             "description, or leave the labels out of it"
         )
     return None
@@ -206,17 +206,17 @@ def save_pretrained(
     labels, provenance and the SHA-256 of every file. It appears as a whole or not at all.
 
     Args:
-      folder: where to.
-      model: what `load_pretrained` returned; or a network's name, with what follows.
+      folder: the folder to write.
+      model: a `Pretrained`; or the name of a network, with the arguments that follow.
       variables: `{"params": ..., "batch_stats": ...}`.
-      arguments: what `create_model` was given beside the name.
-      preprocess: None assumes that of the network's published weights; a warning says so, now and when it is loaded.
-      labels: the classes' names in the order of the logits.
-      provenance: JSON-able notes on where the weights came from.
-      overwrite: replace a checkpoint that is there already.
+      arguments: arguments of `create_model` beside the name.
+      preprocess: None assumes that of the network's published weights, with a warning now and at loading.
+      labels: names of the classes in the order of the logits.
+      provenance: origin of the weights; JSON-able.
+      overwrite: replaces an existing checkpoint.
 
     Raises:
-      UserError: the folder exists already, the variables are not those of the network, or an argument cannot be saved.
+      UserError: the folder exists already, the variables do not fit the network, or an argument cannot be saved.
     """
     if isinstance(model, Pretrained):
         loaded = model
@@ -276,7 +276,7 @@ def _check_digests(folder: Path, recorded: Mapping[str, str]) -> None:
 
 
 def _check_variables(loaded: Pretrained, host: Mapping[str, Any]) -> None:
-    """What is saved must load: the same check as on import, before anything is written."""
+    """Checks variables as on import, before anything is written, so that the checkpoint can be loaded."""
     arrays = {"/".join(path): value for path, value in flax.traverse_util.flatten_dict(host).items()}
     import_variables(loaded.name, arrays, NATIVE, attributes=loaded.arguments)
     classes = getattr(loaded.model, "num_classes", None)
@@ -285,9 +285,9 @@ def _check_variables(loaded: Pretrained, host: Mapping[str, Any]) -> None:
 
 
 def _save_orbax(path: Path, host: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # slow to import; loading a file of timm's does not need it
+    import orbax.checkpoint as ocp  # slow to import; loading a timm file does not need it
 
-    # One host writes what it holds; without this Orbax would wait for the other hosts of a run to save as well.
+    # This host alone writes; without this setting Orbax would wait for the other hosts of a run.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="save")
     options = alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()

@@ -19,7 +19,7 @@ from se_flax.zoo import VARIANTS, get_variant
 
 OWN = "se_flax.json"
 SUFFIXES = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-# What timm's `model_args` may hold that changes nothing in evaluation.
+# Arguments in timm's `model_args` without effect in evaluation.
 _HARMLESS = {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "scriptable", "exportable"}
 
 
@@ -29,14 +29,14 @@ class Source:
 
     Attributes:
       name: the network.
-      arrays: file or folder that holds them.
-      preprocess: what belongs to it; what nothing says is marked as assumed.
-      arguments: for `create_model`, where it differs from the network's default.
-      labels: names of the classes; None where nothing says.
-      labels_assumed: they are ImageNet's because the network was made for it.
-      provenance: where it came from.
-      digests: SHA-256 by relative path of the files under `arrays`, where they are recorded.
-      bare: there is nothing but the arrays; how many classes they have shows in the classifier.
+      arrays: file or folder of the arrays.
+      preprocess: its preprocessing, with settings that are not in the metadata marked as assumed.
+      arguments: for `create_model`, if the network differs from its default.
+      labels: names of the classes; None if unknown.
+      labels_assumed: whether the labels are ImageNet's by assumption, since the network was designed for it.
+      provenance: origin of the weights.
+      digests: recorded SHA-256 of the files under `arrays`, by relative path; None without a record.
+      bare: whether there is no metadata; then the classifier tells the number of classes.
     """
 
     name: str
@@ -61,15 +61,15 @@ def locate(
 
     Args:
       ref: as for `load_pretrained`.
-      name: the network, for files that do not say.
+      name: the network, for files without metadata.
       revision: of a repository on the hub.
       cache_dir: of the hub.
 
     Returns:
-      What is known about it without reading its arrays.
+      Network, files and metadata; the arrays are not read.
 
     Raises:
-      UserError: it does not exist, cannot be told apart or describes itself wrongly.
+      UserError: the checkpoint does not exist, the reference is ambiguous, or the metadata is invalid.
     """
     text = os.fspath(ref)
     path = Path(text).expanduser()
@@ -103,10 +103,10 @@ def locate(
 
 
 def published(ref: str) -> tuple[str, Weights]:
-    """A published checkpoint by `arch.tag`, or by `arch` where there is just one.
+    """A published checkpoint by `arch.tag`, or by `arch` if there is just one.
 
     Raises:
-      UserError: no such network or tag, none published, or several to choose from.
+      UserError: there is no such network or tag, no published checkpoint, or several to choose from.
     """
     head, _, tag = ref.partition(".")
     name = our_name(head, whole=True)
@@ -128,7 +128,7 @@ def published(ref: str) -> tuple[str, Weights]:
 
 
 def default_preprocess(name: str, weights: Weights | None = None) -> Preprocess:
-    """That of a checkpoint; else, marked as assumed, of the network's first one, or ImageNet's at its own size."""
+    """A checkpoint's preprocessing; without one, marked as assumed, that of the network's first or ImageNet's."""
     if weights is not None:
         return Preprocess.of(weights)
     rows = get_variant(name).weights
@@ -170,7 +170,7 @@ def _own(path: Path, name: str | None) -> Source:
 
 
 def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights | None) -> Source:
-    """A folder or repository that timm wrote: `config.json` beside the weights."""
+    """A folder or repository in timm's format: `config.json` beside the weights."""
     data = read_json(config)
     architecture = network_name(data.get("architecture"), config)
     _check_same_network(name, architecture, config)
@@ -191,12 +191,12 @@ def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights 
     return Source(architecture, arrays, _timm_preprocess(cfg, config, architecture, weights), given, names)
 
 
-# timm's names of the settings, and what timm takes where a description leaves one out (`timm/models/_pretrained.py`).
+# timm's names of the settings and its defaults (`timm/models/_pretrained.py`).
 _TIMM = {"crop": "crop_pct", "crop_mode": "crop_mode", "interpolation": "interpolation", "mean": "mean", "std": "std"}
 
 
 def _timm_preprocess(cfg: Mapping[str, Any], where: Path, name: str, weights: Weights | None) -> Preprocess:
-    said: dict[str, Any] = {"crop_mode": "center"}  # older descriptions do not know another one
+    said: dict[str, Any] = {"crop_mode": "center"}  # the only mode in older descriptions
     said |= {ours: cfg[theirs] for ours, theirs in _TIMM.items() if cfg.get(theirs) is not None}
     size = cfg.get("input_size")
     if size is not None:
@@ -208,7 +208,7 @@ def _timm_preprocess(cfg: Mapping[str, Any], where: Path, name: str, weights: We
 
 
 def _file(path: Path, name: str | None) -> Source:
-    """A file of arrays, with what it says of itself."""
+    """A file of arrays, with its metadata."""
     found = description.of_file(path)
     if found is None:
         return _bare_file(path, name)
@@ -228,11 +228,11 @@ def _file(path: Path, name: str | None) -> Source:
 
 
 def _bare_file(path: Path, name: str | None) -> Source:
-    """A file that says nothing; the network is given, or read off the file's name.
+    """A file without metadata; the network is given, or parsed from the file's name.
 
-    Its preprocessing is that of the published checkpoint that the name says, as timm writes them; else Keras's, where
-    the arrays have Keras's names; else that of the network's first checkpoint. The second is certain only where the
-    name is Keras's too, the third never.
+    The preprocessing is that of the published checkpoint with a timm file name; else Keras's, if the arrays have
+    Keras's names; else that of the network's first checkpoint. Keras's is marked as assumed unless the file's name is
+    Keras's too, and the last always.
     """
     network = network_of(path, name)
     weights = _published_in(name or "", network) or _published_in(path.name, network)
@@ -260,10 +260,10 @@ def _imagenet() -> tuple[str, ...]:
 
 
 def _published_in(words: str, name: str) -> Weights | None:
-    """The checkpoint of a network that a file's name, or what a person calls it, says.
+    """The published checkpoint of a network that a file name or a user's name means; None if there is none.
 
-    timm writes `seresnet50.ra2_in1k.safetensors`, in older releases `seresnet50_ra2-c3c1a7f2.pth`: a tag, or its
-    beginning where it is the only one of the network that begins so.
+    timm's files are named `seresnet50.ra2_in1k.safetensors`, with the tag, or in older releases
+    `seresnet50_ra2-c3c1a7f2.pth`, with the first part of a tag, which must be unique.
     """
     tags = {w.tag: w for w in get_variant(name).weights}
     word = re.split(r"[.-]", words.lower().partition(".")[2])[0]

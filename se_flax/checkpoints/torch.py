@@ -1,8 +1,8 @@
 """PyTorch state dicts <-> Linen variables, by one rule.
 
-Submodules are named after torch's module path, with its list indexes joined by an underscore
-(`layer1.0.conv1` <-> `layer1_0/conv1`), so a key is renamed, never looked up. Where torch itself has an underscore
-before a number ours is doubled (`repeat_1.0` <-> `repeat__1_0`):
+Submodules are named after torch's module path, with list indexes joined by an underscore
+(`layer1.0.conv1` <-> `layer1_0/conv1`), so keys are converted by a rule, not by a table. An underscore before a number
+in torch's name is doubled (`repeat_1.0` <-> `repeat__1_0`):
 
 | Linen | torch | layout |
 |---|---|---|
@@ -14,7 +14,7 @@ before a number ours is doubled (`repeat_1.0` <-> `repeat__1_0`):
 | `params .../bias` | `bias` | as is |
 | `batch_stats .../mean`, `.../var` | `running_mean`, `running_var` | as is |
 
-`num_batches_tracked` counts PyTorch's training batches; nothing reads it with a fixed momentum, so import drops it and
+PyTorch's `num_batches_tracked` counts training batches and is not used with a fixed momentum; import drops it and
 export writes zero.
 """
 
@@ -125,20 +125,20 @@ def from_timm(
 
     Args:
       name: the network, one of `se_flax.list_models()`.
-      state_dict: NumPy arrays by torch's keys, in torch's layout; or what a training program saved around it, under
-        `state_dict`, `model` and the like. Parts that all keys begin with (`module.`, `model._orig_mod.`) are taken off
-        where the rest fits, and a warning says so.
-      num_classes: of the network. Where the state dict has another number of classes, or none, the classifier is drawn
-        anew; 0 leaves it out.
-      in_channels: of the network. From 3 to 1 the stem is summed over the colours, from 3 to another number its colours
-        are repeated and scaled (timm's rule).
-      **attributes: as given to `create_model`, when the network differs from its default.
+      state_dict: NumPy arrays by torch's keys, in torch's layout; or a training program's dictionary with it, under
+        `state_dict`, `model` and the like. A prefix that all keys have (`module.`, `model._orig_mod.`) is removed if
+        the keys fit without it, with a warning.
+      num_classes: of the network. If the state dict has another number of classes, or no classifier, the classifier is
+        initialised anew; 0 is a network without classifier.
+      in_channels: of the network. From 3 to 1 the stem's kernel is summed over the colours, from 3 to another number
+        the colours are repeated and scaled (timm's rule).
+      **attributes: as given to `create_model`, if the network differs from its default.
 
     Returns:
       `{"params": ..., "batch_stats": ...}` of float32 arrays.
 
     Raises:
-      UserError: keys that are missing, left over or of another shape, all in one message.
+      UserError: keys are missing, unexpected or of another shape; one message lists all.
     """
     arrays, layout, notes = unprefixed(name, unwrapped(state_dict), LAYOUT, attributes)
     variables, _ = import_variables(
@@ -160,7 +160,7 @@ def to_timm(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
       NumPy arrays by torch's keys, in torch's layout.
 
     Raises:
-      UserError: unknown network.
+      UserError: the network is unknown.
     """
     get_variant(name)
     state_dict = {}

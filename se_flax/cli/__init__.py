@@ -9,12 +9,12 @@ from se_flax.errors import UserError, respelled
 from se_flax.version import __version__
 
 _DESCRIPTION = """\
-Squeeze-and-excitation networks in JAX: what there is, what it predicts, how good it is, and in which file.
+Squeeze-and-excitation networks in JAX: list them, predict and evaluate with checkpoints, convert and export these.
 
   se-flax list '*seresnet*'                    networks by name
   se-flax info seresnet50                      one network, or a REF
   se-flax costs seresnet50 --image-size 224    its size and multiply-adds
-  se-flax predict seresnet50.ra2_in1k cat.jpg  what is in a picture
+  se-flax predict seresnet50.ra2_in1k cat.jpg  most probable classes of a picture
   se-flax eval seresnet50.ra2_in1k data/val    exact accuracy on class folders
   se-flax gates seresnet50.ra2_in1k data/val   its gates, by class and layer
   se-flax convert model.safetensors my-model   from one format to another
@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: the words after the program's name; None takes them from the process.
+      argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-      The exit status: 0 done, 1 something that the user can mend (one line on standard error), 2 a wrong command line,
-      130 interrupted.
+      The exit status: 0 success, 1 an error that the user can correct (one line on standard error), 2 a wrong command
+      line, 130 interrupted.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"se-flax: {_in_flags(str(error), options.command, parser)}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader (head, less) has ended
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_flags(text: str, command: str, parser: argparse.ArgumentParser) -> str:
-    """A message that speaks of Python's arguments, in the flags of a command; else of one that has them."""
+    """Replaces Python arguments in a message by the flags of the command, or by those of another command."""
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
     names = {"se_flax.list_models()": "se-flax list"}
     elsewhere: dict[str, str] = {}

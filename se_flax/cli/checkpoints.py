@@ -1,4 +1,4 @@
-"""Arguments, messages and facts that all commands on a checkpoint share."""
+"""Arguments, messages and descriptions that all commands on a checkpoint share."""
 
 import argparse
 import json
@@ -19,18 +19,18 @@ _SETTINGS = ("image_size", "crop", "crop_mode", "interpolation", "mean", "std", 
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, metavar: str = "REF") -> None:
-    """Adds the arguments that say which checkpoint."""
+    """Adds the arguments that select a checkpoint."""
     parser.add_argument("ref", metavar=metavar, help="checkpoint: arch.tag, owner/name on the hub, folder or file")
-    parser.add_argument("--name", help="the network, for a file whose name does not say it")
+    parser.add_argument("--name", help="the network, for a file whose name does not tell it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
 
 
 def add_preprocessing(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how images are prepared; each that is not given is the checkpoint's."""
-    group = parser.add_argument_group("images", "how they are prepared (default of each: as the checkpoint says)")
-    group.add_argument("--image-size", type=int, help="side in pixels")
-    group.add_argument("--crop", type=float, help="share of the side that the crop keeps")
-    group.add_argument("--crop-mode", choices=CROP_MODES, help="squash takes all of a picture")
+    """Adds the preprocessing arguments; the default of each is the checkpoint's setting."""
+    group = parser.add_argument_group("images", "preprocessing (default of each: the checkpoint's setting)")
+    group.add_argument("--image-size", type=int, help="height and width in pixels")
+    group.add_argument("--crop", type=float, help="share of height and width that the crop keeps")
+    group.add_argument("--crop-mode", choices=CROP_MODES, help="squash resizes without regard to the aspect ratio")
     group.add_argument("--interpolation", choices=tuple(INTERPOLATIONS), help="of the resize")
     group.add_argument("--mean", type=_numbers, metavar="R,G,B", help="of values in [0, 1]")
     group.add_argument("--std", type=_numbers, metavar="R,G,B", help="likewise")
@@ -38,7 +38,7 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
         "--exif-orientation",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="turn photographs as EXIF says; without, as torchvision and timm",
+        help="rotate photographs as EXIF says (torchvision and timm do not)",
     )
 
 
@@ -47,16 +47,16 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def load_checkpoint(options: argparse.Namespace, **arguments: Any) -> Pretrained:
-    """The checkpoint of `ref`, `name` and `revision`, with the preprocessing that `add_preprocessing` was given.
+    """Loads the checkpoint of `ref`, `name` and `revision`, with the preprocessing arguments of the command line.
 
-    What is not as in the checkpoint is said on standard error, a line each.
+    Prints each deviation from the checkpoint as a line on standard error.
 
     Args:
-      options: of the command line.
-      **arguments: further ones for `load_pretrained`.
+      options: parsed command line.
+      **arguments: further arguments of `load_pretrained`.
 
     Raises:
-      UserError: no such checkpoint, or settings that cannot be.
+      UserError: there is no such checkpoint, or a setting is invalid.
     """
     given = {name: value for name in _SETTINGS if (value := getattr(options, name, None)) is not None}
     with warnings.catch_warnings(record=True) as caught:
@@ -71,7 +71,7 @@ def load_checkpoint(options: argparse.Namespace, **arguments: Any) -> Pretrained
 
 
 def is_checkpoint(ref: str) -> bool:
-    """Whether words mean a file, a folder or a repository, and no network."""
+    """Whether a reference means a file, a folder or a repository, not a network."""
     return "/" in ref or ref.endswith(SUFFIXES) or Path(ref).expanduser().exists()
 
 
@@ -92,7 +92,7 @@ def facts(loaded: Pretrained) -> dict[str, Any]:
 
 
 def describe(loaded: Pretrained) -> str:
-    """A checkpoint in lines of text."""
+    """A checkpoint as text."""
     found, p = facts(loaded), loaded.preprocess
     mean, std = (" ".join(f"{x:.3g}" for x in values) for values in (p.mean, p.std))
     labels = f" ({', '.join(loaded.labels[:5])}{', ...' * (len(loaded.labels) > 5)})" if loaded.labels else ""

@@ -1,4 +1,4 @@
-"""`se-flax costs`: what a network costs."""
+"""`se-flax costs`: parameters, multiply-adds and activations of a network."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
         "pooling). Parameters are the trainable ones; the paper counts running means and variances too.",
     )
     parser.add_argument("name", metavar="NAME", help="a network's name, such as seresnet50")
-    parser.add_argument("--image-size", type=int, help="side of the image (default: what the network was made for)")
+    parser.add_argument("--image-size", type=int, help="image size in pixels (default: the network's)")
     parser.add_argument("--without-attention", action="store_true", help="the same network without its attention")
     parser.add_argument("--by-layer", action="store_true", help="a line for every layer")
     parser.add_argument("--json", action="store_true", help="one JSON object of whole numbers instead of the table")
@@ -33,7 +33,7 @@ def show_costs(options: argparse.Namespace) -> None:
     """Prints the costs.
 
     Raises:
-      UserError: unknown name, or an image size that cannot be one.
+      UserError: the name is unknown, or the image size is not a positive number.
     """
     name = meanings(options.name)[0]
     size = get_variant(name).input_size if options.image_size is None else options.image_size

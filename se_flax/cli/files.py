@@ -33,17 +33,17 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="a checkpoint from one format to another",
-        description="Reads any checkpoint and writes it anew. DST without a suffix is a folder for load_pretrained "
-        "(variables, preprocessing, labels, provenance, digests). .safetensors and .npz hold the arrays under the "
-        "names that --layout says; what belongs to them stands in the header or, for .npz, in DST.json.",
+        description="Reads any checkpoint and writes it in another format. DST without a suffix is a folder for "
+        "load_pretrained (variables, preprocessing, labels, provenance, digests). .safetensors and .npz hold the "
+        "arrays under the names of --layout; the metadata is in the header or, for .npz, in DST.json.",
     )
     add_checkpoint(parser, "SRC")
     parser.add_argument("target", metavar="DST", help="a new folder, or a .safetensors or .npz file")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), help="names in a .safetensors or .npz file (default: timm)")
-    parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is drawn anew")
+    parser.add_argument("--num-classes", type=int, help="another number of classes: the classifier is initialised anew")
     parser.add_argument("--in-channels", type=int, help="another number of image channels: the stem is adapted")
     add_preprocessing(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     parser.set_defaults(run=convert)
 
 
@@ -51,7 +51,7 @@ def convert(options: argparse.Namespace) -> None:
     """Writes the checkpoint.
 
     Raises:
-      UserError: the source cannot be read, or the target exists or is of no known format.
+      UserError: the source cannot be read, or the target exists or is of an unknown format.
     """
     target = Path(options.target).expanduser()
     if target.suffix not in ("", ".safetensors", ".npz") and not target.is_dir():

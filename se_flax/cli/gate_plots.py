@@ -18,7 +18,7 @@ _COLUMNS = 3
 _MOST_PANELS = 18
 _MOST_SPREAD = 6
 _DPI = 100
-# In inches: a letter of the legend and of the title; in letters: the line before a label.
+# Widths: a letter of the legend and of the title, in inches; the line before a label, in letters.
 _LETTER, _TITLE_LETTER, _HANDLE = 0.08, 0.105, 6
 
 
@@ -32,11 +32,11 @@ def draw(
     """Writes `groups.png`, `spread.png` and `layers.png`.
 
     Args:
-      folder: where to.
+      folder: the folder to write into.
       found: statistics by layer.
-      layers: of the first two pictures; where there are too many, evenly spread ones are taken.
+      layers: layers in the first two pictures; if there are too many, evenly spread ones are drawn.
       groups: number of images by the group's name, in the order of the statistics.
-      answers: with replaced gates, by layer; may be empty.
+      answers: predictions with replaced gates, by layer; may be empty.
     """
     short = shortened(list(found))
     _group_curves(found, _thinned(layers, _MOST_PANELS), groups, short).savefig(folder / "groups.png", dpi=_DPI)
@@ -45,7 +45,7 @@ def draw(
 
 
 def shortened(layers: Sequence[str]) -> dict[str, str]:
-    """Layers' names without the end that all of them share: `layer1_0` for `layer1_0/se`."""
+    """Names of layers without a common last part: `layer1_0` for `layer1_0/se`."""
     ends = {layer.rpartition("/")[2] for layer in layers}
     cut = len(ends) == 1 and all("/" in layer for layer in layers)
     return {layer: layer.rpartition("/")[0] if cut else layer for layer in layers}
@@ -57,7 +57,7 @@ def _thinned(layers: Sequence[str], most: int) -> list[str]:
 
 
 def _panels(count: int) -> tuple[Figure, Iterator[Any]]:
-    """A figure with so many panels in rows of three, and the panels; what is left over in the last row is empty."""
+    """A figure with `count` panels in rows of three, and the panels."""
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(4.3 * columns, 2.3 * rows + 0.7), layout="constrained")
@@ -79,7 +79,7 @@ def _sampled(channels: int) -> np.ndarray:
 
 
 def _limits(found: Mapping[str, LayerGates], layers: Sequence[str]) -> tuple[float, float]:
-    """0 to 1 for gates that stay there, else what the data needs."""
+    """Limits of the axis: 0 to 1, or more if gates exceed them."""
     low = min(float(found[layer].minimum.min()) for layer in layers)
     high = max(float(found[layer].maximum.max()) for layer in layers)
     return min(low, 0.0) - 0.03, max(high, 1.0) + 0.03
@@ -113,7 +113,7 @@ def _spread(
         gates = found[layer]
         x = _sampled(len(gates.mean))
         curves = [(names[i], gates.group_means[i], gates.group_std[i], _COLOURS[i % len(_COLOURS)]) for i in several]
-        # Single pictures have no spread; that of all pictures is shown instead.
+        # Groups of a single picture have no spread; draw that of all pictures instead.
         for name, mean, std, colour in curves or [("all pictures", gates.mean, gates.std, "black")]:
             axis.plot(x, mean[x], color=colour, linewidth=1.2, label=f"{name}, mean ± standard deviation")
             axis.fill_between(x, (mean - std)[x], (mean + std)[x], color=colour, alpha=0.22, linewidth=0)
@@ -124,7 +124,7 @@ def _spread(
 
 
 def _legend(figure: Figure, title: str) -> None:
-    """The title above and the legend below, in lines that fit the figure; it grows with them."""
+    """Adds the title above and the legend below, wrapped to the figure's width; increases the height for them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(width / _TITLE_LETTER)), fontsize=12)
@@ -138,9 +138,10 @@ def _legend(figure: Figure, title: str) -> None:
 
 
 def _by_layer(found: Mapping[str, LayerGates], answers: Mapping[str, Answers], short: Mapping[str, str]) -> Figure:
-    """What depth does: spread, share between groups, closed and open gates, accuracy with constant gates.
+    """Statistics over depth: spread, variance between groups, closed and open gates, accuracy with constant gates.
 
-    What is not defined has no panel: the share between groups of one picture each, the accuracy without answers.
+    Undefined statistics have no panel: the variance between groups of one picture each, and the accuracy if `answers`
+    is empty.
     """
     layers, x = list(found.values()), np.arange(len(found))
     panels = [_draw_deviations, _draw_between, _draw_thresholds]

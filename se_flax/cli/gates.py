@@ -1,4 +1,4 @@
-"""`se-flax gates`: what the gates of a checkpoint learned, as tables and pictures."""
+"""`se-flax gates`: statistics of a checkpoint's gates over a data set, as tables and figures."""
 
 import argparse
 import csv
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
     """Adds the command of this file to an argument parser."""
     parser = commands.add_parser(
         "gates",
-        help="what the gates of the attention learned",
+        help="statistics of the attention's gates, by class and layer",
         description="Runs a checkpoint over labelled pictures (DATA as for eval) and writes to a folder: layers.csv "
         "(one row per attention layer: spread, share of the variance between the groups of classes, closed and open "
         "gates, accuracy with the layer's gates replaced by their means), groups.csv (mean and standard deviation per "
@@ -97,7 +97,7 @@ def gates(options: argparse.Namespace) -> None:
     if not options.no_usefulness:
         means = {name: layer.mean for name, layer in found.items()}
         batches = padded_batches(loaded, paths, options.batch_size, bar=False)
-        # The longest part by far: its bar moves with every pass of a batch.
+        # By far the longest part, so its progress bar counts the pictures of every pass.
         passes = len(layers) + 2
         title = f"gates replaced, {passes} passes"
         with tqdm(total=passes * len(paths), unit=" pictures", desc=title, disable=None, leave=False) as bar:
@@ -127,19 +127,19 @@ def gates(options: argparse.Namespace) -> None:
 
 
 def parse_groups(specs: Sequence[str] | None, loaded: Pretrained, present: set[int]) -> dict[str, tuple[int, ...]]:
-    """Which classes make which curve.
+    """The groups of classes, one per curve.
 
     Args:
-      specs: as the user wrote them, see `--classes`; None takes the paper's four classes where the data has them, else
-        four of the data's, evenly spread.
+      specs: values of `--classes`; None takes the paper's four classes if the data has them, else four of the data's
+        classes, evenly spread.
       loaded: the network, for the names of its classes.
-      present: the classes that the data has.
+      present: the classes in the data.
 
     Returns:
       Class numbers by the group's name.
 
     Raises:
-      UserError: an unknown class, a group without pictures, or a class in two groups.
+      UserError: a class is unknown or in two groups, or a group has no pictures.
     """
     names = ClassNames(loaded.labels, getattr(loaded.model, "num_classes", 0))
     if specs is None:
@@ -170,7 +170,7 @@ def parse_groups(specs: Sequence[str] | None, loaded: Pretrained, present: set[i
 
 
 def _numbers(members: str, names: ClassNames) -> Iterable[int]:
-    """The classes of a group: one label as it is, or names, numbers and ranges with commas between them."""
+    """The classes of a group: a single label, or names, numbers and ranges separated by commas."""
     if members in (names.labels or ()):
         yield names.one(members)
         return
@@ -188,7 +188,7 @@ def _numbers(members: str, names: ClassNames) -> Iterable[int]:
 
 
 def _class_name(number: int, labels: Sequence[str] | None) -> str:
-    """What a class is called in tables and pictures: by one name that no other class has."""
+    """Name of a class in tables and figures; unique, if need be by its number."""
     if not labels:
         return f"class {number}"
     name = _first_name(labels[number])
@@ -215,8 +215,7 @@ def layer_rows(found: Mapping[str, LayerGates], answers: Mapping[str, Answers]) 
       answers: from `analysis.usefulness`; may be empty.
 
     Returns:
-      One row per layer; with answers, two more: all layers at once, and the network as it is. Plain values, None for
-      what is not defined.
+      One row per layer; with answers, two more rows: all gates replaced, and none. Values are plain, None if undefined.
     """
     rows = []
     for name, layer in found.items():
@@ -242,7 +241,7 @@ def layer_rows(found: Mapping[str, LayerGates], answers: Mapping[str, Answers]) 
 
 
 def _answer_figures(answers: Answers | None) -> dict[str, Any]:
-    """Accuracy figures for the table; empty cells without."""
+    """Accuracy for the table; None in all cells without answers."""
     names = ("count", "top1", "lost", "gained", "changed", "loss")
     return {name: None if answers is None else getattr(answers, name) for name in names}
 
@@ -286,7 +285,7 @@ def _write_class_means(
 
 
 def _print(loaded: Pretrained, rows: Sequence[Mapping[str, Any]], groups: Mapping[str, int], pictures: int) -> None:
-    """The table for a terminal."""
+    """Prints the table."""
     p = loaded.preprocess
     print(f"{loaded.name} at {p.image_size} px, {pictures:,} pictures")
     print(wrapped("groups: " + ", ".join(f"{name} ({count})" for name, count in groups.items())) + "\n")

@@ -1,4 +1,4 @@
-"""`se-flax predict` and `se-flax eval`: a checkpoint at work on pictures."""
+"""`se-flax predict` and `se-flax eval`: predictions and accuracy of a checkpoint."""
 
 import argparse
 import json
@@ -26,12 +26,12 @@ def add_commands(commands: Any) -> None:
     """Adds the commands of this file to an argument parser."""
     parser = commands.add_parser(
         "predict",
-        help="what is in a picture",
-        description="The most probable classes of each picture. A folder stands for every picture in it.",
+        help="the most probable classes of a picture",
+        description="Prints the most probable classes of each picture. A folder stands for all pictures in it.",
     )
     add_common(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files or folders of them")
-    parser.add_argument("--top", type=int, default=5, help="how many classes (default: 5)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes (default: 5)")
     parser.set_defaults(run=predict)
     parser = commands.add_parser(
         "eval",
@@ -46,18 +46,18 @@ def add_commands(commands: Any) -> None:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of every command that shows pictures to a checkpoint."""
+    """Adds the arguments that all commands which run a checkpoint share."""
     add_checkpoint(parser)
     add_preprocessing(parser)
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures per batch (default: 32)")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Prints the best classes of each picture.
+    """Prints the most probable classes of each picture.
 
     Raises:
-      UserError: no such checkpoint or picture.
+      UserError: there is no such checkpoint or picture.
     """
     paths = list(_pictures(options.images))
     if options.top < 1:
@@ -83,13 +83,13 @@ def predict(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over a labelled set.
+    """Accuracy on a labelled data set.
 
     Attributes:
-      count: pictures.
-      top1: of them, those whose class has the highest logit.
-      top5: those whose class is among the five highest; None where there are no more than five classes.
-      seconds: that they took, without the compilation.
+      count: number of pictures.
+      top1: number of pictures whose class has the highest logit.
+      top5: number of pictures whose class is among the five highest; None for five classes or fewer.
+      seconds: run time without compilation.
     """
 
     count: int
@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Prints the accuracy.
 
     Raises:
-      UserError: no such checkpoint or data, or classes that cannot be told apart.
+      UserError: there is no such checkpoint or data, or classes are ambiguous.
     """
     if not Path(options.data).is_dir():
         raise UserError(f"{options.data}: no such folder; give one of pictures in class folders")
@@ -127,12 +127,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def accuracy(loaded: Pretrained, examples: Sequence[Example], batch_size: int = 32) -> Accuracy:
-    """Counts right answers; a tie with the right class is decided by the lower class number, as a sort would.
+    """Counts correct predictions; among equal logits the lower class number ranks first.
 
     Args:
       loaded: the network.
-      examples: what to count.
-      batch_size: pictures at a time.
+      examples: the data set.
+      batch_size: pictures per batch.
 
     Returns:
       The counts.
@@ -147,10 +147,10 @@ def accuracy(loaded: Pretrained, examples: Sequence[Example], batch_size: int = 
 
 
 def load(options: argparse.Namespace) -> Pretrained:
-    """The checkpoint that the arguments of `add_common` name, with their preprocessing.
+    """Loads the checkpoint with the preprocessing that the arguments of `add_common` give.
 
     Raises:
-      UserError: no such checkpoint, or a batch of no pictures.
+      UserError: there is no such checkpoint, or the batch size is not positive.
     """
     if options.batch_size < 1:
         raise UserError(f"got --batch-size={options.batch_size}; give 1 or more")
@@ -159,7 +159,7 @@ def load(options: argparse.Namespace) -> Pretrained:
 
 
 def _compiled(loaded: Pretrained, batch_size: int) -> Callable[..., Any]:
-    """The network for batches of one size, before anything is timed."""
+    """Compiles the network for a batch size, so that the compilation is not timed."""
     side, channels = loaded.preprocess.image_size, loaded.preprocess.channels
     images = jax.ShapeDtypeStruct((batch_size, side, side, channels), jnp.float32)
     return (
@@ -172,7 +172,7 @@ def _compiled(loaded: Pretrained, batch_size: int) -> Callable[..., Any]:
 def _logits(
     loaded: Pretrained, paths: Sequence[Path], batch_size: int, apply: Callable[..., Any] | None = None
 ) -> Iterator[np.ndarray]:
-    """Logits picture by picture."""
+    """The logits of each picture."""
     apply = apply or _compiled(loaded, min(batch_size, len(paths)))
     for images, count in padded_batches(loaded, paths, batch_size):
         yield from np.asarray(apply(loaded.variables, jnp.asarray(images)))[:count]
@@ -181,20 +181,20 @@ def _logits(
 def padded_batches(
     loaded: Pretrained, paths: Sequence[Path], batch_size: int, title: str | None = None, *, bar: bool = True
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Reads pictures; every batch has the same size, so that a network is compiled once.
+    """Reads pictures in batches of the same size, so that the network is compiled once.
 
     Args:
-      loaded: whose preprocessing they get.
+      loaded: the checkpoint with the preprocessing.
       paths: the pictures.
-      batch_size: pictures at a time.
-      title: in front of the progress bar.
-      bar: whether there is one, where the pictures are more than a batch.
+      batch_size: pictures per batch.
+      title: of the progress bar.
+      bar: whether to show a progress bar, if the pictures are more than one batch.
 
     Yields:
-      float32 [B, H, W, C] and the number of pictures in it; the rest are zeros.
+      float32 [B, H, W, C] and the number of pictures in the batch; the others are zeros.
     """
     size = min(batch_size, len(paths))
-    quiet = None if bar and len(paths) > size else True  # None: where there is a terminal
+    quiet = None if bar and len(paths) > size else True  # None: shown on a terminal only
     with tqdm(total=len(paths), unit=" pictures", desc=title, disable=quiet, leave=False) as shown:
         for start in range(0, len(paths), size):
             batch = loaded.preprocess(paths[start : start + size])

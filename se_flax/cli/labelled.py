@@ -28,10 +28,9 @@ class Example:
 def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) -> list[Example]:
     """Pictures under a folder with their classes.
 
-    What counts as a picture and as a class folder is the same as in training (`se_flax.images.class_folders`), and so
-    are the classes of folders that a network was trained on: they are its labels. A network without labels takes
-    folders by their class numbers, or as many folders as it has classes in sorted order, which one line on standard
-    error says.
+    Pictures and class folders are found as in training (`se_flax.images.class_folders`). Folders that the network was
+    trained on have the same classes again, since their names are its labels. For a network without labels, folders are
+    named by class number, or there is one folder per class in sorted order; then a line on standard error says so.
 
     Args:
       root: one folder per class; or pictures whose names begin with a WordNet id or a class number and `_`.
@@ -39,10 +38,10 @@ def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) 
       num_classes: of the network.
 
     Returns:
-      Every picture once, by folder and path.
+      All pictures, by folder and path.
 
     Raises:
-      UserError: no pictures, or a folder or file whose class is not one of the network's, or not certain.
+      UserError: there are no pictures, or the class of a folder or file is unknown or ambiguous.
     """
     if num_classes < 1:
         raise UserError("this network has no classifier (num_classes=0), so its answers have no classes; give another")
@@ -61,7 +60,7 @@ def labelled_images(root: Path, labels: Sequence[str] | None, num_classes: int) 
 
 
 def _classes_of_folders(root: Path, folders: Sequence[str], names: ClassNames) -> dict[str, int]:
-    """The class of every folder; no class has two."""
+    """The class of every folder; a class with two folders is refused."""
 
     def describe(name: str) -> str:
         return f"the folder {name!r} of {root}"
@@ -83,7 +82,7 @@ def _classes_of_folders(root: Path, folders: Sequence[str], names: ClassNames) -
 
 
 def _without_labels(root: Path, folders: Sequence[str], names: ClassNames) -> dict[str, int]:
-    """By class numbers or by position; a network whose labels nobody knows has nothing else."""
+    """The class of every folder for a network without labels, by class number or by position."""
     by_number = {name: number for name in folders if (number := names.number(name)) is not None}
     by_order = {name: i for i, name in enumerate(folders)}
     if len(by_number) == len(folders):
@@ -111,7 +110,7 @@ def _without_labels(root: Path, folders: Sequence[str], names: ClassNames) -> di
 
 
 def _by_file_name(root: Path, names: ClassNames) -> list[Example]:
-    """Classes from the pictures' names; several may say the same class."""
+    """Classes from the names of the pictures."""
     said: dict[str, str] = {}
     for file in pictures_below(root):
         wordnet, number = re.search(r"n[0-9]{8}", file), re.match(r"([0-9]+)_", file)
@@ -121,8 +120,8 @@ def _by_file_name(root: Path, names: ClassNames) -> list[Example]:
             said[file] = number.group(1)
         else:
             raise UserError(
-                f"{root / file} says no class: without class folders a picture's name begins with a WordNet id or with "
-                f"the number of its class, 0 to {names.num_classes - 1}, and _"
+                f"{root / file} names no class; without class folders a picture's name must begin with a WordNet id or "
+                f"with the number of its class, 0 to {names.num_classes - 1}, and _"
             )
     classes = names.classes(said.values(), lambda name: f"the name {name!r} of pictures in {root}")
     return [Example(root / file, classes[name]) for file, name in said.items()]

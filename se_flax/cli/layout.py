@@ -9,8 +9,8 @@ _GAP = "  "
 _UNLIMITED = 1_000_000
 _NARROWEST = 20
 _WRAPPED = 20  # a cell narrower than this is not worth a second line
-_OPTIONAL = 40  # nor is a column that can be done without, below this
-_BESIDE = 30  # with less room beside a term, its explanation stands below it
+_OPTIONAL = 40  # an optional column narrower than this is left out
+_BESIDE = 30  # with less room beside a term, its explanation is below the term
 
 # An indented term, two or more spaces, and its explanation.
 _TERM = re.compile(r"( +\S+(?: \S+)*)  +(\S.*)")
@@ -19,12 +19,12 @@ Row = tuple[str, ...]
 
 
 def terminal_width() -> int:
-    """Columns to print in: `COLUMNS`, or those of the terminal; without either, as in a pipe to a program, no limit."""
+    """Width of the output in characters: `COLUMNS`, or the terminal's width; without either (a pipe), no limit."""
     return max(shutil.get_terminal_size(fallback=(_UNLIMITED, 24)).columns, _NARROWEST)
 
 
 def wrapped(text: str, indent: str = "    ") -> str:
-    """A paragraph, its lines after the first indented; a word that is too long stays whole."""
+    """Wraps a paragraph and indents all lines but the first; long words are not broken."""
     lines = textwrap.wrap(
         text, terminal_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
@@ -32,15 +32,15 @@ def wrapped(text: str, indent: str = "    ") -> str:
 
 
 def print_table(rows: Sequence[Row], right: Sequence[int] = (), optional: Sequence[int] = ()) -> None:
-    """Prints rows in columns, the first row as the head, as wide as the terminal at most.
+    """Prints rows in columns, with the first row as the header, at most as wide as the terminal.
 
-    What does not fit is tried in turn: wide cells over several lines; without the optional columns; in parts below each
-    other, every part with the first column; and at last a paragraph for each row.
+    A table that is too wide is printed in the first of these ways that fits: with wrapped cells; without the optional
+    columns; in parts below each other, each with the first column; as a paragraph per row.
 
     Args:
       rows: equally long tuples; the first column names the row.
-      right: columns that are aligned to the right.
-      optional: columns that can be done without.
+      right: right-aligned columns.
+      optional: columns that may be left out.
     """
     width = terminal_width()
     columns = list(range(len(rows[0])))
@@ -63,13 +63,13 @@ def print_table(rows: Sequence[Row], right: Sequence[int] = (), optional: Sequen
 
 
 def _least(cells: Sequence[str], wrapped: int) -> int:
-    """How narrow a column may be: as its longest word, and no cell is wrapped that is narrower than the given width."""
+    """Least width of a column: that of its longest word, and of cells up to `wrapped`, which are not wrapped."""
     words = (len(word) for cell in cells for word in cell.split())
     return max(max(words, default=0), min(max(map(len, cells)), wrapped))
 
 
 def _fitted(rows: Sequence[Row], columns: Sequence[int], least: Sequence[int], width: int) -> list[int] | None:
-    """Widths at which the columns fit, None where they cannot; the widest give way."""
+    """Widths of the columns, reduced from the widest on until they fit; None if they cannot fit."""
     widths = {i: max(len(row[i]) for row in rows) for i in columns}
     over = sum(widths.values()) + len(_GAP) * (len(columns) - 1) - width
     for _ in range(over):
@@ -81,7 +81,7 @@ def _fitted(rows: Sequence[Row], columns: Sequence[int], least: Sequence[int], w
 
 
 def _parts(rows: Sequence[Row], columns: Sequence[int], least: Sequence[int], width: int) -> list[list[int]] | None:
-    """The columns in groups that fit, each after the first column; None where one of them does not fit at all."""
+    """The columns in groups that fit, each with the first column; None if a column does not fit at all."""
     parts: list[list[int]] = []
     for column in columns[1:]:
         if parts and _fitted(rows, [*parts[-1], column], least, width) is not None:
@@ -118,14 +118,14 @@ def _print_paragraphs(rows: Sequence[Row], columns: Sequence[int], width: int) -
 
 
 def reflowed(text: str) -> str:
-    """A help text as wide as the terminal.
+    """Wraps a help text to the terminal's width.
 
     Args:
-      text: paragraphs at the margin; indented lines of a term, two or more spaces and its explanation, which may go on
-        in further lines that begin in its column; other indented lines, such as commands, stay as they are.
+      text: paragraphs without indentation; indented lines with a term, two or more spaces and its explanation, which
+        may continue in its column on the next lines; other indented lines, such as commands, which are kept.
 
     Returns:
-      The text with the same words, its paragraphs and explanations wrapped anew.
+      The text with its paragraphs and explanations rewrapped.
     """
     width, lines = terminal_width(), list[str]()
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""`se-flax list` and `se-flax info`: what the zoo holds."""
+"""`se-flax list` and `se-flax info`: networks and checkpoints of the zoo."""
 
 import argparse
 import functools
@@ -19,8 +19,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "list",
         help="networks and their checkpoints",
-        description="Networks: parameters, side of the input in pixels, published checkpoints, and, where the terminal "
-        "is wide enough, the network's source. Load one with se_flax.create_model(NAME), its checkpoint with "
+        description="Networks with parameters, input size in pixels, published checkpoints and, if the terminal is "
+        "wide enough, source. Create a network with se_flax.create_model(NAME), load its checkpoint with "
         "se_flax.load_pretrained(NAME.TAG).",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="shell wildcard in quotes, such as '*seresnet*'")
@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
         "info",
         help="one network and its checkpoints",
         description="One network: size, source, arguments, and the preprocessing and licence of each checkpoint. Or "
-        "one checkpoint, which is read whole: what is in a folder, a file or a repository on the hub.",
+        "one checkpoint (a folder, a file or a repository on the hub), which is loaded.",
     )
     add_checkpoint(parser, "NAME|REF")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -42,7 +42,7 @@ def show_list(options: argparse.Namespace) -> None:
     """Prints the table.
 
     Raises:
-      UserError: nothing matches.
+      UserError: no network matches.
     """
     rows = [(name, get_variant(name)) for name in list_models(options.pattern)]
     if options.pretrained:
@@ -67,7 +67,7 @@ def show_info(options: argparse.Namespace) -> None:
     """Prints everything about one network, or about one checkpoint.
 
     Raises:
-      UserError: unknown name, or a checkpoint that cannot be read.
+      UserError: the name is unknown, or the checkpoint cannot be read.
     """
     if is_checkpoint(options.ref):
         loaded = load_checkpoint(options)
@@ -100,7 +100,7 @@ def show_info(options: argparse.Namespace) -> None:
 
 
 def _short(value: Any) -> str:
-    """An argument as a person would write it; a table of stages by its length."""
+    """An argument as source code; a table of stages as its length."""
     if isinstance(value, functools.partial):
         named = {key: item for key, item in value.keywords.items() if not key.endswith("_init")}
         inner = ", ".join(f"{key}={_short(item)}" for key, item in named.items())

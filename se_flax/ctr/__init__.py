@@ -1,4 +1,4 @@
-"""Click prediction: squeeze-and-excitation over the feature fields of a table instead of the channels of an image.
+"""Click prediction: squeeze-and-excitation over the feature fields of tabular data instead of channels of an image.
 
 Networks take ids, int32 [batch, fields]: row numbers of one embedding table in which every field has its own range.
 """

@@ -17,7 +17,8 @@ SQUEEZES: Mapping[str, F.Elementwise] = {
     "mean": lambda x: jnp.mean(x, axis=-1, dtype=jnp.float32),
     "max": lambda x: jnp.max(x, axis=-1).astype(jnp.float32),
 }
-"""How a field's embedding becomes one number (Huang et al. 2019, section 3.2: both tried, the mean kept)."""
+"""Squeezes, from a field's embedding to one number (Huang et al. 2019, section 3.2, compares both and keeps the mean).
+"""
 
 
 def squeeze_excite_fields(
@@ -47,7 +48,7 @@ def squeeze_excite_fields(
       [N, F, K] of x's dtype; the gates are computed in float32.
 
     Raises:
-      UserError: unknown squeeze, activation or gate.
+      UserError: the squeeze, activation or gate is unknown.
     """
     z = F.lookup(SQUEEZES, squeeze, "squeeze")(x)
     gates = F.excite(z, reduce_kernel, reduce_bias, expand_kernel, expand_bias, activation=activation, gate=gate)
@@ -55,13 +56,14 @@ def squeeze_excite_fields(
 
 
 def _pairs(x: Array, left: Callable[[int], Array]) -> Array:
-    """Products of every field's left side with the fields after it.
+    """Products of all pairs of fields i < j: left(i) times the embedding of j.
 
-    Slices instead of gathers by pair: the gradient of a gather is a scatter, which costs far more than the products.
+    Slices are used instead of gathers by pair: the gradient of a gather is a scatter, which costs far more than the
+    products.
 
     Args:
       x: [N, F, K].
-      left: of field i, [N, 1, K] for all its pairs or [N, F - 1 - i, K].
+      left: from i to the left factor of its pairs, [N, 1, K] (the same for all) or [N, F - 1 - i, K].
 
     Returns:
       [N, P, K].
@@ -70,7 +72,7 @@ def _pairs(x: Array, left: Callable[[int], Array]) -> Array:
 
 
 def hadamard(x: Array) -> Array:
-    """Products v_i * v_j of all pairs, number by number: the bilinear interaction with W = 1.
+    """Elementwise products v_i * v_j of all pairs: the bilinear interaction with the identity as W.
 
     Args:
       x: [N, F, K], at least two fields.
@@ -102,7 +104,7 @@ def bilinear_each(x: Array, kernel: Array) -> Array:
 
     Args:
       x: [N, F, K], at least two fields.
-      kernel: W, [F, K, K]. The last field comes first in no pair: its matrix is in the paper's count and has no effect.
+      kernel: W, [F, K, K]. The last field is first in no pair: its matrix has no effect, but the paper counts it.
 
     Returns:
       [N, P, K] of x's dtype.
@@ -128,9 +130,9 @@ def bilinear_interaction(x: Array, kernel: Array) -> Array:
 
     def left(i: int) -> Array:
         start, count = i * (2 * fields - i - 1) // 2, fields - 1 - i
-        # All matrices of a first field side by side: one product of [N, K] with [K, count K].
-        wide = kernel[start : start + count].swapaxes(0, 1).reshape(size, count * size)
-        return jnp.matmul(x[..., i, :], wide).reshape(*x.shape[:-2], count, size)
+        # All matrices of a first field in one: one product of [N, K] with [K, count * K].
+        matrix = kernel[start : start + count].swapaxes(0, 1).reshape(size, count * size)
+        return jnp.matmul(x[..., i, :], matrix).reshape(*x.shape[:-2], count, size)
 
     return _pairs(x, left)
 

@@ -19,10 +19,10 @@ glorot_normal = nn.initializers.glorot_normal()
 
 
 def check_embeddings(x: Array, what: str, fields: int = 1) -> None:
-    """Refuses what are not the embeddings of so many fields.
+    """Refuses arrays that are not embeddings [batch, fields, size] of at least `fields` fields.
 
     Raises:
-      UserError: another number of axes, or fewer fields.
+      UserError: x has another rank, or fewer fields.
     """
     if x.ndim != 3 or x.shape[1] < fields:
         least = f" with at least {fields} fields" if fields > 1 else ""
@@ -45,15 +45,15 @@ class _Layer(nn.Module):
 
 
 class SqueezeExciteFields(nn.Module):
-    """Squeeze-and-excitation over the fields of a table: each embedding times a gate computed from all of them.
+    """Squeeze-and-excitation over the fields of a table: each embedding times a gate computed from all embeddings.
 
     The default is the sigmoid form; `FIBINET_SE` is the form of FiBiNET (Huang et al. 2019, section 3.2). Parameters:
     `<names[0]>/kernel` [F, M], `<names[1]>/kernel` [M, F], and their biases.
 
     Attributes:
       reduction: hidden width M = F / reduction, the r of the papers. Ignored when `width` is given.
-      width: M outright.
-      rounding: of M, see `se_flax.functional.reduced_width`; at least 1 in any case.
+      width: M itself.
+      rounding: of M, see `se_flax.functional.reduced_width`; M is at least 1.
       squeeze: `mean` or `max` over an embedding, or a function from [N, F, K] to [N, F].
       activation: between the layers, by name or as a function.
       gate: `sigmoid`, `relu`, `tanh`, `hard_sigmoid` or a function.
@@ -64,8 +64,8 @@ class SqueezeExciteFields(nn.Module):
       dtype: accepted for uniformity; the gates are always float32 and the output has the input's dtype.
 
     Raises:
-      UserError: an input that is not [batch, fields, embedding]; unknown squeeze, activation, gate or rounding; a
-        reduction that is not positive.
+      UserError: the input is not [batch, fields, embedding]; squeeze, activation, gate or rounding is unknown; or the
+        reduction is not positive.
     """
 
     reduction: float = 4.0
@@ -105,7 +105,7 @@ class SqueezeExciteFields(nn.Module):
         )
 
 
-# The paper has F / 3 and does not say how it is rounded; DeepCTR and FuxiCTR round down.
+# The paper has F / 3 and does not define the rounding; DeepCTR and FuxiCTR round down.
 FIBINET_SE = partial(
     SqueezeExciteFields, reduction=3, rounding="floor", gate="relu", use_bias=False, kernel_init=glorot_normal
 )
@@ -144,7 +144,7 @@ class BilinearInteraction(nn.Module):
       kernel_init: initialiser of the matrices.
 
     Raises:
-      UserError: an unknown kind, or an input that is not [batch, fields, embedding] with at least two fields.
+      UserError: the kind is unknown, or the input is not [batch, fields, embedding] with at least two fields.
     """
 
     kind: str = "interaction"

@@ -1,7 +1,7 @@
 """Networks for click prediction: logistic regression, a factorisation machine, FiBiNET.
 
 All are called as `model.apply(variables, ids, train=False)` with ids int32 [batch, fields], row numbers of one
-embedding table in which every field owns a range, and return logits float32 [batch].
+embedding table in which every field has its own range, and return logits float32 [batch].
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class LogisticRegression(nn.Module):
       use_bias: adds the bias.
 
     Raises:
-      UserError: ids that are not integers [batch, fields], or an empty table.
+      UserError: the ids are not integers [batch, fields], or `num_ids` is not positive.
     """
 
     num_ids: int
@@ -79,27 +79,27 @@ class FM(nn.Module):
 
 
 class FiBiNET(nn.Module):
-    """FiBiNET (Huang et al. 2019): bilinear interactions of raw and of gated embeddings, beside a linear part.
+    """FiBiNET (Huang et al. 2019): a linear part and bilinear interactions of raw and of gated embeddings.
 
-    With hidden layers it is the deep network (DeepSE-FM): all interactions go through a perceptron. Without, it is the
-    shallow one (SE-FM): they are summed. Without attention the gated branch is gone: the paper's ablation NO-SE.
+    With hidden layers it is the deep network (DeepSE-FM), in which all interactions go through an MLP; without, it is
+    the shallow one (SE-FM), which sums them. Without attention there is no gated branch (the paper's ablation NO-SE).
 
-    Parameters: `first_order`, `embedding/embedding` [num_ids, K], `attention`, `bilinear` (and `bilinear_gated` when it
-    is not shared), `hidden_0` ..., `output`.
+    Parameters: `first_order`, `embedding/embedding` [num_ids, K], `attention`, `bilinear` (and `bilinear_gated` if not
+    shared), `hidden_0` ..., `output`.
 
     Attributes:
       num_ids: rows of the table.
       embedding_size: K.
-      hidden: widths of the perceptron; empty for the shallow network.
-      attention: makes the attention over fields, `SqueezeExciteFields` or a partial of it; None for none.
+      hidden: widths of the MLP's hidden layers; empty for the shallow network.
+      attention: attention over fields, `SqueezeExciteFields` or a partial of it; None for none.
       bilinear: kind of interaction of the raw embeddings, see `BilinearInteraction`.
-      bilinear_gated: that of the gated ones; None for the same.
-      share_bilinear: one set of matrices for both, as in FuxiCTR; only where the kinds are the same.
-      dropout: after each hidden layer.
-      dtype: of the perceptron's arithmetic; None for float32.
+      bilinear_gated: kind of interaction of the gated embeddings; None for `bilinear`.
+      share_bilinear: one set of matrices for both, as in FuxiCTR; only if the kinds are the same.
+      dropout: rate after each hidden layer.
+      dtype: of the MLP's arithmetic; None for float32.
 
     Raises:
-      UserError: as in `LogisticRegression`; an unknown kind of interaction; fewer than two fields.
+      UserError: as in `LogisticRegression`; the kind of interaction is unknown; or there are fewer than two fields.
     """
 
     num_ids: int
@@ -114,8 +114,8 @@ class FiBiNET(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array, *, train: bool = False) -> Array:
-        """Args: ids int32 [N, F]; train: dropout acts and needs the rng `dropout`. Returns: logits float32 [N]."""
-        # The perceptron's last layer has a bias already.
+        """Args: ids int32 [N, F]; train: dropout is active, with the rng `dropout`. Returns: logits float32 [N]."""
+        # The MLP's output layer has a bias already.
         logits = LogisticRegression(self.num_ids, use_bias=not self.hidden, name="first_order")(ids)
         x = nn.Embed(self.num_ids, self.embedding_size, embedding_init=_small, name="embedding")(ids)
         interact = BilinearInteraction(self.bilinear, name="bilinear")

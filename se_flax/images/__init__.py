@@ -1,1 +1,1 @@
-"""Pictures before a network sees them: decoding, preprocessing, class folders, names of classes."""
+"""Input of networks: decoding and preprocessing of images, class folders, names of classes."""

@@ -1,7 +1,7 @@
-"""Pictures and class folders of a directory: one rule for training, evaluation and prediction.
+"""Images and class folders of a directory, by the same rule for training, evaluation and prediction.
 
-A picture is a visible file that ends in one of `SUFFIXES`, at any depth. A class is a visible folder directly below the
-root, with or without pictures. Links are followed, but no folder is read twice.
+An image is a visible file that ends in one of `SUFFIXES`, at any depth. A class is a visible folder directly below the
+root, with or without images. Links are followed, but no folder is read twice.
 """
 
 import os
@@ -12,29 +12,29 @@ from pathlib import Path
 from se_flax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif")
-# Left out without a word they would be missing from a count that is called exact.
+# Refused instead of skipped, since counts of images are documented as exact.
 _OTHER_FORMATS = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm")
-# What systems put into folders without asking: archives of macOS, thumbnails of a NAS, bins, a disk's repair.
+# Folders of operating systems: archives of macOS, thumbnails of a NAS, recycle bins, file system repair.
 _SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def canonical(name: str) -> str:
-    """One spelling of a name: macOS writes `é` as two characters where other systems write one (Unicode's NFC)."""
+    """The name in Unicode's NFC, since macOS writes `é` as two characters and other systems as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The class folders of a root, in the order in which training numbers them.
+    """The class folders of a root, in the order of the class numbers in training.
 
     Args:
-      root: the folder above them.
+      root: the folder above the class folders.
 
     Returns:
-      Names as the file system has them, sorted by their canonical spelling.
+      Names as in the file system, sorted by their canonical spelling.
 
     Raises:
-      UserError: a folder cannot be read, two have one name, or a name is no text.
+      UserError: a folder cannot be read, two folders have the same canonical name, or a name is not UTF-8.
     """
     folders: dict[str, str] = {}
     for entry in _visible(root):
@@ -52,39 +52,39 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
 
 
 def pictures_by_class(root: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """The pictures of every class folder of a root.
+    """The images of every class folder of a root.
 
     Args:
       root: the folder above the class folders.
 
     Returns:
-      By class folder, in the order of `class_folders`: sorted paths below the class folder, with forward slashes.
+      Sorted paths below the class folder, with forward slashes, by class folder in the order of `class_folders`.
 
     Raises:
-      UserError: as `class_folders` and `pictures_below`.
+      UserError: as for `class_folders` and `pictures_below`.
     """
     seen = {os.path.realpath(root): os.fspath(root)}
     return {name: _walk(os.path.join(root, name), seen) for name in class_folders(root)}
 
 
 def pictures_below(folder: str | os.PathLike[str]) -> list[str]:
-    """The pictures of a folder at any depth.
+    """The images of a folder at any depth.
 
     Args:
-      folder: where to look.
+      folder: the folder.
 
     Returns:
       Sorted paths below `folder`, with forward slashes.
 
     Raises:
-      UserError: a folder cannot be read, a link leads to a folder that is read already, or a picture has a format that
-        is not read.
+      UserError: a folder cannot be read, a link leads to a folder that was read already, or an image has a format that
+        is not supported.
     """
     return _walk(os.fspath(folder), {})
 
 
 def pictures_beside_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The pictures directly in a folder, sorted: beside class folders they belong to no class."""
+    """The images directly in a folder, sorted; beside class folders they belong to no class."""
     found = [entry.name for entry in _visible(root) if not _is_folder(entry) and _is_picture(entry.name)]
     return sorted(found, key=canonical)
 
@@ -95,7 +95,7 @@ def are_splits(folders: Iterable[str]) -> bool:
 
 
 def _walk(folder: str, seen: dict[str, str]) -> list[str]:
-    """Pictures below a folder; `seen` has the real path of every folder read so far, and is added to."""
+    """Images below a folder; `seen` has the real paths of all folders read so far, and is updated."""
     found: list[str] = []
     others: list[str] = []
     pending = [("", os.path.realpath(folder))]
@@ -111,7 +111,7 @@ def _walk(folder: str, seen: dict[str, str]) -> list[str]:
         for entry in _visible(path):
             name = prefix + entry.name
             if _is_folder(entry):
-                # A folder below a real path has a real path itself unless it is a link.
+                # Saves calls of realpath: a folder below a real path has a real path unless it is a link.
                 below = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 pending.append((name + "/", below))
             elif _is_picture(name):
@@ -128,7 +128,7 @@ def _walk(folder: str, seen: dict[str, str]) -> list[str]:
 
 
 def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Entries that are no system's: names with a dot in front are hidden (`.ipynb_checkpoints`, `._1.png`)."""
+    """Entries of a folder without hidden ones (`.ipynb_checkpoints`, `._1.png`) and those of operating systems."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not (entry.name.startswith(".") or entry.name in _SYSTEM)]
@@ -144,15 +144,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one.
 
     Raises:
-      UserError: it is a link to nothing that may have been a folder: a class would be missing.
+      UserError: it is a broken link that may have been a class folder.
     """
     try:
         if entry.is_dir():
             return True
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         pass
     if entry.is_symlink() and not Path(entry.name).suffix and not os.path.exists(entry.path):
-        raise UserError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there; mend or remove it")
+        raise UserError(
+            f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there; correct or remove it"
+        )
     return False
 
 

@@ -1,7 +1,7 @@
-"""Matching of names (of folders, files, or typed) with a network's classes.
+"""Matching of names (of folders, in files, or typed) with a network's classes.
 
-The network's labels come first, exactly as they are. Only a name that is no label is read in another way, and a name
-that would fit several classes is refused. `docs/checkpoints.md` has the rule for users.
+A name that equals a label means that class. Only other names are matched more loosely, and a name that fits several
+classes is refused. `docs/checkpoints.md` has the rule for users.
 """
 
 import re
@@ -14,22 +14,22 @@ from se_flax.images.labels import imagenet_labels
 
 _WORDNET_ID = re.compile(r"n[0-9]{8}(?![^\W_])")
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:[.,]\d+)?")
-# A hyphen in front of a number or behind a word says something (`-1`, the blood group `AB-`), one between words not.
+# A hyphen before a number or after a word is a sign (`-1`, the blood group `AB-`); one between words is not.
 _SIGN = re.compile(r"(?<![^\s_])-(?=\d)|(?<=[^\W_])-(?![^\s_])")
 _MEANINGFUL = "#%&*@"
 
 
 class ClassNames:
-    """The names by which the classes of a network can be called.
+    """The allowed names of a network's classes.
 
     Args:
-      labels: the network's, one per class; None where they are not known.
+      labels: of the network, one per class; None if unknown.
       num_classes: of the network.
 
     Attributes:
       labels: as given.
       num_classes: as given.
-      numbers: whether a class may be called by its number: not where the labels have numbers of their own.
+      numbers: whether class numbers are allowed as names; False if the labels contain other numbers.
     """
 
     def __init__(self, labels: Sequence[str] | None, num_classes: int):
@@ -37,7 +37,7 @@ class ClassNames:
         own = [canonical(label) for label in labels or ()]
         wordnet = [label.wordnet_id for label in imagenet_labels()] if own == _imagenet() else None
         names = [_names(label, wordnet is not None) for label in own]
-        # In each tier a name is compared in one way; the first tier that has it decides.
+        # Each tier has one kind of comparison; the first tier with the name decides.
         self._tiers: list[dict[str, set[int]]] = [{} for _ in range(5)]
         exact, first, other, loose, other_loose = self._tiers
         for i, label in enumerate(own):
@@ -51,7 +51,7 @@ class ClassNames:
         )
 
     def named(self, name: str) -> tuple[int, ...]:
-        """The classes that a name fits by label or WordNet id: none, the one meant, or several.
+        """The classes whose label or WordNet id a name matches: none, one, or several.
 
         Args:
           name: any text.
@@ -65,18 +65,18 @@ class ClassNames:
         return next((tuple(sorted(tier[key])) for tier, key in looked_up if key in tier), ())
 
     def number(self, name: str) -> int | None:
-        """The class whose number a name is; None where it is none, or where such numbers do not count."""
+        """The class whose number a name is; None for other names, and if class numbers are not allowed."""
         number = int(name) if re.fullmatch(r"[0-9]{1,18}", name) else self.num_classes
         return number if self.numbers and number < self.num_classes else None
 
     def one(self, name: str) -> int:
-        """The class that somebody means by a name or a number.
+        """The class of a name or number.
 
         Args:
-          name: as typed; blanks around it do not count.
+          name: as typed; surrounding blanks are ignored.
 
         Raises:
-          UserError: it fits no class, or several.
+          UserError: the name fits no class, or several.
         """
         name = name.strip()
         fitting, number = self.named(name), self.number(name)
@@ -89,14 +89,14 @@ class ClassNames:
         return number
 
     def classes(self, names: Iterable[str], describe: Callable[[str], str]) -> dict[str, int]:
-        """The classes of the names of a data set.
+        """The classes of all names of a data set.
 
-        Numbers count as class numbers only where every name is one and none is a label: the same name never means
-        different classes beside different others.
+        Names are read as class numbers only if all are numbers and none is a label, so that the meaning of a name does
+        not depend on the others.
 
         Args:
-          names: of folders, each once.
-          describe: what to call a name in a message.
+          names: of folders, without duplicates.
+          describe: describes a name in a message.
 
         Returns:
           The class number by name.
@@ -123,11 +123,11 @@ class ClassNames:
         return {name: classes[0] for name, classes in fitting.items()}
 
     def described(self, number: int) -> str:
-        """A class in a message: its number, and its label where there is one."""
+        """A class for a message: its number, and its label if there is one."""
         return f"class {number}" + (f" ({self.labels[number]!r})" if self.labels else "")
 
     def allowed(self, *, together: bool = False) -> str:
-        """The kinds of names that there are for this network, in words."""
+        """The allowed kinds of names for this network, in words."""
         kinds = ["a label"] if self.labels else []
         kinds += ["a WordNet id"] if any(map(_WORDNET_ID.fullmatch, self._tiers[1])) else []
         if not self.numbers:
@@ -145,16 +145,16 @@ class ClassNames:
 
 
 def _names(label: str, synonyms: bool) -> list[str]:
-    """The names in a label, `tench, Tinca tinca`: only WordNet's labels are known to be lists of synonyms."""
+    """The names in a label such as `tench, Tinca tinca`; only WordNet's labels are known to be lists of synonyms."""
     names = re.split(r",\s+", label)
     return names if synonyms else names[:1]
 
 
 def _loosely(name: str) -> str:
-    """A name without case and punctuation, words joined by blanks; empty where it has no letter.
+    """A name without case and punctuation, with words joined by blanks; empty if it has no letter.
 
-    Letters, their marks, digits and symbols of all scripts stay. Without letters nothing is left to recognise a name
-    by: `1.5` and `1/5` would be the same.
+    Letters, their marks, digits and symbols of all scripts are kept. Names without letters are not matched, since `1.5`
+    and `1/5` would be the same.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     if not _has_letter(text):
@@ -169,9 +169,9 @@ def _has_letter(text: str) -> bool:
 
 
 def _numbered_as_classes(names: Iterable[tuple[int, str]], num_classes: int) -> bool:
-    """Whether labels that are numbers (`1`) or a numbered series (`grade 1`, `grade 2`) have their classes' numbers.
+    """Whether labels that are numbers (`1`) or a numbered series (`grade 1`, `grade 2`) have their class's number.
 
-    Where they have others, a folder `1` may mean the label with that number as well as the class.
+    If not, a folder `1` could mean the label with that number or the class with that number.
     """
     series: dict[str, set[tuple[int, float]]] = {}
     for i, name in names:

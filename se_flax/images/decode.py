@@ -11,10 +11,10 @@ from PIL import ExifTags, Image
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
-"""What a file's content may be, whatever its name. Pillow knows many more, and starts other programs for some."""
+"""Allowed formats of a file's content, whatever its suffix. Pillow has more, and starts other programs for some."""
 
 MOST_PIXELS = 1 << 25
-"""What a resize may take beyond the image's own pixels; 128 MiB, as Pillow holds four bytes for each."""
+"""Most pixels of intermediate and final images of a resize; 128 MiB at Pillow's four bytes per pixel."""
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,7 +25,8 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets an image upright, by its orientation in EXIF; 1 is upright already. From 5 on, width and height change."""
+"""Transposition that sets an image upright, by its EXIF orientation; 1 is upright. From 5 on it swaps width and height.
+"""
 
 
 class UnreadableImage(Exception):
@@ -33,12 +34,12 @@ class UnreadableImage(Exception):
 
 
 class ExtremeShape(UnreadableImage):
-    """An image that is so much longer than wide that resizing it would take too much memory."""
+    """An image with such an extreme aspect ratio that resizing it would take too much memory."""
 
 
 @contextlib.contextmanager
 def damage_is_unreadable() -> Iterator[None]:
-    """Turns whatever reading or decoding an image raises into `UnreadableImage`.
+    """Turns any exception from reading or decoding an image into `UnreadableImage`.
 
     Raises:
       UnreadableImage: with the reason.
@@ -47,26 +48,26 @@ def damage_is_unreadable() -> Iterator[None]:
         yield
     except UnreadableImage:
         raise
-    except Image.UnidentifiedImageError as error:  # its own text holds a memory address
+    except Image.UnidentifiedImageError as error:  # its message has a memory address
         raise UnreadableImage(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
     except MemoryError as error:
         raise UnreadableImage("not enough memory for it") from error
-    except Exception as error:  # what a decoder raises depends on the format and on where the damage is
+    except Exception as error:  # which exception depends on the format and the damage
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(" ".join(str(reason).split())) from error
 
 
 def open_image(image: bytes | np.ndarray) -> Image.Image:
-    """Reads the header of an encoded image; the pixels follow when they are converted.
+    """Opens an image; of an encoded one only the header is read, and the pixels when they are converted.
 
     Args:
       image: an encoded image, or uint8 `[H, W, C]` with 1 or 3 channels.
 
     Returns:
-      The image, not yet decoded where it is a file.
+      The image, not decoded yet if it is encoded.
 
     Raises:
-      UnreadableImage: it is empty, of none of the `FORMATS`, or an array of another shape or dtype.
+      UnreadableImage: the image is empty, of none of the `FORMATS`, or an array of another shape or dtype.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
@@ -80,21 +81,21 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    Image.init()  # Pillow may have been built without some
+    Image.init()  # Pillow may be built without some formats
     return tuple(name.upper() for name in FORMATS if name.upper() in Image.OPEN)
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera was held, as EXIF says it (or XMP in its place, as Pillow's own `exif_transpose` reads it).
+    """The orientation in an image's EXIF data (or in XMP, as in Pillow's `exif_transpose`).
 
     Args:
-      image: it is decoded, unless it is a JPEG, which says so before its pixels.
+      image: the image; it is decoded unless it is a JPEG, whose EXIF data come before the pixels.
 
     Returns:
-      1 to 8, see `ORIENTATIONS`; 1 where nothing is said or the EXIF data are damaged, as viewers do.
+      1 to 8, see `ORIENTATIONS`; 1 without EXIF data or for damaged ones, as in viewers.
 
     Raises:
-      UnreadableImage: when it cannot be decoded.
+      UnreadableImage: the image cannot be decoded.
     """
     if image.format not in ("JPEG", "MPO"):
         with damage_is_unreadable():
@@ -102,28 +103,28 @@ def orientation(image: Image.Image) -> int:
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation)
         return turn if turn in ORIENTATIONS else 1
-    except Exception:  # what damaged EXIF data raise depends on the damage; the pixels are none the worse
+    except Exception:  # the EXIF data are damaged; the pixels can still be read
         return 1
 
 
 def to_rgb(image: Image.Image, mode: str = "RGB", *, exif_orientation: bool = True) -> Image.Image:
     """Decodes, converts to RGB and sets upright.
 
-    Transparency is dropped, as torchvision, timm and TensorFlow do: published weights were trained that way. 16-bit
-    greys keep their high byte, as Pillow itself does with 16-bit colours; its own conversion of greys would turn
+    Transparency is dropped, as in torchvision, timm and TensorFlow, and so in the training of published weights. 16-bit
+    grey values keep their high byte, as Pillow does for 16-bit colours; Pillow's conversion of 16-bit grey would turn
     everything above 255 white.
 
     Args:
       image: of any mode.
-      mode: `RGB`, or another one of eight bits a channel that a network takes: `L`, `RGBA`.
-      exif_orientation: turn the image as its EXIF data say; False leaves it as it is stored, as torchvision does (but
-        for TIFF, which Pillow turns by itself).
+      mode: `RGB`, `L` or `RGBA`, whichever the network takes.
+      exif_orientation: rotate the image as its EXIF data say; False leaves it as stored, as torchvision does (except
+        for TIFF, which Pillow rotates by itself).
 
     Returns:
       The decoded image in that mode.
 
     Raises:
-      UnreadableImage: when it cannot be decoded.
+      UnreadableImage: the image cannot be decoded.
     """
     with damage_is_unreadable():
         image.load()
@@ -131,16 +132,16 @@ def to_rgb(image: Image.Image, mode: str = "RGB", *, exif_orientation: bool = Tr
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if "transparency" in image.info:
-            image = image.convert("RGBA")  # a palette with transparency warns when it goes straight to RGB
-        image = image if image.mode == mode else image.convert(mode)  # to its own mode it would copy
+            image = image.convert("RGBA")  # Pillow warns for a palette with transparency
+        image = image if image.mode == mode else image.convert(mode)  # converting to the same mode would copy
         return image if turn is None else image.transpose(turn)
 
 
 def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """The image at another size (width, height), antialiased; at its own size untouched, bit by bit.
+    """Resizes to (width, height), antialiased; an image of that size is returned unchanged.
 
     Raises:
-      UnreadableImage: it takes too much memory, see `check_resize`.
+      UnreadableImage: the resize takes too much memory, see `check_resize`.
     """
     if image.size == size:
         return image
@@ -150,16 +151,16 @@ def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resamplin
 
 
 def check_resize(given: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """Refuses what would take more than `MOST_PIXELS` on its way, and more than the image and the square it ends in.
+    """Refuses a resize with more pixels than `MOST_PIXELS`, the image itself, and the square of the new short side.
 
-    A strip of 2 x 6000 pixels fits into 150 bytes, and with a short side of 256 it has 197 million pixels.
+    A strip of 2 x 6000 pixels fits into 150 bytes; resized to a short side of 256 it has 197 million pixels.
 
     Args:
       given: width and height before.
-      wanted: width and height after; a resize goes from one to the other a direction at a time.
+      wanted: width and height after. Pillow resizes one direction after the other, so the intermediate image counts.
 
     Raises:
-      ExtremeShape: with the numbers.
+      ExtremeShape: the resize takes too many pixels.
     """
     width, height = (max(pair) for pair in zip(given, wanted, strict=True))
     most = max(MOST_PIXELS, given[0] * given[1], min(wanted) ** 2)
@@ -171,7 +172,7 @@ def check_resize(given: tuple[int, int], wanted: tuple[int, int]) -> None:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The central `size` x `size` pixels, rounded as torchvision does; black where the image is smaller.
+    """The central `size` x `size` pixels, with torchvision's rounding; black outside of a smaller image.
 
     Returns:
       uint8 `[size, size, C]`, without the last axis for a grey image.
@@ -181,6 +182,6 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def short_side_and_centre(image: Image.Image, short: int, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Short side to `short`, the other rounded down, then the central `size` x `size`; see `centre_crop`."""
+    """Resizes the short side to `short`, the other rounded down, then crops the central `size` x `size` pixels."""
     least = min(image.size)
     return centre_crop(resized(image, (short * image.width // least, short * image.height // least), resample), size)

@@ -14,7 +14,7 @@ class Label(NamedTuple):
 
 @functools.cache
 def imagenet_labels() -> tuple[Label, ...]:
-    """The classes of ILSVRC 2012 in the order of every network's outputs: by WordNet id.
+    """The classes of ILSVRC 2012 in the order of the logits: by WordNet id.
 
     The names are the lemmas of WordNet 3.0 (Princeton University).
 

@@ -1,4 +1,4 @@
-"""Image preprocessing as data that travels with the weights."""
+"""Image preprocessing as plain data that is saved with the weights."""
 
 import math
 import os
@@ -28,7 +28,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 SETTINGS = ("image_size", "crop", "crop_mode", "interpolation", "mean", "std")
-"""What a checkpoint says of its images; what it leaves out is assumed."""
+"""The settings that a checkpoint may define; the others are assumed."""
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -37,23 +37,23 @@ ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 class Preprocess:
     """Resize, crop and normalisation that belong to a checkpoint.
 
-    An image is decoded, set upright, brought to `resize` pixels by `interpolation`, its centre of `image_size` pixels
-    is cut out, its values are scaled to [0, `input_max`], and `(value - mean) / std` goes to the network: timm's
-    evaluation transform (`timm/data/transforms_factory.py`, `transforms_imagenet_eval`), with Pillow's antialiased
-    resize.
+    An image is decoded, set upright and resized to `resize` pixels by `interpolation`; the centre of `image_size`
+    pixels is cropped, the values are scaled to [0, `input_max`] and normalised as `(value - mean) / std`. This is
+    timm's evaluation transform (`timm/data/transforms_factory.py`, `transforms_imagenet_eval`), with Pillow's
+    antialiased resize.
 
     Attributes:
-      image_size: side of what the network gets, in pixels.
-      crop: `image_size` over the side after the resize; 1 takes everything that the crop mode leaves.
+      image_size: height and width of the network's input in pixels.
+      crop: `image_size` over the size after the resize; 1 crops nothing from the resized short side.
       crop_mode: `center` keeps the aspect ratio and resizes the short side; `squash` resizes both sides.
       interpolation: `bilinear` or `bicubic`.
       mean: per channel, in the network's colour order, of values in [0, input_max].
       std: likewise.
       color_order: `rgb` or `bgr`.
-      input_max: what a full channel is before the mean is taken off: 1, or 255 for networks trained on bytes.
-      exif_orientation: turn a picture as its EXIF data say (a phone's photograph); False takes it as it is stored, as
+      input_max: greatest value of a channel before the mean is subtracted: 1, or 255 for networks trained on bytes.
+      exif_orientation: rotate an image as its EXIF data say (photographs of phones); False takes it as stored, as
         torchvision and timm do.
-      assumed: names of the settings that the checkpoint does not say; `load_pretrained` fills them in and says so.
+      assumed: names of the settings that the checkpoint does not define; `load_pretrained` assumes and reports them.
     """
 
     image_size: int = 224
@@ -99,27 +99,28 @@ class Preprocess:
 
     @property
     def resize(self) -> int:
-        """Side after the resize (the short one under `center`), in pixels; rounded down as timm does."""
+        """Size after the resize (of the short side under `center`), in pixels; rounded down as in timm."""
         return math.floor(self.image_size / self.crop)
 
     @property
     def channels(self) -> int:
-        """How many channels the network takes."""
+        """Number of the network's input channels."""
         return len(self.mean)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
-        """Prepares one image or several.
+        """Prepares one or several images.
 
         Args:
           images: a path, the bytes of a file, a PIL image, a uint8 array `[H, W, C]` or `[N, H, W, C]` (RGB, 0 to
-            255), or a list of these. An array whose sides are `image_size` already counts as resized and cropped: only
-            its values are scaled; everything else goes through resize and crop.
+            255), or a list of these. An array with height and width `image_size` is only normalised; all other images
+            are resized and cropped first.
 
         Returns:
           float32 `[N, image_size, image_size, channels]`; N is 1 for a single image.
 
         Raises:
-          UserError: no such file, not an image, one whose shape is too extreme, or an array of another shape or dtype.
+          UserError: there is no such file, it is not an image, its aspect ratio is too extreme, or an array has another
+            shape or dtype.
         """
         if isinstance(images, np.ndarray) and images.ndim == 4:
             items: list[ImageLike] = list(images)
@@ -144,7 +145,7 @@ class Preprocess:
           uint8 `[image_size, image_size, channels]`, RGB.
 
         Raises:
-          UserError: as `__call__`.
+          UserError: as for `__call__`.
         """
         if hasattr(image, "__array__") and not isinstance(image, Image.Image):
             array = np.asarray(image)
@@ -183,22 +184,22 @@ class Preprocess:
         """
         if self.color_order == "bgr":
             pixels = pixels[..., [2, 1, 0, *range(3, self.channels)]] if self.channels > 1 else pixels
-        # One multiplication and one addition in float64, rounded once: the order of operations differs between
-        # libraries in the last bit of float32, this is what all of them approximate.
+        # One multiplication and one addition in float64, rounded once. Libraries differ in the order of operations and
+        # so in the last bit of float32; this is the value that all of them approximate.
         scale = self.input_max / 255 / np.asarray(self.std)
         return (pixels * scale - np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
 
     def for_channels(self, channels: int) -> "Preprocess":
-        """The same for a network whose stem was adapted to another number of channels.
+        """The same preprocessing for a network whose stem was adapted to another number of channels.
 
-        Grey takes the average of the colours' mean and deviation; a fourth channel those of the first colour, as its
-        weights are copies of that colour's.
+        For grey, mean and std are averaged over the colours. A fourth channel has those of the first colour, since its
+        weights are copies of the first colour's.
 
         Args:
           channels: 1, 3 or 4.
 
         Raises:
-          UserError: another number.
+          UserError: `channels` is another number.
         """
         if channels not in _MODES:
             raise UserError(f"got {channels} channels; images are read with 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -213,7 +214,7 @@ class Preprocess:
         return replace(self, mean=mean, std=std)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for a file beside the weights."""
+        """The settings as plain data, for JSON."""
         data = asdict(self)
         return data if self.assumed else {key: value for key, value in data.items() if key != "assumed"}
 
@@ -222,7 +223,7 @@ class Preprocess:
         """The inverse of `to_json`.
 
         Raises:
-          UserError: unknown names, or values of the wrong kind.
+          UserError: a name is unknown, or a value invalid.
         """
         names = {f.name for f in fields(cls)}
         for name in data:
@@ -238,7 +239,7 @@ class Preprocess:
             raise UserError(f"the preprocessing {dict(data)!r} cannot be used: {error}") from error
 
     def words(self, names: Iterable[str] = SETTINGS) -> str:
-        """Some of the settings as one writes them: `image_size=224, crop=0.875`."""
+        """Some of the settings as text: `image_size=224, crop=0.875`."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @classmethod
@@ -246,8 +247,8 @@ class Preprocess:
         """The preprocessing of a published checkpoint.
 
         Args:
-          weights: its row in the zoo.
-          test_size: take the larger side at which the checkpoint does best, where its source names one.
+          weights: the checkpoint.
+          test_size: take the larger image size at which the checkpoint is most accurate, if its source names one.
         """
         size, crop = weights.image_size, weights.crop
         if test_size:

@@ -1,8 +1,8 @@
-"""Convolution by platform: XLA's own on TPU and GPU, a faster form on a CPU.
+"""Convolution by platform: XLA's own on TPU and GPU, a faster implementation on a CPU.
 
-`jax.lax.platform_dependent` traces the form of every platform, also of those that will not run it. The forms for a CPU
-cut, reshape and loop over maps, which needs heights and widths that are numbers, and images that are not sharded over
-explicit mesh axes; elsewhere every platform gets XLA's own.
+`jax.lax.platform_dependent` traces the implementations of all platforms, also of those that will not run. The
+implementations for a CPU slice, reshape and loop over feature maps. They need a concrete height and width, and images
+that are not sharded over explicit mesh axes; otherwise every platform gets XLA's convolution.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,10 @@ def convolve(
       strides: along the spatial axes.
       padding: `"SAME"`, `"VALID"` or ((top, bottom), (left, right)).
       dilation: spacing of the kernel's taps along the spatial axes.
-      groups: input and output channels are split in so many groups.
+      groups: number of groups that the input and output channels are split into.
 
     Returns:
-      [N, h, w, features], of the same dtype. On explicit mesh axes it is sharded as the images are, and its features
-      are on every device.
+      [N, h, w, features], of the same dtype. On explicit mesh axes only N is sharded, as in x.
     """
     sides = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:-2], dilation, strict=True)]
     pads = jax.lax.padtype_to_pads(x.shape[1:-1], sides, strides, padding) if isinstance(padding, str) else padding
@@ -57,5 +56,5 @@ def convolve(
 
 
 def _fits_cpu_forms(x: Array) -> bool:
-    """Whether there are height and width, both are numbers, and there is at least one image of at least one pixel."""
+    """Whether x is [N, H, W, C] with concrete H, W and C, and not empty."""
     return x.ndim == 4 and all(isinstance(side, int) for side in x.shape[1:]) and 0 not in x.shape

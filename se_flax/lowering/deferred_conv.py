@@ -1,21 +1,20 @@
 """Batch norm after a 1x1 convolution without materialising the convolution's output (TPU training).
 
-The map x [pixels, I], the convolution y = x W with W [I, C], and the norm behind it, v = a * y + b. A bottleneck's last
-convolution makes four channels of one, so every pass over y costs four over x, and none is needed:
+Let x [pixels, I] be the feature map, y = x W with W [I, C] the convolution, and v = a * y + b the norm. The last
+convolution of a bottleneck has C = 4 I, so that a pass over y costs four over x. No pass over y is needed:
 
-- the statistics are mean(x) W and, for the mean square, diag(W' G W) with the products of all pairs of x's channels,
-  G = x' x / pixels;
-- v is written in the pass that makes y, since a and b are known by then;
-- with v's gradient g, the gradient of a is the sum over W * (x' g), of which x' g is W's own gradient;
-- what the statistics send back, a multiple of y per channel, reaches x as x (W D W') with a diagonal D: a product of
-  the small map with a small matrix.
+- the batch mean is mean(x) W; the mean square is diag(W' G W) with G = x' x / pixels, the second moments of x;
+- y is computed and normalised in one pass, since a and b are known before it;
+- with g, the gradient of v, the gradient of a is the sum over I of W * (x' g), and x' g is needed for W's gradient too;
+- the gradient through the statistics, a multiple of y per channel, reaches x as x W D W' with a diagonal D: a product
+  of the small map and a small matrix.
 
-So y is neither written nor kept. Only with a gate per image (a [N, 1, 1, C]) y is needed once more, for the gate's
-gradient, and is made again in the pass that sums it up. To the convolution's three products this adds I / C of one for
-G, as much for the way back, and with a gate one more.
+So y is neither materialised nor stored for the backward pass. Only with gates (a is [N, 1, 1, C]) the backward pass
+computes y again, to sum the gradient of the gates. Beside the convolution's three matrix products this costs I / C of a
+product for G, as much for G's gradient, and with gates one product more.
 
-That is how a norm with `defer_conv` does it on a TPU, where products are cheap beside passes over memory. On a CPU the
-passes saved cost less than the products, and on a GPU it was not measured; there y is a map like any other.
+A norm with `defer_conv` does this on a TPU, where matrix products are cheap beside passes over memory. On a CPU the
+products cost more than the passes saved; on a GPU it was not measured. There y is materialised as usual.
 """
 
 from collections.abc import Callable
@@ -30,12 +29,12 @@ from se_flax.lowering.convolution import convolve
 
 Array = jax.Array
 
-# Of float32 numbers a TPU multiplies the leading half only, unless told otherwise; a variance is a small difference.
+# By default a TPU rounds float32 factors to bfloat16: too coarse for a variance, the difference of two moments.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 class DeferredConv(NamedTuple):
-    """The output of a 1x1 convolution, and what it is the product of.
+    """The output of a 1x1 convolution, with its input and kernel.
 
     Attributes:
       output: [N, H, W, C]; on a TPU an unused placeholder of zeros, removed as dead code.
@@ -49,28 +48,28 @@ class DeferredConv(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the output."""
+        """Shape of the output."""
         return self.output.shape
 
     @property
     def dtype(self) -> Any:
-        """Of the output."""
+        """Dtype of the output."""
         return self.output.dtype
 
     def written(self) -> Array:
-        """The output [N, H, W, C] in memory, for whoever needs all of it."""
+        """Computes the whole output [N, H, W, C]."""
         return _convolved(self.x, self.kernel)
 
 
 def defer_conv(x: Array, kernel: Array) -> DeferredConv:
-    """The 1x1 convolution of x, for a norm behind it.
+    """The 1x1 convolution of x, for a norm after it.
 
     Args:
       x: [N, H, W, I].
       kernel: [I, C], of the same dtype.
 
     Returns:
-      To be used with the functions of this module.
+      The deferred output, for the functions of this module.
     """
 
     def absent(x: Array, kernel: Array) -> Array:
@@ -84,7 +83,7 @@ def _convolved(x: Array, kernel: Array) -> Array:
 
 
 def image_means(y: Array | DeferredConv) -> Array:
-    """Means over the spatial axes: float32 [N, 1, 1, C] of y [N, H, W, C]."""
+    """Means of y [N, H, W, C] over the spatial axes, float32 [N, 1, 1, C]."""
     return _by_platform(y, _means_through, _image_means)
 
 
@@ -93,14 +92,14 @@ def moments(y: Array | DeferredConv, means: Array | None = None) -> tuple[Array,
 
     Args:
       y: [..., C].
-      means: y's `image_means` if they are there; the sums over the images come last then.
+      means: `image_means` of y, to derive the mean from; None computes it.
 
     Returns:
       Two float32 [C].
     """
     if means is not None:
         axes = tuple(range(means.ndim - 1))
-        squares = _by_platform(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_wide(y))), axes))
+        squares = _by_platform(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_to_float32(y))), axes))
         return jnp.mean(means, axes), squares
     return _by_platform(y, _moments_through, _moments)
 
@@ -109,7 +108,7 @@ def affine(y: Array | DeferredConv, factor: Array | None, offset: Array | None, 
     """The affine function factor * y + offset, computed in float32.
 
     Args:
-      y: [..., C]; [N, H, W, C] where the others have an axis of images.
+      y: [..., C]; [N, H, W, C] if factor and offset are per image.
       factor: float32 [C] or [N, 1, 1, C]; None for the identity.
       offset: likewise.
       dtype: of the result.
@@ -121,7 +120,7 @@ def affine(y: Array | DeferredConv, factor: Array | None, offset: Array | None, 
         return (y.written() if isinstance(y, DeferredConv) else y).astype(dtype)
 
     def plain(y: Array, factor: Array, offset: Array) -> Array:
-        return _affine(_wide(y), factor, offset).astype(dtype)
+        return _affine(_to_float32(y), factor, offset).astype(dtype)
 
     return _by_platform(y, partial(_affine_through, dtype), plain, factor, offset)
 
@@ -141,7 +140,7 @@ def _pick(*operands: Any, tpu: Callable[..., Any], default: Callable[..., Any]) 
     return jax.lax.platform_dependent(*operands, tpu=tpu, default=default)
 
 
-def _wide(x: Array) -> Array:
+def _to_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -150,41 +149,41 @@ def _affine(y: Array, factor: Array, offset: Array) -> Array:
 
 
 def _image_means(y: Array) -> Array:
-    return jnp.mean(_wide(y), tuple(range(1, y.ndim - 1)), keepdims=True)
+    return jnp.mean(_to_float32(y), tuple(range(1, y.ndim - 1)), keepdims=True)
 
 
 def _moments(y: Array) -> tuple[Array, Array]:
-    axes, wide = tuple(range(y.ndim - 1)), _wide(y)
-    return jnp.mean(wide, axes), jnp.mean(jnp.square(wide), axes)
+    axes, y32 = tuple(range(y.ndim - 1)), _to_float32(y)
+    return jnp.mean(y32, axes), jnp.mean(jnp.square(y32), axes)
 
 
 def _means_through(x: Array, kernel: Array) -> Array:
-    return jnp.matmul(_image_means(x), _wide(kernel), precision=_EXACT)
+    return jnp.matmul(_image_means(x), _to_float32(kernel), precision=_EXACT)
 
 
 def _squares_through(x: Array, kernel: Array) -> Array:
-    wide = _wide(kernel)
-    return jnp.sum(wide * jnp.matmul(_channel_products(x), wide, precision=_EXACT), 0)
+    kernel = _to_float32(kernel)
+    return jnp.sum(kernel * jnp.matmul(_channel_products(x), kernel, precision=_EXACT), 0)
 
 
 def _moments_through(x: Array, kernel: Array) -> tuple[Array, Array]:
-    mean = jnp.matmul(jnp.mean(_wide(x), (0, 1, 2)), _wide(kernel), precision=_EXACT)
+    mean = jnp.matmul(jnp.mean(_to_float32(x), (0, 1, 2)), _to_float32(kernel), precision=_EXACT)
     return mean, _squares_through(x, kernel)
 
 
-def _times(x: Array, matrix: Array) -> Array:
+def _matmul(x: Array, matrix: Array) -> Array:
     return jax.lax.dot_general(x, matrix.astype(x.dtype), (((3,), (0,)), ((), ())), preferred_element_type=x.dtype)
 
 
 def _pixel_products(a: Array, b: Array, precision: Any = None) -> Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
     axes = ((0, 1, 2), (0, 1, 2))
-    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=wide)
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
 def _channel_products(x: Array) -> Array:
-    """Means over the pixels of the products of all pairs of channels: float32 [I, I] of x [N, H, W, I]."""
+    """Second moments of the channels, x' x / pixels: x [N, H, W, I] to float32 [I, I]."""
     return _pixel_products(x, x, _EXACT) / (x.size // x.shape[-1])
 
 
@@ -193,8 +192,8 @@ def _channel_products_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _channel_products_backward(x: Array, gradient: Array) -> tuple[Array]:
-    # Differentiation on its own makes two products of it, one for each factor.
-    return (_times(x, (gradient + gradient.T) / (x.size // x.shape[-1])),)
+    # Automatic differentiation would make two matrix products, one per factor.
+    return (_matmul(x, (gradient + gradient.T) / (x.size // x.shape[-1])),)
 
 
 _channel_products.defvjp(_channel_products_forward, _channel_products_backward)
@@ -202,7 +201,7 @@ _channel_products.defvjp(_channel_products_forward, _channel_products_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine_through(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> Array:
-    return _affine(_wide(_times(x, kernel)), factor, offset).astype(dtype)
+    return _affine(_to_float32(_matmul(x, kernel)), factor, offset).astype(dtype)
 
 
 def _affine_forward(dtype: Any, x: Array, kernel: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
@@ -217,21 +216,21 @@ def _affine_backward(dtype: Any, saved: Any, gradient: Array) -> tuple[Array, ..
 
 def _per_channel_backward(x: Array, kernel: Array, factor: Array, gradient: Array) -> tuple[Array, ...]:
     gradient = gradient.astype(x.dtype)
-    wide, products = _wide(kernel), _pixel_products(x, gradient)
+    kernel32, products = _to_float32(kernel), _pixel_products(x, gradient)
     factor = broadcast_to_rank(factor, 2)
-    of_x = _times(gradient, (wide * factor).T)
-    of_kernel = (products * factor).astype(kernel.dtype)
-    return of_x, of_kernel, jnp.sum(wide * products, 0), jnp.sum(_wide(gradient), (0, 1, 2))
+    dx = _matmul(gradient, (kernel32 * factor).T)
+    dkernel = (products * factor).astype(kernel.dtype)
+    return dx, dkernel, jnp.sum(kernel32 * products, 0), jnp.sum(_to_float32(gradient), (0, 1, 2))
 
 
 def _per_image_backward(x: Array, kernel: Array, factor: Array, gradient: Array) -> tuple[Array, ...]:
-    wide = _wide(gradient)
-    # Without the barrier the compiler sees that this is the forward's product and keeps that until here.
-    again = _times(x, jax.lax.optimization_barrier(kernel))
-    of_factor = jnp.sum(_wide(again) * wide, (1, 2), keepdims=True)
-    scaled = (wide * factor).astype(x.dtype)
-    of_kernel = _pixel_products(x, scaled).astype(kernel.dtype)
-    return _times(scaled, kernel.T), of_kernel, of_factor, jnp.sum(wide, (1, 2), keepdims=True)
+    gradient = _to_float32(gradient)
+    # Without the barrier XLA would recognise the forward pass's product and store it until here.
+    y = _matmul(x, jax.lax.optimization_barrier(kernel))
+    dfactor = jnp.sum(_to_float32(y) * gradient, (1, 2), keepdims=True)
+    dy = (gradient * factor).astype(x.dtype)
+    dkernel = _pixel_products(x, dy).astype(kernel.dtype)
+    return _matmul(dy, kernel.T), dkernel, dfactor, jnp.sum(gradient, (1, 2), keepdims=True)
 
 
 _affine_through.defvjp(_affine_forward, _affine_backward)

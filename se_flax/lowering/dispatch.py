@@ -13,15 +13,15 @@ Array = jax.Array
 
 @lru_cache(maxsize=1024)
 def memoized_partial(function: Callable[..., Any], *settings: Any, **named: Any) -> Callable[..., Any]:
-    """`functools.partial`, the same object for the same settings.
+    """Memoised `functools.partial`: equal settings give the same object.
 
-    JAX keeps what it traced of a function that is given to a transformation or a branch, and its derivative, by the
-    function itself and the shapes of the arrays. A new closure for each layer is traced each time.
+    JAX's trace cache looks a function up by its identity and the shapes of the arrays. It would trace a new closure for
+    every layer, and differentiate it, again.
 
     Args:
-      function: of these settings and of arrays.
-      *settings: hashable, before the arrays.
-      **named: hashable, by name.
+      function: of settings and arrays.
+      *settings: positional arguments before the arrays; hashable.
+      **named: keyword arguments; hashable.
 
     Returns:
       The function of the arrays alone.
@@ -32,13 +32,13 @@ def memoized_partial(function: Callable[..., Any], *settings: Any, **named: Any)
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False, init=False)
 class Function:
-    """A function that is given to a call of a Linen module, and called like it.
+    """Wrapper of a function that is an argument of a Linen module's call: a pytree without leaves.
 
-    `nn.tabulate` takes every leaf of what a call was given for an array, and JAX warns of a leaf that is none (in a
-    later version it is an error). This is a tree without leaves.
+    `nn.tabulate` takes every leaf of a call's arguments for an array, and JAX warns of a leaf that is not one (a later
+    version raises).
 
     Attributes:
-      name: what the table shows.
+      name: the function's name, for the table.
     """
 
     name: str
@@ -48,25 +48,25 @@ class Function:
         while isinstance(own, partial):
             own = own.func
         object.__setattr__(self, "name", getattr(own, "__name__", type(own).__name__))
-        # Not a field: the table would show it with all that it holds.
+        # Not a field: the table would show its repr.
         object.__setattr__(self, "_function", function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """Calls the function."""
         return self.function(*args, **kwargs)
 
     @property
     def function(self) -> Any:
-        """The function itself, which JAX knows again where it is given to a transformation."""
+        """The wrapped function; JAX's trace cache is keyed by its identity."""
         return self.__dict__["_function"]
 
 
 def share_computation(x: Array) -> Array:
     """Makes all consumers of an array share one computation of it on a CPU; the identity elsewhere.
 
-    XLA's fusion on a CPU computes what is cheap again for each reader. A residual network's sum is cheap, and has two:
-    the next block's convolution and its sum. So every sum of a stage starts again from the first block's, which takes
-    more and more maps to read, and keeps all of them.
+    On a CPU, XLA's fusion recomputes a cheap producer in each consumer. A residual sum is cheap and has two consumers,
+    the next block's convolution and its sum. So every sum of a stage would be recomputed from the stage's first block,
+    reading one map more per block and keeping all of them alive.
 
     Args:
       x: any array.
@@ -78,7 +78,7 @@ def share_computation(x: Array) -> Array:
 
 
 def _as_it_is(x: Array) -> Array:
-    # With a name: JAX traces the same function once for all arrays of a shape.
+    # Not a lambda, so that JAX's trace cache hits.
     return x
 
 
@@ -93,12 +93,12 @@ def materialize(x: Array) -> Array:
     Returns:
       The same.
     """
-    # A function of its own, that is not to be merged into the program, is what its operand is computed for.
+    # XLA computes the operand of a call to a function that may not be inlined.
     with set_xla_metadata(inlineable="false"):
         return _same(x)
 
 
 @jax.jit
 def _same(x: Array) -> Array:
-    # The bare identity would be taken out before XLA sees it.
+    # JAX would remove a bare identity.
     return jax.lax.optimization_barrier(x)

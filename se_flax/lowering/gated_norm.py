@@ -1,17 +1,17 @@
 """Fused batch norm, activation and channel gate with custom derivatives, for blocks that squeeze after the activation.
 
-The map u, its norm v = a * u + b, the activation z = f(v), the squeeze m = mean(z) over H and W, the gate s(m), and
-y = s * z. The gate needs all of z, so one read of u more than the norm and the activation make is the least. The rest
-can be had for nothing, and differentiation on its own does not find it:
+Let u be the feature map, v = a * u + b its norm, z = f(v) the activation, m = mean(z) over H and W the squeeze, s(m)
+the gate, and y = s * z. The gate depends on all of z, so at least one pass over u is needed besides that for y. The
+custom VJPs add no others, where automatic differentiation would:
 
-- the squeeze's gradient needs the means of f'(v) and f'(v) * u, which the forward read gives as well;
-- what the gate's, the factor's and the offset's gradients sum over the map, one read of u and of y's gradient gives
-  together, per image; only sums of sums are left when the gate's own gradient has been found.
+- the squeeze's gradient needs the means of f'(v) and f'(v) * u, which the forward pass over u computes too;
+- the gradients of gate, factor and offset are sums over the map, and one pass over u and the gradient of y computes all
+  of them per image; only these sums are added once the gradient of the gate is known.
 
-On a CPU the loops are not fused so, and plain differentiation is faster.
+XLA does not fuse these loops on a CPU, where plain differentiation is faster and is used.
 
-Gradients and derivatives of gradients (Hessian-vector products in either order) can be taken everywhere; the forward
-derivative of the functions themselves (`jax.jvp`, `jax.jacfwd`) on a CPU only, where they are the plain ones.
+Gradients and derivatives of gradients (Hessian-vector products in either order) work everywhere. Forward derivatives of
+the functions themselves (`jax.jvp`, `jax.jacfwd`) work on a CPU only.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def gate_after_act(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
     Returns:
       [N, H, W, C].
     """
-    # One copy per image, so that the sums of the backward pass end before the images are added up.
+    # Broadcast per image: the backward pass then sums over H and W only, and over the images afterwards.
     factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
     return jax.lax.platform_dependent(
         u,
@@ -80,7 +80,7 @@ def _sum(x: Array) -> Array:
     return jnp.sum(x, (1, 2), keepdims=True)
 
 
-def _with_slope(act: Activation, v: Array) -> tuple[Array, Array]:
+def _act_and_derivative(act: Activation, v: Array) -> tuple[Array, Array]:
     return jax.jvp(act, (v,), (jnp.ones_like(v),))
 
 
@@ -98,18 +98,18 @@ def _squeeze(act: Activation, u: Array, factor: Array, offset: Array) -> Array:
 
 
 def _squeeze_forward(act: Activation, u: Array, factor: Array, offset: Array) -> tuple[Array, Any]:
-    wide = u.astype(jnp.float32)
-    z, slope = _with_slope(act, _affine(u, factor, offset))
-    return _mean(z), (u, factor, offset, _mean(slope), _mean(slope * wide))
+    u32 = u.astype(jnp.float32)
+    z, d_act = _act_and_derivative(act, _affine(u, factor, offset))
+    return _mean(z), (u, factor, offset, _mean(d_act), _mean(d_act * u32))
 
 
 def _squeeze_backward(act: Activation, saved: Any, gradient: Array) -> tuple[Array, Array, Array]:
-    u, factor, offset, slope, slope_u = saved
-    _, local = _with_slope(act, _affine(u, factor, offset))
+    u, factor, offset, mean_d_act, mean_d_act_u = saved
+    _, d_act = _act_and_derivative(act, _affine(u, factor, offset))
     pixels = u.shape[1] * u.shape[2]
-    of_u = (gradient / pixels * broadcast_to_rank(factor, u.ndim) * local).astype(u.dtype)
-    of_factor, of_offset = (jnp.sum(gradient * x, (0, 1, 2)) for x in (slope_u, slope))
-    return matched(of_u, u), matched(of_factor, factor), matched(of_offset, offset)
+    du = (gradient / pixels * broadcast_to_rank(factor, u.ndim) * d_act).astype(u.dtype)
+    dfactor, doffset = (jnp.sum(gradient * x, (0, 1, 2)) for x in (mean_d_act_u, mean_d_act))
+    return matched(du, u), matched(dfactor, factor), matched(doffset, offset)
 
 
 _squeeze.defvjp(_squeeze_forward, _squeeze_backward)
@@ -131,12 +131,12 @@ def _gate_forward(act: Activation, dtype: Any, *operands: Array) -> tuple[Array,
 def _gate_backward(act: Activation, dtype: Any, saved: Any, gradient: Array) -> tuple[Array, ...]:
     del dtype
     u, factor, offset, gates = saved
-    wide, gradient = u.astype(jnp.float32), gradient.astype(jnp.float32)
-    z, slope = _with_slope(act, wide * factor + offset)
-    inner = gradient * slope
-    of_u = (gates * factor * inner).astype(u.dtype)
-    gradients = of_u, gates * _sum(inner * wide), gates * _sum(inner), _sum(gradient * z)
-    return tuple(matched(of_x, x) for of_x, x in zip(gradients, saved, strict=True))
+    u32, gradient = u.astype(jnp.float32), gradient.astype(jnp.float32)
+    z, d_act = _act_and_derivative(act, u32 * factor + offset)
+    inner = gradient * d_act
+    du = (gates * factor * inner).astype(u.dtype)
+    gradients = du, gates * _sum(inner * u32), gates * _sum(inner), _sum(gradient * z)
+    return tuple(matched(dx, x) for dx, x in zip(gradients, saved, strict=True))
 
 
 _gate.defvjp(_gate_forward, _gate_backward)

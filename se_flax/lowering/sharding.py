@@ -1,9 +1,9 @@
 """Explicit mesh axes (`jax.sharding.AxisType.Explicit`, the default of `jax.make_mesh`).
 
-On explicit axes an array's sharding is part of its type, and JAX refuses an operation whose result's sharding would be
-ambiguous. The rule here: images stay sharded as they are; kernels, and channels where an operation mixes them, are
-gathered first. So parameters may be sharded in any way (fully sharded data parallelism, FSDP), and their gradients are
-sharded as they are. On automatic axes and inside `jax.shard_map` nothing changes.
+On explicit axes an array's sharding is part of its type, and JAX refuses an operation whose result would have an
+ambiguous sharding. The rule of this package: images keep their sharding; kernels, and channels where an operation mixes
+them, are gathered first. So parameters may have any sharding (fully sharded data parallelism, FSDP), and their
+gradients have the same. On automatic axes and inside `jax.shard_map` nothing changes.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ def has_explicit_axes(*arrays: Array) -> bool:
 
 
 def gathered(x: Array, *axes: int) -> Array:
-    """The array with some of its axes on every device.
+    """Gathers an array along some of its axes (all-gather).
 
     Args:
       x: any array.
-      *axes: which of its axes; all when none is named.
+      *axes: the axes to gather; all if none is given.
 
     Returns:
-      The same numbers, not sharded along these axes; `x` itself where they are not sharded explicitly.
+      The array, not sharded along these axes; `x` itself if they are not sharded explicitly.
     """
     if not has_explicit_axes(x):
         return x
@@ -40,15 +40,15 @@ def gathered(x: Array, *axes: int) -> Array:
 
 
 def over_images(function: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
-    """Applies a function of maps and a kernel to the maps of every device by themselves.
+    """Applies a function of maps and a kernel on each device separately, with `jax.shard_map`.
 
     XLA's partitioner multiplies the gradient of a grouped convolution's kernel by the size of each mesh axis that the
-    images are not sharded over (seen with JAX 0.10.2 and 0.12.0). Inside `jax.shard_map` nothing is left to partition.
+    images are not sharded over (seen with JAX 0.10.2 and 0.12.0). Inside `jax.shard_map` it has nothing to partition.
 
     Args:
-      function: of maps [n, ..., C] and the kernel to maps [n, ..., features], image by image.
-      x: [N, ..., C], with explicit axes or with a kernel that has them.
-      kernel: in any way sharded; gathered.
+      function: from maps [n, ..., C] and the kernel to maps [n, ..., features]; independent for each image.
+      x: [N, ..., C]; it or the kernel has explicit axes.
+      kernel: of any sharding; it is gathered.
 
     Returns:
       [N, ..., features]; N is sharded as in x, the other axes are not.
@@ -60,13 +60,13 @@ def over_images(function: Callable[[Array, Array], Array], x: Array, kernel: Arr
 
 
 def matched(x: Array, like: Array) -> Array:
-    """The array, sharded as another one of its shape: what a custom derivative owes the operand that it differentiates.
+    """Reshards an array as another one. A custom VJP must give its cotangents the shardings of the primals.
 
     Args:
       x: any array.
-      like: of the same shape.
+      like: array of the same shape.
 
     Returns:
-      The numbers of `x`; `x` itself without explicit axes.
+      `x` with the sharding of `like`; `x` itself without explicit axes.
     """
     return jax.sharding.reshard(x, jax.typeof(like).sharding) if has_explicit_axes(like) else x

@@ -1,4 +1,4 @@
-"""Attention over parallel branches: a softmax per channel weighs them (selective kernels, split attention)."""
+"""Attention over parallel branches, weighted by a softmax per channel (selective kernels, split attention)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ def weigh_branches(
     use_bias: bool = False,
     names: tuple[str, str, str] = ("fc_reduce", "bn", "fc_select"),
 ) -> Array:
-    """Sum of branches, each weighed per image and channel (Li et al. 2019; Zhang et al. 2022; section 3.1 of both).
+    """Weighted sum of branches, one weight per image and channel (Li et al. 2019; Zhang et al. 2022; both section 3.1).
 
-    The weights come from the mean of the branches' sum by two layers as in squeeze-and-excitation, and compete in a
-    softmax over the branches. A single branch competes with nothing: its weight is a sigmoid.
+    Squeeze and excitation of the branches' sum give the logits; a softmax over the branches gives the weights. For a
+    single branch the weight is a sigmoid.
 
-    Its layers belong to the module that calls it: `<names[0]>/kernel` [1, 1, C / groups, width], `<names[1]>` a batch
+    The layers are submodules of the calling module: `<names[0]>/kernel` [1, 1, C / groups, width], `<names[1]>` a batch
     norm, `<names[2]>/kernel` [1, 1, width / groups, R * C], and biases.
 
     Args:
@@ -38,10 +38,10 @@ def weigh_branches(
       width: of the hidden layer.
       norm: batch norm between the layers, called as `norm(name=..., dtype=...)(z, train=...)`.
       train: the norm uses the batch's statistics.
-      act: activation after it.
-      groups: channel groups K that are gated apart (ResNeSt's cardinality).
+      act: activation after the norm.
+      groups: channel groups K, each with its own excitation (ResNeSt's cardinality).
       use_bias: biases in both layers.
-      names: of the two layers and the norm between them.
+      names: of the first layer, the norm and the second layer.
 
     Returns:
       [N, H, W, C] of the branches' dtype.
@@ -51,7 +51,7 @@ def weigh_branches(
     def grouped(z: Array, features: int, name: str) -> Array:
         kernel, bias = PointwiseParams(use_bias, name=name)(z.shape[-1] // groups, features)
         z = z.reshape(n, groups, z.shape[-1] // groups)
-        # A grouped kernel holds the outputs of all groups side by side, each over its own group's inputs.
+        # The last axis of a grouped kernel holds the outputs of all groups, one group after the other.
         kernel = kernel.reshape(z.shape[-1], groups, features // groups)
         out = jnp.einsum("ngc,cgm->ngm", z, kernel, precision=jax.lax.Precision.HIGHEST).reshape(n, features)
         return out if bias is None else out + jax.lax.broadcast_to_rank(bias, out.ndim)

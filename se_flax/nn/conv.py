@@ -24,14 +24,14 @@ Dtype = Any
 def normal_fan_out(scale: float) -> nn.initializers.Initializer:
     """Normal with variance scale / (kernel area * features): fan out, He et al. 2015, equation 14.
 
-    The numbers of Flax's `variance_scaling(scale, "fan_out", "normal")`, drawn as a row and then given their shape: the
-    random bits of four axes take XLA up to three times as long to compile, and every shape is compiled once.
+    Same numbers as Flax's `variance_scaling(scale, "fan_out", "normal")`, but drawn in one dimension and reshaped: XLA
+    takes up to three times as long to compile random bits of four axes, and compiles each shape once.
 
     Args:
-      scale: 2 for what a ReLU follows.
+      scale: 2 if a ReLU follows.
 
     Returns:
-      An initialiser of kernels [kh, kw, C / groups, features], float32 where it is not told otherwise.
+      An initialiser of kernels [kh, kw, C / groups, features], float32 by default.
     """
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -39,11 +39,11 @@ def normal_fan_out(scale: float) -> nn.initializers.Initializer:
         row = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
         return row * jnp.sqrt(scale / (math.prod(shape[:-2]) * shape[-1])).astype(dtype)
 
-    # Flax gives shapes as lists, too, which cannot be looked up.
+    # Flax also gives shapes as lists, which are not hashable.
     return lambda key, shape, dtype=jnp.float32: draw(key, tuple(shape), dtype)
 
 
-# As the ResNets of torchvision and timm start.
+# Initialisation of the ResNets in torchvision and timm.
 he_normal_fan_out = normal_fan_out(2.0)
 
 
@@ -52,9 +52,9 @@ class Conv(nn.Module):
 
     Attributes:
       features: output channels.
-      kernel_size: side of the kernel, the same along every spatial axis, or one number per axis: (height, width).
+      kernel_size: one number for all spatial axes, or one per axis: (height, width).
       strides: of all spatial axes.
-      groups: input and output channels are split in so many groups.
+      groups: number of groups that the input and output channels are split into.
       dilation: of all spatial axes.
       padding: `"symmetric"` pads (k - 1) / 2 * dilation on both sides, as PyTorch networks do; `"SAME"` pads as
         TensorFlow does (more at the end when the total is odd); or an explicit ((top, bottom), (left, right)).
@@ -64,7 +64,7 @@ class Conv(nn.Module):
       dtype: of the arithmetic; None takes the input's. Parameters are float32.
 
     Raises:
-      UserError: an input of another rank.
+      UserError: the input has another rank.
     """
 
     features: int
@@ -80,7 +80,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def weights(self, channels: int, axes: int) -> tuple[Array, Array | None]:
-        """The parameters for an input of so many channels and spatial axes: kernel and bias, float32."""
+        """The float32 kernel and bias for an input with so many channels and spatial axes."""
         size = (self.kernel_size,) * axes if isinstance(self.kernel_size, int) else self.kernel_size
         kernel = self.param("kernel", self.kernel_init, (*size, channels // self.groups, self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
@@ -91,7 +91,7 @@ class Conv(nn.Module):
 
         Args:
           x: [N, H, W, C].
-          in_float32: this call's arithmetic is in float32, whatever the module's.
+          in_float32: compute this call in float32, whatever `dtype`.
 
         Returns:
           [N, h, w, features].
@@ -110,24 +110,24 @@ class Conv(nn.Module):
         dtype = jnp.float32 if in_float32 else self.dtype or x.dtype
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         settings = (self.strides,) * axes, padding, (self.dilation,) * axes, self.groups
-        # `init` runs operation by operation, and what takes long is compiling each: XLA's convolution is one.
+        # `init` runs eagerly, and compiling takes most of its time: XLA's convolution is one operation to compile.
         y = xla_convolution(x, kernel, *settings) if self.is_initializing() else convolve(x, kernel, *settings)
         return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(bias).astype(dtype), y.ndim)
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether the kernel is 1x1 and meets every pixel once: the output's mean is the convolution of the input's."""
+        """Whether the convolution is 1x1 without stride or padding: mean(conv(x)) is then conv(mean(x))."""
         adds_no_pixels = self.padding in ("symmetric", "SAME", "VALID")
         return self.kernel_size in (1, (1, 1)) and self.strides == 1 and adds_no_pixels
 
     def widens(self, x: Array) -> bool:
-        """Whether the output has at least twice the channels of x, so that reading x instead of it saves passes."""
+        """Whether a 1x1 convolution gives at least twice the channels of x, so that `deferred` saves memory traffic."""
         pixels = x.shape[1] * x.shape[2] if x.ndim == 4 else 0
         dense = self.is_pointwise and self.groups == 1 and not self.use_bias
         return dense and pixels > 1 and self.features >= 2 * x.shape[-1]
 
     def deferred(self, x: Array) -> DeferredConv:
-        """The output of a convolution that `widens`, not stored on a TPU: for a training `BatchNorm` alone."""
+        """The output, not stored on a TPU; only if the convolution `widens` and a training `BatchNorm` reads it."""
         kernel, _ = self.weights(x.shape[-1], 2)
         dtype = self.dtype or x.dtype
         return defer_conv(x.astype(dtype), kernel[0, 0].astype(dtype))

@@ -1,4 +1,4 @@
-"""The last layer of a network: dense, or comparing directions for losses with a margin (ArcFace, CosFace)."""
+"""The classifier of a network: a dense layer, or cosines for losses with a margin (ArcFace, CosFace)."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ classifier_init = nn.initializers.normal(0.01)
 
 
 class Dense(nn.Dense):
-    """Flax's dense layer, whose parameters are gathered on explicit axes."""
+    """Flax's dense layer, with its parameters gathered on explicit mesh axes."""
 
     def param(self, *args: Any, **kwargs: Any) -> Any:
         """As `flax.linen.Module.param`."""
@@ -28,7 +28,7 @@ class Dense(nn.Dense):
 
 
 def own_dense(classifier: Any) -> Any:
-    """`Dense` in place of Flax's dense layer; any other class or partial as it is."""
+    """`Dense` if the classifier is Flax's dense layer, else the classifier itself."""
     return Dense if classifier is nn.Dense else classifier
 
 
@@ -42,14 +42,14 @@ def classify(
     drop_rate: float = 0.0,
     train: bool = False,
 ) -> Array:
-    """Dropout and the last layer of a network; to be called where the network makes its submodules.
+    """Dropout and classifier, as submodules of the calling module; to be called in a compact method.
 
     Args:
-      x: features [N, C].
+      x: pooled features [N, C].
       classifier: class or partial, called as `classifier(num_classes, kernel_init=..., name=...)`.
-      num_classes: its width; 0 leaves it out.
+      num_classes: number of classes; 0 for no classifier.
       path: names from the network down to the classifier: one, or two where the checkpoints nest it (`head.fc`).
-      kernel_init: of its weights.
+      kernel_init: initialiser of the classifier's kernel.
       drop_rate: of the dropout.
       train: the dropout is active.
 
@@ -89,15 +89,15 @@ class NestedClassifier(nn.Module):
 class CosineClassifier(nn.Module):
     """Scaled cosines between the features and one vector per class (Wang et al. 2018, section 3.1).
 
-    logits_k = scale * <x / |x|, w_k / |w_k|>. It takes the place of a network's dense layer:
+    logits_k = scale * <x / |x|, w_k / |w_k|>. It replaces a network's dense layer:
     `create_model("seresnet50", num_classes=500, classifier=se_flax.CosineClassifier)`.
 
-    Parameters: `kernel` [features, classes]; its columns have any length. No bias.
+    Parameters: `kernel` [features, classes], with columns of any length. No bias.
 
     Attributes:
       features: number of classes.
-      scale: what the cosines are multiplied by, the papers' s; a softmax of bare cosines cannot come close to 1.
-      kernel_init: initialiser of the kernel; only the directions of its columns count.
+      scale: factor of the cosines, the papers' s; without it the softmax cannot come close to 1.
+      kernel_init: initialiser of the kernel; only the directions of its columns matter.
       dtype: accepted for uniformity; the arithmetic is float32 in full precision.
     """
 
@@ -110,7 +110,7 @@ class CosineClassifier(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Args: x [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
         kernel = gathered(self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32))
-        # Angles of a few degrees are what the margin is about: a TPU's default of bfloat16 would blur them.
+        # A margin is a few degrees; a TPU's default of bfloat16 would be too coarse.
         cosines = jnp.matmul(
             _unit(jnp.asarray(x, jnp.float32), -1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST
         )
@@ -118,5 +118,5 @@ class CosineClassifier(nn.Module):
 
 
 def _unit(x: Array, axis: int) -> Array:
-    # A vector of zeros stays one, with a finite gradient.
+    # The maximum keeps the gradient of a zero vector finite.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis, keepdims=True), 1e-12))

@@ -1,4 +1,4 @@
-"""Modules of parallel branches, described as plain data (Szegedy et al. 2015, 2016 and 2017)."""
+"""Inception modules (parallel branches), described as plain data (Szegedy et al. 2015, 2016 and 2017)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Unit:
       features: output channels.
       kernel_size: side of the kernel, or (height, width).
       strides: of both axes.
-      padding: `"symmetric"` keeps the size at stride 1, `"VALID"` has none.
+      padding: `"symmetric"` keeps the size at stride 1; `"VALID"` does not pad.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Unit:
 
 
 Step = Unit | Pool | tuple[Unit, ...]
-"""Of a branch: a unit, a pooling, or several units that read the same map and whose outputs are joined."""
+"""Step of a branch: a unit, a pooling, or several units over the same map, with their outputs concatenated."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Branches that read the same map and whose outputs are joined, or added to that map.
+    """Parallel branches over the same map: their outputs are concatenated, or projected and added to the map.
 
     Attributes:
       name: of the submodule, after torch's module path.
-      branches: each a chain of steps; an empty one hands the map on.
-      scale: factor of the joined branches, behind a 1x1 convolution to the map's width, before they are added to the
-        map (Szegedy et al. 2017, section 3.3); None for the plain join.
-      activated: the sum of a residual module goes through the activation.
+      branches: one chain of steps each; an empty chain is the identity.
+      scale: factor of the residual branch, the concatenation after a 1x1 convolution to the map's channels (Szegedy et
+        al. 2017, section 3.3); None for a module without residual.
+      activated: applies the activation to the sum of a residual module.
     """
 
     name: str
@@ -61,7 +61,8 @@ def average_3x3(x: Array, count_padding: bool = True) -> Array:
 
     Args:
       x: [N, H, W, C].
-      count_padding: a window over the edge divides by nine all the same, as Caffe and PyTorch do unless told otherwise.
+      count_padding: divides by nine at the edges too, the default of Caffe and PyTorch; False divides by the number of
+        pixels inside the map.
 
     Returns:
       The shape of x.
@@ -70,7 +71,7 @@ def average_3x3(x: Array, count_padding: bool = True) -> Array:
 
 
 def apply_unit(unit: Unit, x: Array, *, conv: ModuleDef, norm: ModuleDef, act: Pool, train: bool) -> Array:
-    """A unit as a submodule of the module that calls it; x [N, H, W, C] to [N, h, w, unit.features]."""
+    """Applies a unit as submodules of the calling module; x [N, H, W, C] to [N, h, w, unit.features]."""
     if unit.padding != "symmetric":
         conv = partial(conv, padding=unit.padding)
     layer = ConvNorm(
@@ -86,10 +87,10 @@ def apply_unit(unit: Unit, x: Array, *, conv: ModuleDef, norm: ModuleDef, act: P
 
 
 class MixedModule(nn.Module):
-    """`Mixed` as a network's submodule, with attention on its output (Hu et al. 2020, section 3.3).
+    """`Mixed` as a submodule, with attention (Hu et al. 2020, section 3.3).
 
-    The output of a residual module is what it adds: attention acts on that, before scale and sum. All other modules end
-    in activations, and attention acts on their join.
+    Attention acts on the concatenation of the branches; in a residual module on the residual branch, before scale and
+    sum.
 
     Attributes:
       branches: as in `Mixed`.
@@ -99,7 +100,7 @@ class MixedModule(nn.Module):
       attention: attention class or partial, or None.
       scale: as in `Mixed`.
       activated: as in `Mixed`.
-      drop_path_rate: stochastic depth of a residual module.
+      drop_path_rate: probability of dropping the residual branch (stochastic depth).
     """
 
     branches: tuple[tuple[Step, ...], ...]

@@ -1,7 +1,7 @@
-"""Inverted residual blocks of the mobile networks: MobileNet, MnasNet, EfficientNet and their kin.
+"""Inverted residual blocks of the mobile networks: MobileNet, MnasNet, EfficientNet and similar.
 
-A block receives convolution, norm, activation and attention, as the residual blocks of `se_flax.nn.residual` do. Its
-layers have timm's names: `conv_pw`, `conv_dw`, `conv_pwl`, `bn1`, `bn2`, `bn3`, `se`.
+A block receives convolution, norm, activation and attention, as the blocks in `se_flax.nn.residual` do. Its layers have
+timm's names: `conv_pw`, `conv_dw`, `conv_pwl`, `bn1`, `bn2`, `bn3`, `se`.
 """
 
 import functools
@@ -26,10 +26,10 @@ ModuleDef = Callable[..., Any]
 
 
 def fan_out_init(groups: int = 1) -> nn.initializers.Initializer:
-    """Normal with variance 2 / (kernel area * output channels / groups), as TensorFlow's mobile networks start.
+    """Normal with variance 2 / (kernel area * output channels / groups), as in TensorFlow's mobile networks.
 
     Args:
-      groups: of the convolution; a depthwise kernel counts its area only.
+      groups: of the convolution. For a depthwise one the variance is 2 / kernel area.
     """
     return normal_fan_out(2.0 * groups)
 
@@ -37,9 +37,10 @@ def fan_out_init(groups: int = 1) -> nn.initializers.Initializer:
 def mixed_conv(
     conv: ModuleDef, features: int, kernel: int | tuple[int, ...], x: Array, *, name: str, groups: int = 1, **kw: Any
 ) -> Array:
-    """Convolution; several kernel sizes share the channels between them (Tan and Le 2019b, section 3.1: MixConv).
+    """Convolution, with one or several kernel sizes (Tan and Le 2019b, section 3.1: MixConv).
 
-    Channels are split evenly and the first part takes the remainder. The parts are named `<name>_0`, `<name>_1`, ...
+    The channels are split evenly over the kernel sizes, with the remainder in the first part. The parts are named
+    `<name>_0`, `<name>_1`, ...
 
     Args:
       conv: convolution class or partial.
@@ -71,14 +72,14 @@ def mixed_conv(
 
 
 class CondConv(nn.Module):
-    """Convolution whose kernel is mixed from experts for every image (Yang et al. 2019, section 3, equation 1).
+    """Convolution with a kernel per image, a weighted sum of experts (Yang et al. 2019, section 3, equation 1).
 
     Parameters: `experts` [E, kh, kw, C_in / groups, C_out].
 
     Attributes:
       features: output channels.
       kernel_size: side of the kernel.
-      experts: E.
+      experts: number of experts E.
       strides: of both axes.
       groups: as in `nn.conv.Conv`.
       padding: `symmetric` or `SAME`, as in `nn.conv.Conv`.
@@ -95,7 +96,7 @@ class CondConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, routing: Array) -> Array:
-        """Args: x [N, H, W, C]; routing [N, E], the experts' shares. Returns: [N, h, w, features]."""
+        """Args: x [N, H, W, C]; routing [N, E], the experts' weights. Returns: [N, h, w, features]."""
         n, h, w, channels = x.shape
         size = (self.kernel_size, self.kernel_size)
         init = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "normal", batch_axis=0)
@@ -106,17 +107,17 @@ class CondConv(nn.Module):
         strides = (self.strides, self.strides)
         x = x.astype(dtype)
         if not isinstance(n, int) or n == 0 or has_explicit_axes(x, experts):
-            # A batch of any size (jax.export), of none, or sharded over explicit axes cannot be a group per image:
-            # every expert's map is computed, and the maps are mixed instead of the kernels.
-            shares = jnp.split(routing.astype(dtype), self.experts, axis=1)
+            # One group per image (below) needs a batch that is concrete, not empty, and not sharded over explicit axes.
+            # Otherwise sum the experts' outputs instead of their kernels.
+            weights = jnp.split(routing.astype(dtype), self.experts, axis=1)
             maps = (convolve(x, kernel.astype(dtype), strides, padding, (1, 1), self.groups) for kernel in experts)
             return functools.reduce(
-                jnp.add, [y * share[:, :, None, None] for y, share in zip(maps, shares, strict=True)]
+                jnp.add, [y * weight[:, :, None, None] for y, weight in zip(maps, weights, strict=True)]
             )
         kernels = jnp.einsum("ne,ehwio->nhwio", routing.astype(jnp.float32), experts).astype(dtype)
         if self.kernel_size == 1 and self.strides == 1 and self.groups == 1:
             return jnp.einsum("nhwi,nio->nhwo", x, jnp.squeeze(kernels, (1, 2)))
-        # One kernel per image is one group of channels per image, in a batch of one.
+        # Images become groups of channels of a batch of one, so that each has its own kernel.
         folded = x.transpose(1, 2, 0, 3).reshape(1, h, w, n * channels)
         kernel = kernels.transpose(1, 2, 3, 0, 4).reshape(*size, channels // self.groups, n * self.features)
         y = convolve(folded, kernel, strides, padding, (1, 1), self.groups * n)
@@ -124,27 +125,27 @@ class CondConv(nn.Module):
 
 
 class MobileBlock(nn.Module):
-    """What the mobile blocks share.
+    """Base class of the mobile blocks.
 
     Attributes:
       features: output channels.
       conv: convolution, called as `conv(features, kernel_size, strides=..., groups=..., name=...)`.
       norm: batch norm, called as `norm(name=...)(x, train=...)`.
       act: activation.
-      linear_norm: norm where no activation follows; None takes `norm`. They differ where norm and activation are one
-        module (`nn.norm.EvoNormS0`).
+      linear_norm: norm without a following activation; None takes `norm`. It differs from `norm` if norm and activation
+        are one module (`nn.norm.EvoNormS0`).
       strides: of the block.
-      kernel: side of the kernel, or the sides of a mixed depthwise convolution.
+      kernel: kernel size, or the sizes of a mixed depthwise convolution.
       attention: attention class or partial, or None.
-      attention_base: channels that a reduction is a share of; None: the block's input, or see `from_expanded`.
-      from_expanded: a reduction is a share of the map that the attention acts on (MobileNetV3) instead of the block's
-        input (MnasNet, EfficientNet).
-      attention_last: attention acts on the block's last map, before the sum, instead of the depthwise one.
-      skip: adds the input where the shape allows.
+      attention_base: channel count that the attention's reduction refers to; None: see `from_expanded`.
+      from_expanded: the reduction refers to the channels that the attention acts on (MobileNetV3) instead of the
+        block's input channels (MnasNet, EfficientNet).
+      attention_last: attention acts on the branch's output, before the sum, instead of the depthwise convolution's.
+      skip: adds the block's input if the shapes are equal.
       group_size: channels per group of the spatial convolution; 1 is depthwise.
-      antialias: takes over a stride of 2 after norm and activation (`nn.pooling.blur_pool`); None leaves it to the
-        convolution.
-      drop_path_rate: stochastic depth.
+      antialias: downsampling after norm and activation in place of a stride of 2 (`nn.pooling.blur_pool`); None leaves
+        the stride in the convolution.
+      drop_path_rate: probability of dropping the branch (stochastic depth).
     """
 
     features: int
@@ -170,17 +171,17 @@ class MobileBlock(nn.Module):
 
     @property
     def conv_strides(self) -> int:
-        """Stride that the convolution itself makes."""
+        """Stride of the convolution: 1 with `antialias`."""
         return self.strides if self.antialias is None else 1
 
     @nn.nowrap
     def blur(self, x: Array) -> Array:
-        """The rest of the stride."""
+        """Applies `antialias` if the block has a stride."""
         return x if self.antialias is None or self.strides == 1 else self.antialias(x)
 
     @nn.nowrap
     def activate_attend(self, x: Array, name: str, in_channels: int, train: bool) -> Array:
-        """Norm, activation, the rest of the stride, and attention if the block carries it here."""
+        """Norm, activation, anti-aliased downsampling, and attention unless `attention_last`."""
         if self.attention is None or self.attention_last:
             return self.blur(self.activate(x, name, train))
         attention, base = self.attention(name="se"), self._attention_base(x, in_channels)
@@ -190,7 +191,7 @@ class MobileBlock(nn.Module):
 
     @nn.nowrap
     def close(self, x: Array, y: Array, name: str, train: bool, act: Callable[[Array], Array] | None = None) -> Array:
-        """The branch's last norm, its activation if there is one, attention if the block carries it here, the sum."""
+        """The end of the block: last norm, `act` if given, attention if `attention_last`, residual sum."""
         norm = (self.norm if act else self.linear_norm or self.norm)(name=name)
         attention = self.attention(name="se") if self.attention is not None and self.attention_last else None
         base = self._attention_base(y, x.shape[-1])
@@ -203,7 +204,7 @@ class MobileBlock(nn.Module):
 
     @nn.nowrap
     def add(self, x: Array, branch: Array, train: bool) -> Array:
-        """The residual sum, where the block has one, with stochastic depth on the branch."""
+        """The residual sum if the block has one, with stochastic depth on the branch."""
         if not self.skip or self.strides != 1 or x.shape != branch.shape:
             return branch
         if train and self.drop_path_rate > 0.0:
@@ -225,7 +226,7 @@ class DepthwiseSeparable(MobileBlock):
     """Depthwise and pointwise convolution (Howard et al. 2017, section 3.1); an inverted residual that expands by 1.
 
     Attributes:
-      project_act: activation after the pointwise convolution too (MobileNetV1, LCNet).
+      project_act: adds an activation after the pointwise convolution (MobileNetV1, LCNet).
       space_to_depth: starts with a 2x2 convolution of stride 2 to four times the channels and halves the depthwise
         kernel (Li et al. 2021, section 4.2: EfficientNet-X).
     """
@@ -235,7 +236,7 @@ class DepthwiseSeparable(MobileBlock):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Args: x [N, H, W, C]. Returns: [N, H / strides, W / strides, features], halved by space to depth."""
+        """Args: x [N, H, W, C]. Returns: [N, H / s, W / s, features], s = strides, doubled by `space_to_depth`."""
         y, kernel, kw = x, self.kernel, {}
         if self.space_to_depth:
             assert isinstance(kernel, int)
@@ -256,10 +257,10 @@ class InvertedResidual(MobileBlock):
 
     Attributes:
       expand: expanded channels over input channels; the product is rounded to a multiple of eight.
-      hidden: expanded channels outright.
-      expand_kernel: of the expansion, `(1, 1)` for two groups (MixNet).
-      project_kernel: of the projection, likewise.
-      experts: kernels per convolution, mixed for every image (CondConv); 0 for one.
+      hidden: number of expanded channels; None derives it from `expand`.
+      expand_kernel: kernel size of the expansion; `(1, 1)` splits the channels in two parts (MixNet).
+      project_kernel: kernel size of the projection, likewise.
+      experts: experts per convolution (`CondConv`); 0 for an ordinary convolution.
     """
 
     expand: float = 6.0
@@ -279,7 +280,7 @@ class InvertedResidual(MobileBlock):
             routing = jax.nn.sigmoid(Dense(self.experts, kernel_init=init, name="routing_fn")(pooled))
 
             def conv(features: int, kernel: Any, y: Array, *, name: str, groups: int = 1, strides: int = 1) -> Array:
-                # The padding and dtype that the network chose are bound to its convolution.
+                # The network binds padding and dtype to its `conv`.
                 bound = {k: v for k, v in getattr(self.conv, "keywords", {}).items() if k in ("padding", "dtype")}
                 layer = CondConv(features, kernel, self.experts, strides=strides, groups=groups, name=name, **bound)
                 return layer(y, routing)

@@ -1,7 +1,7 @@
 """Block tables of mobile networks, with width and depth scaling.
 
-A network is a tuple of stages, a stage a tuple of `Blocks` (so many equal blocks in a row). Width and depth scaling are
-functions from one such table to another, so a variant's table can be printed and compared with the paper's.
+A network is a tuple of stages, a stage a tuple of `BlockRow`s. Width and depth scaling are functions from one such
+table to another, so a variant's table can be printed and compared with the paper's.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class BlockRow:
-    """Equal blocks in a row.
+    """A row of a network's table: one block, repeated.
 
     Attributes:
       block: block class, or a partial with its kernel, expansion and the like.
-      features: output channels of each.
-      repeats: how many.
-      strides: of the first one.
-      attends: they carry the network's attention.
-      act: their activation, where it is not the network's.
+      features: output channels of each block.
+      repeats: number of blocks.
+      strides: of the first block.
+      attends: the blocks have the network's attention.
+      act: activation of the blocks; None for the network's.
     """
 
     block: ModuleDef
@@ -50,7 +50,7 @@ NetworkTable = tuple[StageRows, ...]
 
 
 def separable(features: int, repeats: int = 1, kernel: int = 3, strides: int = 1, **settings: Any) -> BlockRow:
-    """`DepthwiseSeparable` blocks; `settings` are fields of `Blocks` or attributes of the block."""
+    """`DepthwiseSeparable` blocks; `settings` are fields of `BlockRow` or attributes of the block."""
     return _blocks(DepthwiseSeparable, features, repeats, strides, kernel=kernel, **settings)
 
 
@@ -86,7 +86,7 @@ def _blocks(block: ModuleDef, features: int, repeats: int, strides: int, **setti
 def change(layout: NetworkTable, **settings: Any) -> NetworkTable:
     """The table with further attributes for every block (`group_size=8`)."""
     return tuple(
-        tuple(dataclasses.replace(group, block=partial(group.block, **settings)) for group in stage) for stage in layout
+        tuple(dataclasses.replace(row, block=partial(row.block, **settings)) for row in stage) for stage in layout
     )
 
 
@@ -95,16 +95,16 @@ def scale_width(layout: NetworkTable, factor: float, divisor: int = 8, limit: fl
 
     Args:
       layout: the table.
-      factor: multiplier.
-      divisor: of the result.
-      limit: smallest allowed share of the product, see `functional.round_to_multiple`.
+      factor: width multiplier.
+      divisor: the channels are rounded to a multiple of it.
+      limit: smallest allowed ratio of rounded to unrounded channels, see `functional.round_to_multiple`.
 
     Returns:
       The scaled table.
     """
 
-    def scaled(group: BlockRow) -> BlockRow:
-        return dataclasses.replace(group, features=round_to_multiple(group.features * factor, divisor, limit))
+    def scaled(row: BlockRow) -> BlockRow:
+        return dataclasses.replace(row, features=round_to_multiple(row.features * factor, divisor, limit))
 
     return tuple(tuple(map(scaled, stage)) for stage in layout)
 
@@ -112,14 +112,14 @@ def scale_width(layout: NetworkTable, factor: float, divisor: int = 8, limit: fl
 def scale_depth(
     layout: NetworkTable, factor: float | Sequence[float], rounding: Callable[[float], int] = math.ceil
 ) -> NetworkTable:
-    """Multiplies the blocks of every stage (Tan and Le 2019, section 3.3: d).
+    """Multiplies the number of blocks in every stage (Tan and Le 2019, section 3.3: d).
 
-    The total of a stage is scaled and then shared between its rows, the last row first, so that the row with the stride
-    is the last to grow.
+    The total of a stage is scaled and then distributed over its rows, from the last row to the first, so that the
+    strided row grows last.
 
     Args:
       layout: the table.
-      factor: multiplier, or one per stage.
+      factor: depth multiplier, or one per stage.
       rounding: of a stage's total, `math.ceil` (EfficientNet) or `round` (MixNet, TinyNet).
 
     Returns:
@@ -143,15 +143,15 @@ def scale_depth(
 def start_with_space_to_depth(layout: NetworkTable) -> NetworkTable:
     """Moves the second stage's stride into a space-to-depth convolution at the start of the first (EfficientNet-X).
 
-    The first stage then works at half the resolution on four times the channels, and the second expands by a quarter.
+    The first stage then has half the resolution and four times the channels, and the second a quarter of its expansion.
     """
     (first,), (second, *rest) = layout[0], layout[1]
     start = dataclasses.replace(first, block=partial(first.block, space_to_depth=True, skip=False), repeats=1)
-    wide = [dataclasses.replace(group, features=4 * group.features) for group in (start, first)]
-    wide[1] = dataclasses.replace(wide[1], repeats=first.repeats - 1)
+    rows = [dataclasses.replace(row, features=4 * row.features) for row in (start, first)]
+    rows[1] = dataclasses.replace(rows[1], repeats=first.repeats - 1)
     expand = second.block.keywords["expand"] / 4  # type: ignore[attr-defined]
-    narrow = dataclasses.replace(second, block=partial(second.block, expand=expand), strides=1, repeats=1)
+    start = dataclasses.replace(second, block=partial(second.block, expand=expand), strides=1, repeats=1)
     others = [dataclasses.replace(second, strides=1, repeats=second.repeats - 1)]
-    stage0 = tuple(group for group in wide if group.repeats)
-    stage1 = (narrow, *(group for group in others if group.repeats), *rest)
+    stage0 = tuple(row for row in rows if row.repeats)
+    stage1 = (start, *(row for row in others if row.repeats), *rest)
     return (stage0, stage1, *layout[2:])

@@ -1,7 +1,8 @@
 """Norms, called as `norm(name=...)(x, train=train)`. Statistics are float32.
 
-Batch norm differs from Linen's where checkpoints demand it: the running variance is the unbiased estimate (PyTorch),
-and statistics cannot go negative. The others normalise each image by itself: training and evaluation are the same.
+`BatchNorm` differs from Linen's where checkpoints need it: the running variance is the unbiased estimate, as in
+PyTorch, and a variance is never negative. The other norms normalise each image by itself, so training and evaluation
+are the same.
 """
 
 import math
@@ -21,16 +22,16 @@ Dtype = Any
 
 
 def check_spread(module: nn.Module, count: int, values: str, remedy: str) -> None:
-    """Refuses statistics of a single value: it is its own mean, and a norm's output is its bias whatever the image.
+    """Refuses statistics over a single value: the norm's output would be its bias, whatever the image.
 
     Args:
-      module: the norm that is being called.
-      count: values that its mean and variance are taken of.
-      values: where there is one, in words.
-      remedy: what to do, in words.
+      module: the norm.
+      count: number of values that its mean and variance are over.
+      values: the single value, in words, for the message.
+      remedy: what to do, in words, for the message.
 
     Raises:
-      UserError: there is one value.
+      UserError: `count` is 1.
     """
     if count == 1 and not module.is_initializing():
         where = f" at {'/'.join(module.path)}" if module.path else ""
@@ -44,10 +45,10 @@ class Coefficients(NamedTuple):
     """A norm as an affine function per channel, factor * x + offset, not applied yet.
 
     Attributes:
-      x: what the norm was called with.
+      x: input of the norm.
       factor: float32 [C]; None for the identity (a norm that was folded into its convolution).
       offset: likewise.
-      means: of factor * x + offset over the spatial axes, float32 [N, 1, 1, C], where they were asked for.
+      means: mean of factor * x + offset over the spatial axes, float32 [N, 1, 1, C]; None unless asked for.
     """
 
     x: Array | DeferredConv
@@ -59,19 +60,18 @@ class Coefficients(NamedTuple):
 class BatchNorm(nn.Module):
     """Batch normalisation over N, H, W (Ioffe and Szegedy 2015, algorithm 1).
 
-    Statistics are computed in float32. The running variance is updated with the unbiased estimate (n / (n - 1)), as
-    PyTorch does and TensorFlow does not: a network trained there continues here with the same statistics. The
+    Statistics are computed in float32. The running variance is updated with the unbiased estimate (n / (n - 1)), as in
+    PyTorch but not in TensorFlow, so that training of a PyTorch network continues with the same statistics. The
     difference matters for small batches only (n counts pixels too).
 
     Attributes:
       epsilon: added to the variance.
-      momentum: share of the old running statistic that is kept, Flax's and TensorFlow's convention. PyTorch's 0.1 is
-        0.9 here.
-      axis_name: mapped device axis over which the batch statistics are averaged while training; None normalises each
-        replica by its own.
-      defer_conv: training on a TPU does not store the output of a 1x1 convolution before this norm where it can do
-        without: fewer passes over memory for more multiply-adds, see `se_flax.lowering.deferred_conv`. The numbers
-        are the same.
+      momentum: share of the running average that is kept, the convention of Flax and TensorFlow. PyTorch's 0.1 is 0.9
+        here.
+      axis_name: mapped device axis over which the batch statistics are averaged while training; None: each replica
+        uses its own.
+      defer_conv: where possible, training on a TPU does not store the output of a 1x1 convolution before this norm:
+        fewer passes over memory for more multiply-adds, see `se_flax.lowering.deferred_conv`. The results are the same.
       scale_init: initialiser of the scale.
       dtype: of the output; None takes the input's.
     """
@@ -94,14 +94,14 @@ class BatchNorm(nn.Module):
           The shape of x.
 
         Raises:
-          UserError: training on a single value per channel: one image of one pixel, on all devices that share the
-            statistics.
+          UserError: training with a single value per channel (one image of one pixel over all devices that share the
+            statistics).
         """
         x, factor, offset, _ = self.coefficients(x, train=train)
         return self.affine(x, factor, offset)
 
     def affine(self, x: Array | DeferredConv, factor: Array | None, offset: Array | None) -> Array:
-        """The function factor * x + offset in this norm's dtype; for `factor` [C], or [N, 1, 1, C] with gates in it."""
+        """Applies factor * x + offset, in this norm's dtype; factor and offset are [C], or [N, 1, 1, C] with gates."""
         return affine(x, factor, offset, self.dtype or x.dtype)
 
     @nn.compact
@@ -109,9 +109,9 @@ class BatchNorm(nn.Module):
         """The norm of x as an affine function per channel.
 
         Args:
-          x: [..., C]; [N, H, W, C] with `per_image`. Or a convolution's deferred output.
+          x: [..., C], or [N, H, W, C] with `per_image`, or a convolution's deferred output.
           train: use and record the batch's statistics.
-          per_image: also give every image's means after the norm, from the same pass over x.
+          per_image: also return each image's mean after the norm, from the same pass over x.
 
         Returns:
           The coefficients, with x.
@@ -149,14 +149,14 @@ class BatchNorm(nn.Module):
             "(axis_name; in the training program parallel.batch_norm=global)",
         )
         if not isinstance(x, DeferredConv) and x.size == x.shape[0] * x.shape[-1]:
-            # Descriptors vary little between images beside their mean: the difference of moments would cancel, and a
-            # second pass over a vector per image costs nothing.
-            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            mean = _replica_mean(jnp.mean(wide, axes, keepdims=True), across)
-            return mean.reshape(-1), _replica_mean(jnp.mean(jnp.square(wide - mean), axes), across), count
+            # One vector per image varies little beside its mean: the difference of moments would cancel. Two passes
+            # over vectors cost nothing.
+            axes, x32 = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            mean = _replica_mean(jnp.mean(x32, axes, keepdims=True), across)
+            return mean.reshape(-1), _replica_mean(jnp.mean(jnp.square(x32 - mean), axes), across), count
         mean, square = _replica_mean(moments(x, pooled), across)
-        # Both moments in one pass over the map; rounding may leave a constant channel a hair below zero, and the
-        # root of that is NaN.
+        # Both moments in one pass over the map. Rounding can make the variance of a constant channel slightly
+        # negative, and its root NaN.
         return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
 
 
@@ -175,7 +175,7 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
       float32 mean and variance [N, 1, 1, C], the same within a group.
 
     Raises:
-      UserError: the groups do not fit the channels.
+      UserError: `group_size` does not divide C.
     """
     x = jnp.asarray(x)
     n, h, w, channels = x.shape
@@ -183,7 +183,7 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
         raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
     grouped = gathered(x, -1).astype(jnp.float32).reshape(n, h, w, channels // group_size, group_size)
     mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
-    # Two passes: there is no running statistic to save a pass for, and this never goes negative.
+    # Not the difference of moments: this is never negative.
     var = jnp.mean(jnp.square(grouped - mean), axis=(1, 2, 4), keepdims=True)
     return tuple(jnp.repeat(m[..., 0], group_size, axis=-1) for m in (mean, var))  # type: ignore[return-value]
 
@@ -222,7 +222,7 @@ class GroupNorm(nn.Module):
           The shape of x.
 
         Raises:
-          UserError: groups that do not fit the channels, or hold a single value (one channel of a map of one pixel).
+          UserError: `group_size` does not divide C, or a group holds a single value (one channel of one pixel).
         """
         del train
         x = jnp.asarray(x)
@@ -260,7 +260,7 @@ class LayerNorm(nn.Module):
           The shape of x.
 
         Raises:
-          UserError: a single channel.
+          UserError: x has a single channel.
         """
         del train
         x = jnp.asarray(x)
@@ -278,8 +278,8 @@ class LayerNorm(nn.Module):
 class EvoNormS0(nn.Module):
     """EvoNorm-S0: x sigmoid(v x) / std over a group, scaled and shifted (Liu et al. 2020, table 2).
 
-    Norm and activation in one: a network built with it takes `act=functional.ACTIVATIONS["identity"]`, and this module
-    with `nonlinear=False` where a norm is not followed by an activation.
+    The module is norm and activation in one: give a network `act=functional.ACTIVATIONS["identity"]` with it, and use
+    `nonlinear=False` for norms without a following activation.
 
     Attributes:
       group_size: channels per group.

@@ -1,10 +1,10 @@
 """Norm, activation and channel attention as one step, in the fewest passes over the feature map.
 
 Let m be the mean of a convolution's output u over the spatial axes. A batch norm is the affine function a * u + b per
-channel. If the attention needs nothing but the mean of the normalised map, that is a * m + b, and norm and gate s are
-one affine function per image and channel, (s * a) * u + s * b: the attention costs no pass over the map. With an
-activation between norm and attention, `se_flax.lowering.gated_norm` has the fused form. This module is the only one
-that knows: norms give their coefficients, attention modules give their gates, and blocks call the two functions below.
+channel. If the attention depends only on the mean of the normalised map, which is a * m + b, then norm and gate s are
+one affine function per image and channel, (s * a) * u + s * b: the attention costs no pass over the map. For an
+activation between norm and attention, `se_flax.lowering.gated_norm` has the fused implementation. Only this module
+combines them: norms return their coefficients, attention modules their gates, and blocks call the two functions below.
 """
 
 from collections.abc import Callable
@@ -43,9 +43,9 @@ def norm_act_attend(
       x: [N, H, W, C].
       train: the norm uses the batch's statistics.
       act: activation between norm and attention; None for none.
-      base_channels: what the attention's reduction is a share of; C when None.
-      input_mean: gives x's mean over the spatial axes, float32 [N, 1, 1, C], without a pass over x. Used where the norm
-        was folded into the convolution: otherwise the norm makes that pass anyway.
+      base_channels: channel count that the attention's reduction refers to; None for C.
+      input_mean: returns x's mean over the spatial axes, float32 [N, 1, 1, C], without a pass over x. Used only if the
+        norm was folded into the convolution; otherwise the norm makes that pass anyway.
 
     Returns:
       [N, H, W, C].
@@ -75,9 +75,8 @@ def conv_norm_attend(
 ) -> Array:
     """attention(norm(conv(x))) for a convolution whose output nothing else reads.
 
-    A 1x1 convolution that widens the map is cheaper to read through its input: its output's mean is the convolution of
-    the input's mean, and with `BatchNorm.defer_conv` training on a TPU does not store the output at all
-    (`se_flax.lowering.deferred_conv`).
+    A 1x1 convolution saves passes over its output: the output's mean is the convolution of the input's mean, and with
+    `BatchNorm.defer_conv` training on a TPU does not store the output (`se_flax.lowering.deferred_conv`).
 
     Args:
       conv: convolution.
@@ -98,7 +97,7 @@ def conv_norm_attend(
         y = conv.deferred(x) if defers else conv(x)
         return norm_act_attend(norm, attention, y, train=train, base_channels=base_channels)
     if attention is not None:
-        x = share_computation(x)  # the convolution and the mean read it
+        x = share_computation(x)  # consumers: the convolution and the mean
 
     def input_mean() -> Array:
         return conv(jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32), in_float32=True)

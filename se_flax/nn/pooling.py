@@ -12,10 +12,11 @@ Array = jax.Array
 def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Array:
     """Maximum over size x size windows; x [N, H, W, C], `padding` pixels of -inf on every side.
 
-    Of equal values in a window the first gets the gradient; on a CPU, where XLA's form is slow, they share it.
+    Among equal maxima of a window the first gets the gradient. On a CPU, where XLA's pooling is slow and another
+    implementation runs, they share it.
     """
 
-    def xla_convolution(x: Array) -> Array:
+    def xla_pool(x: Array) -> Array:
         return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
 
     def by_axis(x: Array) -> Array:
@@ -27,24 +28,24 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
             x = functools.reduce(jnp.maximum, windows)
         return x
 
-    return jax.lax.platform_dependent(x, cpu=by_axis, default=xla_convolution)
+    return jax.lax.platform_dependent(x, cpu=by_axis, default=xla_pool)
 
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:
-    """Mean over size x size windows of x [N, H, W, C]; windows that hang over the end average what they hold."""
-    # A window that starts in the padding is none, so the most that can hang over serves a side of unknown length.
-    hang = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
-    return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
+    """Mean over size x size windows of x [N, H, W, C]; windows beyond the edge average their pixels inside the map."""
+    # For a symbolic size the greatest padding serves: no window can start inside it.
+    padding = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
+    return nn.avg_pool(x, (size, size), (strides, strides), padding, count_include_pad=False)
 
 
 def blur_pool(x: Array) -> Array:
-    """Halves the resolution behind a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
+    """Halves the resolution after a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
 
     Args:
       x: [N, H, W, C].
 
     Returns:
-      [N, ceil(H / 2), ceil(W / 2), C]; one pixel of zeros is assumed around the map.
+      [N, ceil(H / 2), ceil(W / 2), C]; the map is padded by one pixel of zeros on every side.
     """
     for axis in (1, 2):
         size = x.shape[axis]

@@ -1,6 +1,6 @@
-"""Residual blocks. A block receives convolution, norm, activation and attention; it never asks which network it is in.
+"""Residual blocks. A block receives convolution, norm, activation and attention from its network.
 
-Where attention sits follows Hu et al. 2020, section 6.5 and figure 5; see `Placement`.
+The places for the attention are those of Hu et al. 2020, section 6.5 and figure 5; see `Placement`.
 """
 
 import enum
@@ -21,12 +21,12 @@ ModuleDef = Callable[..., Any]
 
 
 class Placement(enum.StrEnum):
-    """Where a residual block carries its attention (Hu et al. 2020, section 6.5)."""
+    """Place of the attention in a residual block (Hu et al. 2020, section 6.5)."""
 
     STANDARD = "standard"
     """On the residual branch, before the sum."""
     PRE = "pre"
-    """On the residual branch, before its first convolution (width from the block's input)."""
+    """On the residual branch, before its first convolution (hidden width from the block's input channels)."""
     POST = "post"
     """After the ReLU that follows the sum."""
     IDENTITY = "identity"
@@ -48,7 +48,7 @@ class Placement(enum.StrEnum):
 
 
 class Block(nn.Module):
-    """What residual blocks share: their parts, and attention at the place that `placement` names.
+    """Base class of residual blocks: their parts, and attention at the place that `placement` names.
 
     Attributes:
       features: width of the block; its output has `features * expansion` channels.
@@ -57,18 +57,18 @@ class Block(nn.Module):
       act: activation.
       strides: of the block.
       attention: attention class or partial, or None.
-      placement: where it sits.
-      attention_name: its submodule's name, as checkpoints have it.
-      downsample: shortcut where the block changes the shape, `project` or `pad_channels`.
+      placement: place of the attention.
+      attention_name: name of the attention's submodule, as in checkpoints.
+      downsample: shortcut of a block that changes the shape, `project` or `pad_channels`.
       groups: of the 3x3 convolution in a bottleneck.
       base_width: channels per group at 64 features (ResNeXt's d).
-      stride_first: the stride sits in a bottleneck's first 1x1 (He et al. 2016, MSRA's Caffe models) instead of its
+      stride_first: a bottleneck has its stride in the first 1x1 (He et al. 2016, MSRA's Caffe models) instead of the
         3x3 ("v1.5").
-      antialias: halves the map after the strided 3x3 convolution and its activation, and takes the stride from the
-        convolution (Zhang 2019, section 3.2): `average_by_2`, `nn.pooling.blur_pool` or None.
-      drop_path_rate: stochastic depth.
-      zero_init_last: the last norm's scale starts at zero, so that a block starts as the identity (Goyal et al. 2017,
-        section 5.1).
+      antialias: downsampling by 2 after the 3x3 convolution and its activation, in place of the convolution's stride
+        (Zhang 2019, section 3.2): `average_by_2`, `nn.pooling.blur_pool` or None.
+      drop_path_rate: probability of dropping the branch (stochastic depth).
+      zero_init_last: the last norm's scale is initialised to zero, so that a block starts as the identity (Goyal et al.
+        2017, section 5.1).
     """
 
     features: int
@@ -91,25 +91,25 @@ class Block(nn.Module):
 
     @nn.nowrap
     def attend(self, x: Array, place: Placement, train: bool, base_channels: int | None = None) -> Array:
-        """Attention on x if the block carries it at this place, else x."""
+        """Attention on x if this is the attention's place, else x."""
         attention = self.attention_at(place)
         return x if attention is None else attention(x, train=train, base_channels=base_channels)
 
     @nn.nowrap
     def attention_at(self, place: Placement) -> Any:
-        """The attention module if the block carries it at this place, else None."""
+        """The attention module if this is its place, else None."""
         if self.attention is None or place is not self.placement:
             return None
         return self.attention(name=self.attention_name)
 
     @nn.nowrap
     def low_pass(self, x: Array) -> Array:
-        """Anti-aliased halving in place of the convolution's stride, where the block has both."""
+        """Anti-aliased downsampling if the block has `antialias` and a stride, else x."""
         return self.antialias(x) if self.antialias is not None and self.strides > 1 else x
 
     @property
     def conv_strides(self) -> int:
-        """Stride that is left to the convolution: none where `low_pass` does the halving."""
+        """Stride of the convolution: 1 with `antialias`, where `low_pass` downsamples."""
         return self.strides if self.antialias is None else 1
 
     @nn.nowrap
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
     @nn.nowrap
     def shortcut(self, x: Array, features: int, train: bool) -> Array:
-        """The identity, or its projection where the block changes the shape."""
+        """The identity, or `downsample` if the block changes the shape."""
         if self.downsample is None or (self.strides == 1 and x.shape[-1] == features):
             return x
         return self.downsample(x, features, self.strides, conv=self.conv, norm=self.norm, train=train)
@@ -219,9 +219,8 @@ class Bottleneck(Block):
     """1x1, 3x3, 1x1 (He et al. 2016, figure 5 right); grouped, ResNeXt's (Xie et al. 2017, figure 3c).
 
     Attributes:
-      reduce_first: the first 1x1 has so many times fewer channels than the 3x3 (2 in SENet-154: Hu et al. 2020,
-        appendix).
-      widths: of the three convolutions outright, for networks whose channels were pruned one by one.
+      reduce_first: channels of the 3x3 over those of the first 1x1 (2 in SENet-154: Hu et al. 2020, appendix).
+      widths: output channels of the three convolutions, for pruned networks; None derives them from `features`.
     """
 
     reduce_first: int = 1
@@ -241,13 +240,13 @@ class Bottleneck(Block):
         y = self.middle(y, second, train)
         last, norm = self.conv(out, 1, name="conv3"), self.last_norm(name="bn3")
         attention = self.attention_at(Placement.STANDARD)
-        # The attention of a pruned network kept the size that it had before the channels went.
+        # The attention of a pruned network keeps its size from before the pruning.
         y = conv_norm_attend(last, norm, attention, y, train=train, base_channels=unpruned)
         return self.add(x, y, train)
 
     @nn.nowrap
     def middle(self, y: Array, width: int, train: bool) -> Array:
-        """The 3x3 convolution with its norm and activation; other bottlenecks put theirs here."""
+        """The 3x3 convolution with its norm and activation; subclasses override it."""
         strides = 1 if self.stride_first else self.conv_strides
         y = self.conv(width, 3, strides=strides, groups=self.groups, name="conv2")(y)
         y = norm_act_attend(self.norm(name="bn2"), self.attention_at(Placement.AFTER_3X3), y, train=train)
@@ -257,8 +256,8 @@ class Bottleneck(Block):
 class PreActBottleneck(Block):
     """Norm and activation before each convolution, nothing after the sum (He et al. 2016b, figure 4e).
 
-    The shortcut of a block that changes the shape starts from the pre-activated input, as in the authors' code. POST
-    attention acts on the sum: there is no ReLU after it.
+    The projection shortcut takes the pre-activated input, as in the authors' code. POST attention acts on the sum,
+    which has no ReLU after it.
     """
 
     expansion = 4
@@ -270,7 +269,7 @@ class PreActBottleneck(Block):
         changes = self.strides != 1 or x.shape[-1] != out
         y = self.attend(x, Placement.PRE, train)
         y = self.act(self.norm(name="bn1")(y, train=train))
-        # With PRE attention the shortcut must not see the gate: it is the block's input that is projected.
+        # With PRE attention the block's input is projected, since y is gated.
         projected = y if changes and self.placement is not Placement.PRE else x
         y = self.conv(self.features, 1, strides=self.strides, name="conv1")(y)
         y = self.act(self.norm(name="bn2")(y, train=train))
@@ -312,18 +311,18 @@ def project(
 ) -> Array:
     """Shortcut by a strided 1x1 convolution and norm (He et al. 2016, section 3.3, option B).
 
-    Its layers belong to the block that calls it and are named as torch numbers them: `downsample_0`, `downsample_1`,
-    and one further when a pooling layer comes first.
+    The layers are submodules of the calling block, named as torch numbers them: `downsample_0` and `downsample_1`, or
+    `downsample_1` and `downsample_2` if a pooling layer comes first.
 
     Args:
       x: [N, H, W, C].
       features: output channels.
       strides: of the convolution.
       conv: as in `Block`.
-      norm: as in `Block`; None leaves it out, as pre-activation networks do.
+      norm: as in `Block`; None for none, as in pre-activation networks.
       train: the norm uses the batch's statistics.
       average: average-pool by the stride first and project at stride 1 (He et al. 2019, figure 2c: ResNet-D).
-      kernel_size: of the convolution where it strides (3 in SENet-154: Hu et al. 2020, appendix); 1 elsewhere.
+      kernel_size: of a strided convolution (3 in SENet-154: Hu et al. 2020, appendix); 1 otherwise.
 
     Returns:
       [N, h, w, features].
@@ -354,10 +353,9 @@ def project_linear(x: Array, features: int, strides: int, **parts: Any) -> Array
 
 
 def pad_channels(x: Array, features: int, strides: int, **parts: Any) -> Array:
-    """Shortcut without parameters: every stride-th pixel, new channels zero (He et al. 2016, section 3.3, option A).
+    """Shortcut without parameters: subsampling and zero channels (He et al. 2016, section 3.3, option A).
 
-    The zeros are split evenly before and after the old channels. The convolution, norm and mode that `parts` carries
-    are not needed.
+    Half of the zero channels come before the channels of x, half after. `parts` is not used.
     """
     del parts
     x = jax.lax.slice(x, (0,) * 4, x.shape, (1, strides, strides, 1))
@@ -366,7 +364,7 @@ def pad_channels(x: Array, features: int, strides: int, **parts: Any) -> Array:
 
 
 def drop_path(x: Array, rate: float, key: Array) -> Array:
-    """Stochastic depth (Huang et al. 2016): zeroes a residual branch for whole images, rescales the rest.
+    """Stochastic depth (Huang et al. 2016): zeroes a residual branch for random images and rescales it for the others.
 
     Args:
       x: branch [N, ...].

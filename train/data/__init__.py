@@ -1,1 +1,1 @@
-"""Where the images come from, and what happens to them: sources, loader, augmentation."""
+"""Training data: sources, loader, augmentation."""

@@ -1,9 +1,9 @@
 """Augmentation inside the jitted train step: pure functions of images and keys, vmapped over the batch.
 
-Images are float32 RGB in [0, 1], *before* the mean and standard deviation are taken off. Every image has its own key,
-made of the step's key and the image's index in the global batch, so the result does not depend on how the batch is
-spread over devices; every operation has its own number under that key, so switching one on changes no other's draws.
-What is off is not traced and costs nothing.
+Images are float32 RGB in [0, 1], *before* normalisation. Every image has its own key, derived from the step's key and
+the image's index in the global batch, so the result does not depend on how the batch is distributed over devices. Every
+operation has its own number, folded into that key, so that switching one on changes no random numbers of the others.
+Operations that are off are not traced and cost nothing.
 """
 
 import functools
@@ -18,11 +18,11 @@ from train.config import Augment
 from train.data.randaugment import MAX_MAGNITUDE, blend, luma, randaugment
 
 BLACK = (0.0, 0.0, 0.0)
-# Shares of the area and aspects; torchvision's bounds (Zhong et al. 2020 let the area reach 0.4).
+# Shares of the area, and aspect ratios; torchvision's bounds (Zhong et al. 2020 have an area of up to 0.4).
 ERASE_AREA = (0.02, 0.33)
 ERASE_ASPECT = (0.3, 3.3)
 _ERASE_TRIES = 10
-# Folded into an example's key, one number for each operation. A number once given stays: it is part of a run's seed.
+# Folded into an example's key, one number per operation. The numbers must not change: they are part of a run's seed.
 _CROP, _FLIP, _RANDAUGMENT, _JITTER, _ERASE, _CUTOUT, _MIX = range(7)
 
 
@@ -30,12 +30,12 @@ def check(settings: Augment, image_size: int, local_batch: int | None = None) ->
     """Validates the settings before anything is compiled.
 
     Args:
-      settings: what to do.
-      image_size: side of the training images in pixels.
-      local_batch: images that one device sees in one (micro-)batch; None: not known yet, its check is skipped.
+      settings: the augmentation's settings.
+      image_size: height and width of the training images in pixels.
+      local_batch: images per device and (micro-)batch; None if unknown yet, which skips the check.
 
     Raises:
-      UserError: a setting is out of its range, or an odd `local_batch` cannot be mixed in pairs.
+      UserError: a setting is out of range, or `local_batch` is odd and cannot be mixed in pairs.
     """
     _within("pad", settings.pad, 0, image_size - 1, f"use a few pixels; the images are {image_size} pixels wide")
     _within("cutout", settings.cutout, 0, image_size, f"the images are {image_size} pixels wide; 0 switches it off")
@@ -57,16 +57,16 @@ def check(settings: Augment, image_size: int, local_batch: int | None = None) ->
 
 
 def _within(name: str, value: float, low: float, high: float, remedy: str) -> None:
-    if not low <= value <= high:  # not a NaN either
+    if not low <= value <= high:  # also refuses NaN
         raise UserError(f"augment.{name}={value} must lie between {low} and {high}: {remedy}")
 
 
 def example_keys(key: jax.Array, global_index: jax.Array) -> jax.Array:
-    """One key for each example, the same wherever the example lies.
+    """One key per example, whichever device has the example.
 
     Args:
       key: the step's key (`jax.random.key` or the older uint32 pair).
-      global_index: integers [n], the examples' indexes in the global batch.
+      global_index: integers [n], indices of the examples in the global batch.
 
     Returns:
       n keys.
@@ -75,17 +75,17 @@ def example_keys(key: jax.Array, global_index: jax.Array) -> jax.Array:
 
 
 def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[float, ...] = BLACK) -> jax.Array:
-    """Everything that concerns one image alone.
+    """The operations on single images (all but mixup and CutMix).
 
-    In this order: pad and crop, flip, RandAugment, colour jitter, random erasing, Cutout. What RandAugment's geometric
-    operations uncover is mid-grey, as published, whatever `fill` says.
+    Their order is: pad and crop, flip, RandAugment, colour jitter, random erasing, Cutout. RandAugment's geometric
+    operations fill with mid-grey, as published, whatever `fill` is.
 
     Args:
       images: float [N, H, W, 3] in [0, 1].
-      keys: N keys, of `example_keys`.
-      settings: what to do; its values are static (read while tracing).
-      fill: RGB in [0, 1] for padding, erasing and Cutout. Black pads *before* normalisation. The ResNet paper (He et
-        al. 2016, section 4.2) and Cutout write zeros *after* it, which is the mean colour: for that, pass the mean.
+      keys: N keys, from `example_keys`.
+      settings: the augmentation's settings; static (read while tracing).
+      fill: RGB in [0, 1] for padding, erasing and Cutout. The ResNet paper (He et al. 2016, section 4.2) and Cutout
+        fill with zeros *after* normalisation, which are the mean colour before it: pass the mean for that.
 
     Returns:
       [N, H, W, 3] in [0, 1], of the images' dtype; computed in float32.
@@ -116,7 +116,7 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
 
     each = jax.vmap(one)
     if settings.randaugment_layers:
-        # A CPU has nothing to gain from a batch, and one image at a time does only the operations that it drew.
+        # On a CPU batching gains nothing, and one image at a time computes only the operations that it drew.
         each = functools.partial(jax.lax.platform_dependent, cpu=_one_by_one(one), default=each)
     return each(images.astype(jnp.float32), keys).astype(images.dtype)
 
@@ -126,7 +126,7 @@ def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, ...] = BLACK) -> jax.Array:
-    """Pads every side and cuts the original size out at random (He et al. 2016, section 4.2).
+    """Pads every side and crops the original size at a random place (He et al. 2016, section 4.2).
 
     Args:
       image: float32 [H, W, 3].
@@ -160,10 +160,10 @@ def flip(image: jax.Array, key: jax.Array) -> jax.Array:
 def colour_jitter(
     image: jax.Array, key: jax.Array, brightness: float, contrast: float, saturation: float, hue: float
 ) -> jax.Array:
-    """Random brightness, contrast, saturation and hue, with torchvision's meaning of the numbers (ColorJitter).
+    """Random brightness, contrast, saturation and hue, with the arguments of torchvision's ColorJitter.
 
-    torchvision shuffles the four; here they always come in this order. Factors are uniform in [1 - x, 1 + x], the
-    shift of the hue in [-hue, hue] turns.
+    torchvision shuffles the four operations; here they always have this order. Factors are uniform in [1 - x, 1 + x],
+    the shift of the hue in [-hue, hue] turns.
 
     Args:
       image: float32 [H, W, 3] in [0, 1].
@@ -189,11 +189,11 @@ def colour_jitter(
 
 
 def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
-    """Turns the hue, at the same saturation and value (HSV).
+    """Shifts the hue, at the same saturation and value (HSV).
 
     Args:
       image: float32 [..., 3] in [0, 1].
-      turns: the shift as a share of the full circle.
+      turns: the shift as a fraction of the full circle.
 
     Returns:
       float32 [..., 3] in [0, 1].
@@ -207,8 +207,8 @@ def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
         (green - blue) / divisor,
         jnp.where(green >= blue, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
     )
-    # HSV to RGB without its six cases: a channel falls from value by chroma * clip(min(k, 4 - k), 0, 1), where k is how
-    # far the hue has gone past the channel's own sixth.
+    # HSV to RGB without its six cases: channel = value - chroma * clip(min(k, 4 - k), 0, 1), with k = (n + 6 * hue)
+    # mod 6 and n = 5, 3, 1 for red, green, blue.
     position = jnp.array([5.0, 3.0, 1.0]) + (sixths + 6.0 * turns)[..., None]
     position = position - 6.0 * jnp.floor(position / 6.0)
     fall = jnp.clip(jnp.minimum(position, 4.0 - position), 0.0, 1.0)
@@ -218,13 +218,13 @@ def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
 def random_erase(image: jax.Array, key: jax.Array, probability: float, fill: tuple[float, ...] = BLACK) -> jax.Array:
     """Fills a random rectangle (Zhong et al. 2020, algorithm 1).
 
-    The paper draws until a rectangle fits; as torchvision, this gives up after ten. Its aspect is uniform in the
-    logarithm, so that lying and standing rectangles are equally frequent.
+    The paper draws until a rectangle fits; like torchvision, this function gives up after ten draws. The aspect ratio
+    is log-uniform, so that wide and tall rectangles are equally frequent.
 
     Args:
       image: float32 [H, W, 3].
       key: the draw's key.
-      probability: that the image is changed; static.
+      probability: of erasing; static.
       fill: RGB of the rectangle.
 
     Returns:
@@ -248,7 +248,7 @@ def random_erase(image: jax.Array, key: jax.Array, probability: float, fill: tup
 
 
 def cutout(image: jax.Array, key: jax.Array, side: int, fill: tuple[float, ...] = BLACK) -> jax.Array:
-    """Fills a square whose centre may be any pixel, so that part of it may lie outside.
+    """Fills a square around a random pixel; part of the square can be outside the image.
 
     DeVries & Taylor 2017, "Improved Regularization of CNNs with Cutout", section 3.2.
 
@@ -272,14 +272,15 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixup (Zhang et al. 2018, equation 1) and CutMix (Yun et al. 2019, section 3.1) between neighbours.
 
-    Images 2i and 2i+1 are each other's partner: in a shuffled batch the pair is random, and it is the same pair on any
-    number of devices. A pair draws one lambda from the key of its even member; with both alphas set it draws which of
-    the two it gets, each with probability 1/2. CutMix's lambda is what is left of the image outside the box, exactly.
+    Images 2i and 2i+1 are mixed with each other. In a shuffled batch the pairs are random, and they do not depend on
+    the number of devices. A pair draws one lambda from the key of its even image; if both alphas are positive it draws
+    one of the two methods, each with probability 1/2. CutMix's lambda is exactly the share of the image outside the
+    box.
 
     Args:
       images: float [N, H, W, 3], N even.
       labels: float [N, classes], one-hot or soft.
-      keys: N keys, of `example_keys`.
+      keys: N keys, from `example_keys`.
       mixup_alpha: of Beta(alpha, alpha), static; 0 switches mixup off.
       cutmix_alpha: likewise for CutMix.
 
@@ -313,7 +314,7 @@ def mix(
 
     def with_partner(values, weight):
         pairs = values.astype(jnp.float32).reshape(count // 2, 2, *values.shape[1:])
-        # Not partner + weight * difference: weights 0 and 1 shall copy exactly.
+        # Not partner + weight * difference: weights 0 and 1 must copy exactly.
         return (weight * pairs + (1.0 - weight) * pairs[:, ::-1]).reshape(values.shape).astype(values.dtype)
 
     weight, share = jax.vmap(draw)(keys[::2])
@@ -321,7 +322,7 @@ def mix(
 
 
 def cutmix_box(key: jax.Array, alpha: float, height: int, width: int) -> tuple[jax.Array, ...]:
-    """A box of 1 - lambda of the area, its centre anywhere, clipped at the borders (Yun et al. 2019, equation 2).
+    """A box with 1 - lambda of the area and a random centre, clipped at the borders (Yun et al. 2019, equation 2).
 
     Args:
       key: the draw's key.
@@ -341,14 +342,14 @@ def cutmix_box(key: jax.Array, alpha: float, height: int, width: int) -> tuple[j
 
 
 def _beta(key, alpha):
-    """A draw of Beta(alpha, alpha); alpha = 1 is the uniform distribution, which needs no rejection loop."""
+    """A draw from Beta(alpha, alpha); alpha = 1 is the uniform distribution, which needs no rejection sampling."""
     if isinstance(alpha, float | int) and alpha == 1:
         return jax.random.uniform(key)
     return jax.random.beta(key, alpha, alpha)
 
 
 def _whole(uniform, count):
-    """A uniform draw in [0, 1) as an integer 0 ... count - 1. Compiles to less than `jax.random.randint`."""
+    """Converts a uniform draw in [0, 1) to an integer 0 ... count - 1. Compiles to less than `jax.random.randint`."""
     return jnp.floor(uniform * count).astype(jnp.int32)
 
 

@@ -10,13 +10,13 @@ from train.config import INTERPOLATION, Data
 from train.data.images import UnreadableImage, eval_image, train_image
 from train.data.sources import Source
 
-_MOST_IN_A_ROW = 100  # so many unreadable images in a row are no accident
+_MOST_IN_A_ROW = 100  # more unreadable images in a row mean that the data set is broken
 
 
 def _read(source: Source, index: int) -> dict[str, Any]:
     try:
         return source[index]
-    except OSError as error:  # only these: a wrong label is no damage of the image
+    except OSError as error:  # other errors, such as a wrong label, are not about the image
         raise UnreadableImage(error.strerror or str(error)) from error
     except MemoryError as error:
         raise UnreadableImage("not enough memory for it") from error
@@ -24,13 +24,13 @@ def _read(source: Source, index: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PrepareTrain:
-    """Index and random numbers to a finished example. `skipped` images from `index` on were unreadable."""
+    """Makes a training example from an index and random numbers; `skipped` counts unreadable images from `index` on."""
 
     source: Source
     data: Data
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The example of an index, or the next one that can be read."""
+        """The example of an index, or the next readable one."""
         data, total = self.data, len(self.source)
         for skipped in range(min(total, _MOST_IN_A_ROW)):
             at = (index + skipped) % total
@@ -38,7 +38,7 @@ class PrepareTrain:
                 example = _read(self.source, at)
                 image = _train_image(example["image"], rng, data)
             except UnreadableImage as error:
-                _forgive(error, self.source, at, data)
+                _raise_unless_skipped(error, self.source, at, data)
                 continue
             label = np.int32(example["label"])
             return {"image": image, "label": label, "index": np.int64(index), "skipped": np.int64(skipped)}
@@ -50,13 +50,13 @@ class PrepareTrain:
 
 @dataclass(frozen=True)
 class PrepareEval:
-    """Index to a finished example; beyond the end, and where an image is unreadable, zeros that are masked."""
+    """Makes an evaluation example from an index; masked zeros beyond the end and for an unreadable image."""
 
     source: Source
     data: Data
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The example of an index, masked where there is none."""
+        """The example of an index, with its mask."""
         size, skipped = self.data.image_size, 0
         image, label, good = np.zeros((size, size, 3), np.uint8), 0, False
         if index < len(self.source):
@@ -65,16 +65,16 @@ class PrepareEval:
                 image = _eval_image(example["image"], self.data)
                 label, good = example["label"], True
             except UnreadableImage as error:
-                _forgive(error, self.source, index, self.data)
+                _raise_unless_skipped(error, self.source, index, self.data)
                 skipped = 1
         notes = {"index": np.int64(index), "skipped": np.int64(skipped)}
         return {"image": image, "label": np.int32(label), "mask": np.bool_(good), **notes}
 
 
-def _forgive(error: UnreadableImage, source: Source, index: int, data: Data) -> None:
+def _raise_unless_skipped(error: UnreadableImage, source: Source, index: int, data: Data) -> None:
     if data.bad_images == "error":
         raise UserError(
-            f"{source.name(index)} could not be read ({error}); mend or remove it, or let a run pass over such images "
+            f"{source.name(index)} could not be read ({error}); replace or remove it, or skip such images "
             "with --config.data.bad_images=skip."
         ) from error
 
@@ -103,20 +103,20 @@ def _eval_image(image: bytes | np.ndarray, data: Data) -> np.ndarray:
 
 
 def why_bad(source: Source, index: int, data: Data, training: bool) -> str:
-    """Why an image could not be prepared, found by doing it again.
+    """The reason why an image could not be prepared, found by a second try.
 
     Args:
-      source: where it is from.
-      index: in the source.
+      source: the source of the image.
+      index: index in the source.
       data: the settings.
-      training: prepared for training, or for evaluation.
+      training: whether the image was prepared for training or for evaluation.
 
     Returns:
       The reason in a few words.
     """
     try:
         image = _read(source, index)["image"]
-        eval_image(image, size=8)  # all of it: a crop of a JPEG passes over the damage below it
+        eval_image(image, size=8)  # decodes the whole image: a crop of a JPEG misses damage below it
         if training:
             _train_image(image, np.random.default_rng(0), data)
         else:

@@ -1,11 +1,11 @@
 """Decoding, crops and resizing of encoded images to uint8 [size, size, 3] on the host.
 
-Everything else (flips, colour, normalisation) happens on the accelerator. Crops and sizes follow torchvision, so that
-a network evaluated here sees the pixels that its published accuracy was measured on.
+Everything else (flips, colour, normalisation) runs on the accelerator. Crops and sizes follow torchvision, so that a
+network is evaluated on the pixels that its published accuracy was measured on.
 
-Two optional packages speed up random crops; without them Pillow does the same work (`benchmarks/loader.py` compares):
-simplejpeg decodes, to Pillow's pixels bit by bit, and cykooz_resizer does the bilinear scaling, to Pillow's pixels but
-for the rounding (at most one of 255 levels apart). Hosts that shall see the same pixels need the same packages.
+Two optional packages speed up random crops; without them Pillow does the same (`benchmarks/loader.py` compares).
+simplejpeg decodes to exactly Pillow's pixels; cykooz_resizer resizes bilinearly to Pillow's pixels up to rounding (at
+most one of 255 levels). For the same pixels on all hosts, install the same packages on all hosts.
 """
 
 import functools
@@ -33,7 +33,7 @@ __all__ = ["INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "ra
 
 
 def _optional(name: str) -> Any:
-    """A module, or None where it is not installed."""
+    """A module, or None if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -45,9 +45,9 @@ simplejpeg, cykooz_resizer = _optional("simplejpeg"), _optional("cykooz_resizer"
 TRAIN_CROPS = ("resize", "random_resized", "center")
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
-Frame = tuple[int, int, int]  # of a JPEG: where its header says how many rows there are, width, height
+Frame = tuple[int, int, int]  # of a JPEG: position of the number of rows in its header, width, height
 
-# Rows beyond a crop that its last row depends on: chroma of half height is interpolated with the row below.
+# Rows below a crop that its last row depends on: chroma of half height is interpolated with the row below.
 _CONTEXT_ROWS = 2
 _SOF = (0xC0, 0xC1, 0xC2)  # frame headers of sequential and progressive JPEGs with Huffman coding
 
@@ -65,26 +65,26 @@ def train_image(
 ) -> np.ndarray:
     """One training image.
 
-    A JPEG at least four times larger than needed is decoded at a half, a quarter or an eighth of its size, which
-    leaves at least two source pixels for each wanted one. An image of `size` x `size` passes `resize` and `center` bit
-    by bit.
+    A JPEG at least four times larger than needed is decoded at a half, a quarter or an eighth of its size, which leaves
+    at least two source pixels per output pixel in each direction. `resize` and `center` return an image of `size` x
+    `size` unchanged.
 
     Args:
       image: an encoded image, or uint8 `[H, W, C]` with 1 or 3 channels.
       rng: draws the crop of `random_resized`; the other crops draw nothing.
-      size: side of the result in pixels.
-      crop: `resize` (the whole image, aspect not kept), `random_resized` (Inception's crop, see `random_box`), or
+      size: height and width of the result in pixels.
+      crop: `resize` (the whole image, aspect ratio not kept), `random_resized` (Inception's crop, see `random_box`), or
         `center` (short side to `size`, then the centre).
-      scale: `random_resized`: least and greatest share of the area.
-      ratio: `random_resized`: least and greatest width / height.
+      scale: of `random_resized`: least and greatest share of the area.
+      ratio: of `random_resized`: least and greatest width / height.
       interpolation: `bilinear` or `bicubic`, both antialiased.
-      exif_orientation: turn the image as its EXIF data say.
+      exif_orientation: rotate the image as its EXIF data say.
 
     Returns:
       uint8 `[size, size, 3]`.
 
     Raises:
-      UnreadableImage: when it cannot be decoded, or its shape is too extreme.
+      UnreadableImage: the image cannot be decoded, or its aspect ratio is too extreme.
     """
     if crop == "random_resized":
         return _random_resized(image, rng, size, scale, ratio, interpolation, exif_orientation)
@@ -104,22 +104,22 @@ def eval_image(
     interpolation: str = "bilinear",
     exif_orientation: bool = True,
 ) -> np.ndarray:
-    """One evaluation image, decoded at full size: nothing is approximated here.
+    """One evaluation image, decoded at full size, without approximations.
 
     Args:
       image: an encoded image, or uint8 `[H, W, C]` with 1 or 3 channels.
-      size: side of the result in pixels.
-      crop_fraction: 1 resizes the whole image to `size` x `size` without keeping its aspect (an image of that size
-        passes bit by bit). Less than 1 resizes the short side to `size / crop_fraction`, rounded down, and crops the
+      size: height and width of the result in pixels.
+      crop_fraction: 1 resizes the whole image to `size` x `size` without keeping its aspect ratio (an image of that
+        size is unchanged). Less than 1 resizes the short side to `size / crop_fraction`, rounded down, and crops the
         centre.
       interpolation: `bilinear` or `bicubic`, both antialiased.
-      exif_orientation: turn the image as its EXIF data say.
+      exif_orientation: rotate the image as its EXIF data say.
 
     Returns:
       uint8 `[size, size, 3]`.
 
     Raises:
-      UnreadableImage: when it cannot be decoded, or its shape is too extreme.
+      UnreadableImage: the image cannot be decoded, or its aspect ratio is too extreme.
     """
     rgb = to_rgb(open_image(image), exif_orientation=exif_orientation)
     resample = INTERPOLATIONS[interpolation]
@@ -131,13 +131,13 @@ def eval_image(
 def random_box(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, ...], ratio: tuple[float, ...]
 ) -> Box:
-    """Inception's crop: a random share of the area with a random aspect at a random place.
+    """Inception's crop: a random share of the area with a random aspect ratio at a random place.
 
-    "Going deeper with convolutions" (Szegedy et al. 2014, section 6), as torchvision's `RandomResizedCrop` draws it:
-    area uniform, aspect log-uniform, ten tries, then the largest central crop with an allowed aspect.
+    "Going deeper with convolutions" (Szegedy et al. 2014, section 6), drawn as in torchvision's `RandomResizedCrop`:
+    area uniform, aspect ratio log-uniform, ten tries, then the largest central crop with an allowed aspect ratio.
 
     Args:
-      rng: where the numbers come from.
+      rng: random number generator.
       width: of the image.
       height: of the image.
       scale: least and greatest share of the area.
@@ -168,9 +168,9 @@ def _random_resized(
     interpolation: str,
     exif_orientation: bool,
 ) -> np.ndarray:
-    """Draws the box, decodes what it needs, scales. The box is in pixels of the full size, upright."""
+    """Draws the box, decodes the part that it needs, resizes. The box is in pixels of the full, upright image."""
     frame = _jpeg_frame(image)
-    # FF E1 begins the segment of a JPEG that may hold EXIF; among the pixels' data the two bytes cannot stand.
+    # FF E1 begins the segment of a JPEG that may hold EXIF data; the two bytes cannot occur in the pixels' data.
     read_header = frame is None or (exif_orientation and isinstance(image, bytes) and b"\xff\xe1" in image)
     opened = open_image(image) if read_header else None
     turn = orientation(opened) if opened is not None and exif_orientation else 1
@@ -189,29 +189,29 @@ def _random_resized(
 
 
 def _coarser(box: Box, across: float, down: float) -> Box:
-    """The box in the pixels of a shrunken image."""
+    """The box in pixels of the reduced image."""
     left, upper, right, lower = box
     return round(left * across), round(upper * down), round(right * across), round(lower * down)
 
 
 def _shrink_factor(side: int, size: int) -> int:
-    """By how much a JPEG decoder may shrink (1, 2, 4 or 8) where `side` source pixels become `size`."""
+    """Factor (1, 2, 4 or 8) by which a JPEG decoder may reduce `side` source pixels that become `size`."""
     return next((factor for factor in (8, 4, 2) if side >= 2 * factor * size), 1)
 
 
 def _shrunk(image: Image.Image, factor: int) -> Image.Image:
-    """Asks the JPEG decoder for fewer pixels; no other format can."""
-    if factor > 1 and image.format in ("JPEG", "MPO"):  # MPO: a JPEG with further ones behind it, as phones write
+    """Lets the JPEG decoder reduce the image; other formats cannot."""
+    if factor > 1 and image.format in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, as phones write
         with damage_is_unreadable():
             image.draft(None, (image.width // factor, image.height // factor))
     return image
 
 
 def _jpeg_frame(image: bytes | np.ndarray) -> Frame | None:
-    """Reads a JPEG's frame header; None for everything that is left to Pillow.
+    """Reads a JPEG's frame header; None for files that Pillow must decode.
 
-    That is: what simplejpeg has no RGB for (CMYK), images that Pillow refuses for their size, and files that do not end
-    as a JPEG does, because simplejpeg shows grey where data is missing.
+    These are other formats, JPEGs that simplejpeg cannot convert to RGB (CMYK), images that Pillow refuses for their
+    size, and files without a JPEG's end marker, for which simplejpeg fills missing data with grey.
     """
     if simplejpeg is None or not isinstance(image, bytes):
         return None
@@ -228,17 +228,17 @@ def _jpeg_frame(image: bytes | np.ndarray) -> Frame | None:
 
 
 def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int, turn: int) -> np.ndarray | None:
-    """Decodes the rows down to the end of the box and cuts the box out; None: let Pillow try.
+    """Decodes the rows down to the end of the box and crops the box; None if Pillow must decode.
 
-    Rows are stored from top to bottom, so a header that says fewer of them ends the decoding there, and what comes
-    before is the same bit by bit. Damage further down goes unnoticed. No library with wheels skips rows above a box or
-    columns beside it.
+    Rows are stored from top to bottom, so decoding stops early if the header is changed to fewer rows, and the rows
+    before are bit by bit the same. Damage further down is not noticed. No library with wheels skips the rows above a
+    box or the columns beside it.
 
     Args:
       jpeg: the file.
-      frame: of `_jpeg_frame`.
-      box: in pixels of the full size, upright.
-      factor: of `_shrink_factor`.
+      frame: from `_jpeg_frame`.
+      box: in pixels of the full, upright image.
+      factor: from `_shrink_factor`.
       turn: orientation, see `se_flax.images.decode.ORIENTATIONS`.
 
     Returns:
@@ -255,21 +255,21 @@ def _window_of_jpeg(jpeg: bytes, frame: Frame, box: Box, factor: int, turn: int)
     cut[at : at + 2] = rows.to_bytes(2, "big")
     least = {"min_height": high, "min_width": wide} if factor > 1 else {}
     try:
-        # Not strict: what is left over is reported as damage, and Pillow bears the same damage as simplejpeg does then.
+        # Not strict, which would report the rows after the changed end as damage. Then both tolerate the same damage.
         pixels = simplejpeg.decode_jpeg(cut, "RGB", strict=False, **least)
-    except Exception:  # Pillow's verdict counts
+    except Exception:  # Pillow decides
         return None
     if pixels.shape[:2] != (high, wide):
         return None
     return _upright(pixels[upper:lower, left:right], turn)
 
 
-# Each orientation is a change of the axes (from 5 on), then a mirroring of columns, of rows, or of both.
+# Each orientation is a transposition (from 5 on), then a mirroring of columns, rows or both.
 _MIRRORED_COLUMNS, _MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def _as_stored(box: Box, turn: int, width: int, height: int) -> Box:
-    """Where a box of the upright image lies in the image as it is stored, which is `width` x `height`."""
+    """The box of the upright image in the coordinates of the stored image, which is `width` x `height`."""
     if turn >= 5:
         width, height = height, width
     left, upper, right, lower = box
@@ -290,13 +290,13 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """The window as uint8 `[size, size, 3]`, antialiased; one of that size untouched.
+    """Resizes the window to uint8 `[size, size, 3]`, antialiased; a window of that size is unchanged.
 
     Raises:
-      UnreadableImage: its shape is too extreme.
+      UnreadableImage: the aspect ratio is too extreme.
     """
     if cykooz_resizer is None or interpolation != "bilinear":
-        # Cubic weights overshoot, and cykooz_resizer, which scales columns before rows, cuts that off elsewhere.
+        # Bicubic overshoots are clipped between the two passes, and cykooz_resizer has the passes in another order.
         image = window if isinstance(window, Image.Image) else Image.fromarray(window)
         return np.asarray(resized(image, (size, size), INTERPOLATIONS[interpolation]))
     pixels = np.asarray(window)
@@ -307,7 +307,7 @@ def _scaled(window: Image.Image | np.ndarray, size: int, interpolation: str) -> 
     check_resize((width, height), (size, size))
     source = cykooz_resizer.ImageData(width, height, kind, pixels.tobytes())
     target = cykooz_resizer.ImageData(size, size, kind)
-    # A resizer of its own: two threads may not share one.
+    # A new resizer per call, since threads may not share one.
     cykooz_resizer.Resizer().resize(source, target, _bilinear())
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
 

@@ -2,9 +2,9 @@
 
 Training reads one endless stream: the training examples, reshuffled each epoch, each with its own random crop. Batch k
 is a fixed slice of that stream, and each host takes a fixed block of it. So the position in the data is one number,
-which a checkpoint can hold and any other number of hosts or workers can continue from.
+which a checkpoint can store and any number of hosts or workers can continue from.
 
-The worker processes are spawned: a script of its own that uses `workers > 0` needs `if __name__ == "__main__":`.
+Worker processes are spawned, so a script that uses `workers > 0` needs `if __name__ == "__main__":`.
 """
 
 import math
@@ -36,15 +36,15 @@ Batch = dict[str, np.ndarray]
 
 _MOST_NAMED = 10
 _BUFFER_BYTES = 2**30  # decoded batches waiting in this process
-_EVAL_IMAGES_PER_WORKER = 5000  # below, starting a process costs more than it saves
+_EVAL_IMAGES_PER_WORKER = 5000  # for fewer images, starting a process costs more than it saves
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> float:
-    """How many batches one pass over the examples takes; a fraction when the last one straddles two epochs.
+    """Number of batches per epoch; not whole if a batch can span two epochs.
 
     Args:
-      num_examples: in the training split.
-      batch_size: global.
+      num_examples: size of the training split.
+      batch_size: global batch size.
 
     Returns:
       `num_examples / batch_size`.
@@ -53,9 +53,9 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> float:
 
 
 class BadImages:
-    """Collects the images that could not be read (`data.bad_images="skip"`), to name them at the end of a run.
+    """Collects images that could not be read (`data.bad_images="skip"`), for the report at the end of a run.
 
-    Each host collects those of its own share.
+    Each host collects the images of its own share.
 
     Attributes:
       train: indices into the training split.
@@ -68,7 +68,7 @@ class BadImages:
         self.eval: set[int] = set()
 
     def report(self) -> str | None:
-        """What was found, in words; `None` when every image could be read.
+        """The report on unreadable images; `None` if there are none.
 
         Returns:
           For example `"2 of 3,451 training images could not be read and were replaced: a.jpg (truncated), ..."`.
@@ -80,7 +80,7 @@ class BadImages:
         ):
             if not indices:
                 continue
-            # The reasons are found again here: the ones met in worker processes stayed there.
+            # Finds the reasons again, since worker processes do not pass them on.
             training = what == "training"
             named = [
                 f"{source.name(index)} ({why_bad(source, index, self._data, training)})"
@@ -112,15 +112,15 @@ def train_loader(
       splits: from `open_data`.
       data: the settings; `batch_size` is global.
       seed: of order and crops.
-      micro: deliver each batch of `batch_size` in so many parts (gradient accumulation), one per `next`.
-      start: examples of the stream that are already used up, over all hosts: steps done times `batch_size`.
-      process_index: this host; by default what JAX says.
-      process_count: number of hosts; by default what JAX says.
-      bad: told about images that could not be read.
+      micro: number of micro-batches per batch of `batch_size` (gradient accumulation); each `next` returns one.
+      start: number of examples already used, over all hosts: steps done times `batch_size`.
+      process_index: index of this host; None takes JAX's.
+      process_count: number of hosts; None takes JAX's.
+      bad: collects images that could not be read.
 
     Returns:
       An iterator over `{"image": uint8 [b, S, S, 3], "label": int32 [b]}` with b = batch_size / micro / process_count.
-      The hosts' blocks laid end to end are the batch that a single host would see.
+      The concatenation of the hosts' blocks is the batch of a single host.
 
     Raises:
       UserError: the seed is out of range, or the batch does not divide into equal parts; while iterating: an image
@@ -138,10 +138,10 @@ def train_loader(
 
 
 class TrainLoader(grain.DatasetIterator[Batch]):
-    """What `train_loader` returns: batches, and a position that can be saved and set.
+    """Iterator over training batches, with a position that can be saved and restored; see `train_loader`.
 
-    The state is plain JSON and the same on every host, so it may be saved by one host, through
-    `grain.checkpoint.CheckpointSave` or otherwise. It does not depend on batch size, hosts or workers.
+    The state is plain JSON and the same on every host, so one host can save it, with `grain.checkpoint.CheckpointSave`
+    or otherwise. It does not depend on batch size, hosts or workers.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self.start_prefetch()
         assert self._batches is not None
         batch = dict(next(self._batches))
-        # Counted here, not read from Grain, whose state depends on the number of workers.
+        # Grain's own state depends on the number of workers, so the position is counted here.
         self._position += self._batch_size
         _collect(batch, len(self._source), self._bad.train if self._bad else None)
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position as JSON: examples used up, and the seed and data it refers to."""
+        """The position as JSON: number of examples used, seed, and number of examples in the data."""
         return {"position": self._position, "seed": self._seed, "examples": len(self._source)}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
           state: from `get_state`.
 
         Raises:
-          UserError: it belongs to another seed or another number of training examples.
+          UserError: the state has another seed or number of training examples.
         """
         mine = self.get_state()
         for key, what in (("examples", "the number of training examples"), ("seed", "the seed of the data")):
@@ -198,7 +198,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self._position = int(state["position"])
 
     def start_prefetch(self) -> None:
-        """Starts reading ahead; `next` does it by itself."""
+        """Starts reading ahead; `next` does it if it was not called."""
         self._assert_not_closed()
         if self._batches is not None:
             return
@@ -206,7 +206,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self._batches.start_prefetch()
 
     def by_number(self) -> grain.MapDataset:
-        """The batches from the present position on, each made when it is asked for, in the caller's thread."""
+        """The batches from the current position on, each made on demand in the caller's thread."""
         prepare = PrepareTrain(self._source, self._data)
         stream = grain.MapDataset.range(len(self._source)).seed(self._seed).shuffle().repeat().random_map(prepare)
         return _host_batches(stream[self._position :], self._batch_size, *self._process)
@@ -234,18 +234,18 @@ def eval_batches(
     process_count: int | None = None,
     bad: BadImages | None = None,
 ) -> Iterator[Batch]:
-    """The evaluation split once, every example exactly once over all hosts.
+    """One pass over the evaluation split, with every example exactly once over all hosts.
 
-    Every host yields the same number of batches (a collective would wait for ever otherwise), all of the same shape:
-    the end is padded with zeros.
+    All hosts yield the same number of batches (otherwise a collective would never end), all of the same shape: the end
+    is padded with zeros.
 
     Args:
       splits: from `open_data`.
       data: the settings.
-      batch_size: global; by default that of the settings.
-      process_index: this host; by default what JAX says.
-      process_count: number of hosts; by default what JAX says.
-      bad: told about images that could not be read.
+      batch_size: global batch size; None takes that of the settings.
+      process_index: index of this host; None takes JAX's.
+      process_count: number of hosts; None takes JAX's.
+      bad: collects images that could not be read.
 
     Returns:
       An iterator over `{"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b]}` with
@@ -282,7 +282,7 @@ def eval_batches(
 def _process(index: int | None, count: int | None) -> tuple[int, int]:
     if index is not None and count is not None:
         return index, count
-    import jax  # only here: worker processes have no use for it
+    import jax  # imported here, since worker processes do not need it
 
     return jax.process_index(), jax.process_count()
 
@@ -290,18 +290,18 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 def _host_batches(
     stream: grain.MapDataset, batch_size: int, process_index: int, process_count: int
 ) -> grain.MapDataset:
-    """The block of this host in each global batch: block p of batch k is block k * count + p of the stream."""
+    """The host's block of each global batch: block p of batch k is block k * count + p of the stream."""
     return stream.batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
 
 
 def _read_ahead(batches: grain.MapDataset, batch_bytes: int, workers: int) -> grain.DatasetIterator:
-    """Threads, or processes of one thread each, that make whole batches ahead of time.
+    """Prefetches batches in threads, or in processes of one thread each.
 
-    Decoding and resizing release Python's lock, so threads already use several cores. Each unit is a whole batch,
-    which makes batch k the same for every number of workers, and holds the buffer to a few batches.
+    Decoding and resizing release Python's lock, so threads use several cores. Each worker makes whole batches, so that
+    batch k is the same for every number of workers and the buffer holds only a few batches.
     """
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, also where no program has parsed any
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags, which absl refuses before parsing
             flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         dataset = batches.to_iter_dataset(options).mp_prefetch(
@@ -315,7 +315,7 @@ def _read_ahead(batches: grain.MapDataset, batch_bytes: int, workers: int) -> gr
 
 
 def _collect(batch: Batch, num_examples: int, found: set[int] | None) -> None:
-    """Takes the notes about unreadable images out of a batch."""
+    """Removes the notes about unreadable images from a batch, and collects them."""
     index, skipped = batch.pop("index"), batch.pop("skipped")
     if found is not None:
         for first, length in zip(index[skipped > 0].tolist(), skipped[skipped > 0].tolist(), strict=True):

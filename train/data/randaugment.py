@@ -1,17 +1,17 @@
 """RandAugment on the accelerator (Cubuk et al. 2020, section 3): a few random operations per image.
 
 The fourteen operations of the paper act on one float32 RGB image in [0, 1] and are vmapped over a batch. Under `vmap`
-every image pays for every operation, so they share their work: the geometric ones are one affine warp, four of the
-colour ones are one blend with a degenerate image. One image after another (`jax.lax.map`) pays for what it drew alone.
-The ranges are those of the paper's published TensorFlow code (Apache-2.0), quirks included: a higher magnitude makes
-posterize and solarize *weaker*, and the magnitude 5 leaves color, contrast, brightness and sharpness as they are. Three
-deliberate differences: the warp is bilinear, not nearest; values stay float32 between operations instead of being
-rounded to 8 bits; posterize keeps at least one bit (the published code keeps none below magnitude 2.5 and returns a
-black image).
+all operations are computed for every image, so they share work: the geometric operations are one affine warp, and four
+colour operations are one blend with a degenerate image. Under `jax.lax.map` only the drawn operations are computed.
+The ranges are those of the paper's published TensorFlow code (Apache-2.0), including its peculiarities: a higher
+magnitude makes posterize and solarize *weaker*, and magnitude 5 does not change color, contrast, brightness and
+sharpness. There are three deliberate differences: the warp is bilinear, not nearest; values stay float32 between
+operations instead of being rounded to 8 bits; posterize keeps at least one bit (the published code keeps none below
+magnitude 2.5 and returns a black image).
 
 Gathers and scatters of single pixels are slow on a TPU (compiled for v5e, XLA's estimate for one warp of 128 images of
-224x224 is 320 ms by gathers and under 2 ms as matrix products), so the warp and equalize's histogram and table have a
-second form made of matrix products, chosen by the platform for which the step is compiled.
+224x224 is 320 ms by gathers and under 2 ms as matrix products). So the warp and equalize's histogram and table have a
+second implementation with matrix products, chosen by the platform for which the step is compiled.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ OPS = (
     "translate-y",
 )
 MAX_MAGNITUDE = 10.0
-GREY = (128 / 255, 128 / 255, 128 / 255)  # what the geometric operations uncover, as in the published code
+GREY = (128 / 255, 128 / 255, 128 / 255)  # fill of the geometric operations, as in the published code
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode "L"
 
 
@@ -50,9 +50,9 @@ def randaugment(
     Args:
       image: float32 [H, W, 3] in [0, 1].
       key: the image's key.
-      layers: how many operations (the paper's N); static.
+      layers: number of operations (the paper's N); static.
       magnitude: 0 ... 10 (the paper's M); static.
-      fill: RGB in [0, 1] where a geometric operation looks outside the image.
+      fill: RGB in [0, 1] of pixels that a geometric operation takes from outside the image.
 
     Returns:
       float32 [H, W, 3] in [0, 1].
@@ -78,14 +78,14 @@ def apply_op(
       op: int32 scalar, an index into `OPS`; may be traced.
       magnitude: 0 ... 10; static.
       sign: +1 or -1, the direction of a geometric operation; +1 rotates counter-clockwise, as PIL does.
-      fill: RGB in [0, 1] where a geometric operation looks outside the image.
+      fill: RGB in [0, 1] of pixels that a geometric operation takes from outside the image.
 
     Returns:
       float32 [H, W, 3] in [0, 1].
     """
     share = magnitude / MAX_MAGNITUDE
 
-    # What a colour operation blends the image with.
+    # The degenerate image that each colour operation blends with.
     degenerates = {
         "color": lambda: jnp.broadcast_to(luma(image), image.shape),
         "contrast": lambda: jnp.broadcast_to(luma(jnp.mean(image, axis=(0, 1))), image.shape),
@@ -114,10 +114,10 @@ def apply_op(
 
 
 def _switch(op: int | jax.Array, branches: Mapping[str, Callable[[], jax.Array]]) -> jax.Array:
-    """`branches[OPS[op]]()`; a branch that several names share is one. For names left out, any of the branches."""
+    """`branches[OPS[op]]()`; names with the same branch share it. Names without a branch may get any."""
     distinct = list(dict.fromkeys(branches.values()))
     numbers = [distinct.index(branches[name]) if name in branches else 0 for name in OPS]
-    # `take`, as JAX 0.10 cannot index so under vmap inside shard_map.
+    # `take`, since indexing fails in JAX 0.10 under vmap inside shard_map.
     return jax.lax.switch(jnp.take(jnp.array(numbers), op), distinct)
 
 
@@ -136,7 +136,7 @@ def blend(degenerate: jax.Array, image: jax.Array, factor: float | jax.Array) ->
 
 
 def luma(image: jax.Array) -> jax.Array:
-    """The grey value of each pixel (ITU-R 601 weights, as PIL and torchvision have them).
+    """The grey value of each pixel, with ITU-R 601 weights as in PIL and torchvision.
 
     Args:
       image: float32 [..., 3].
@@ -149,7 +149,7 @@ def luma(image: jax.Array) -> jax.Array:
 
 
 def _smooth(image: jax.Array) -> jax.Array:
-    """PIL's ImageFilter.SMOOTH: [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, the outermost pixels as they were."""
+    """PIL's ImageFilter.SMOOTH: [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, with the outermost pixels unchanged."""
     rows = image[:-2] + image[1:-1] + image[2:]
     inner = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4.0 * image[1:-1, 1:-1]) / 13.0
     frame = ((1, 1), (1, 1), (0, 0))
@@ -158,7 +158,7 @@ def _smooth(image: jax.Array) -> jax.Array:
 
 
 def autocontrast(image: jax.Array) -> jax.Array:
-    """Stretches each channel to [0, 1]; a constant channel stays as it is (PIL's ImageOps.autocontrast).
+    """Stretches each channel to [0, 1]; a constant channel is unchanged (PIL's ImageOps.autocontrast).
 
     Args:
       image: float32 [H, W, 3] in [0, 1].
@@ -211,7 +211,7 @@ def equalize(image: jax.Array) -> jax.Array:
       image: float32 [H, W, 3] in [0, 1].
 
     Returns:
-      float32 [H, W, 3], multiples of 1/255; a channel of one level (or nearly so) stays as it is.
+      float32 [H, W, 3], multiples of 1/255; a channel with (nearly) all pixels at one level is unchanged.
     """
     levels = _levels(image)
     counts = jax.lax.platform_dependent(levels, tpu=_count_by_products, default=_count_by_scatter)
@@ -231,7 +231,7 @@ def _count_by_scatter(levels: jax.Array) -> jax.Array:
 
 
 def _nibbles(levels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One-hot codes [H, W, 3, 16] of the upper and the lower four bits: 32 numbers a value instead of 256."""
+    """One-hot codes [H, W, 3, 16] of the upper and of the lower four bits: 32 numbers per value instead of 256."""
     digits = jnp.arange(16)
     upper = (levels[..., None] >> 4) == digits
     lower = (levels[..., None] & 15) == digits
@@ -239,7 +239,7 @@ def _nibbles(levels: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _count_by_products(levels: jax.Array) -> jax.Array:
-    """The same histograms; exact in a TPU's bfloat16 products too, which add ones in float32."""
+    """The same histograms by matrix products; exact in bfloat16 too, since a TPU adds the products in float32."""
     upper, lower = _nibbles(levels)
     return jnp.einsum("hwcu,hwcl->cul", upper, lower).reshape(3, 256).astype(jnp.int32)
 
@@ -250,7 +250,7 @@ def _look_up_by_gather(table: jax.Array, levels: jax.Array) -> jax.Array:
 
 
 def _look_up_by_products(table: jax.Array, levels: jax.Array) -> jax.Array:
-    """The same; exact in bfloat16 too, which holds every integer up to 256."""
+    """The same by matrix products; exact in bfloat16 too, which represents all integers up to 256."""
     upper, lower = _nibbles(levels)
     rows = jnp.einsum("hwcu,cul->hwcl", upper, table.reshape(3, 16, 16))
     return jnp.sum(rows * lower, axis=-1)
@@ -259,8 +259,8 @@ def _look_up_by_products(table: jax.Array, levels: jax.Array) -> jax.Array:
 def _affine(op: int | jax.Array, amount: jax.Array, height: int, width: int) -> jax.Array:
     """The matrix for `warp` of a geometric operation at `amount` in [-1, 1] of its range.
 
-    Rotation up to 30 degrees about the centre, shear up to 0.3 about the upper left corner, translation up to 100 of
-    224 pixels (the published code moves 100 pixels at every size; here the share of the side is what stays).
+    Ranges: rotation by 30 degrees about the centre, shear by 0.3 about the upper left corner, translation by 100 / 224
+    of the image's size (the published code has 100 pixels for every size).
     """
     angle = amount * (jnp.pi / 6)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -288,7 +288,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) ->
     Args:
       image: float32 [H, W, 3].
       matrix: float32 [6], (a, b, c, d, e, f); a must not be near 0.
-      fill: RGB where the input position lies outside the image.
+      fill: RGB if the input position is outside the image.
 
     Returns:
       float32 [H, W, 3].
@@ -303,7 +303,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) ->
 
 
 def _sample_by_gather(image: jax.Array, matrix: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Bilinear samples at positions x, y [H, W]; beyond the outermost centres the border's values continue."""
+    """Bilinear samples at positions x, y [H, W]; beyond the outermost pixel centres the border's values continue."""
     del matrix
     height, width, _ = image.shape
     x, y = jnp.clip(x - 0.5, 0.0, width - 1.0), jnp.clip(y - 0.5, 0.0, height - 1.0)
@@ -321,17 +321,17 @@ def _sample_by_gather(image: jax.Array, matrix: jax.Array, x: jax.Array, y: jax.
 
 
 def _sample_by_products(image: jax.Array, matrix: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The same in two one-dimensional passes, each a product with hat functions that XLA makes on the fly.
+    """The same by two one-dimensional passes, each a product with hat functions that XLA computes on the fly.
 
-    Pass one moves every column u to the rows at which the output will want it; pass two moves every row. Shears and
-    translations come out as by gathers; a rotation interpolates between neighbours along a slanted line, which differs
-    by about as much as bilinear interpolation itself does from the true surface.
+    The first pass resamples every column, the second every row. Shears and translations equal those by gathers. A
+    rotation interpolates along a slanted line, which differs by about as much as bilinear interpolation does from the
+    true surface.
     """
     del y
     height, width, _ = image.shape
     a, b, c, d, e, f = matrix
     column, row = (jnp.arange(width) + 0.5)[:, None], jnp.arange(height) + 0.5
-    along_column = d * (column - b * row - c) / a + e * row + f  # [W, H]: where column u meets output row y
+    along_column = d * (column - b * row - c) / a + e * row + f  # [W, H]: position in column u for output row y
 
     def hats(position, size):
         position = jnp.clip(position - 0.5, 0.0, size - 1.0)

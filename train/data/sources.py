@@ -1,7 +1,7 @@
 """Data sources: random access to images and labels.
 
-A source is opened once, in the main process, and may be pickled to worker processes. It hands out images undecoded
-wherever it can: decoding belongs to the code that knows the wanted size.
+A source is opened once, in the main process, and can be pickled to worker processes. If possible it returns images
+undecoded, since only the decoding code knows the wanted size.
 """
 
 import hashlib
@@ -41,18 +41,18 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call this example in a message: a file's path, or split and number."""
+        """Name of an example for messages: a file's path, or split and number."""
         ...
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """What a run trains on and what it is evaluated on.
+    """The training and evaluation data of a run.
 
     Attributes:
       train: the training examples.
       eval: the held-out examples.
-      class_names: name of each label, `0 ... len - 1`.
+      class_names: names of the labels `0 ... len - 1`.
     """
 
     train: Source
@@ -70,7 +70,7 @@ def open_data(data: Data) -> DataSplits:
       The splits.
 
     Raises:
-      UserError: a setting is out of range, or the data is not there, not complete or not what it should be.
+      UserError: a setting is out of range, or the data is missing, incomplete or of the wrong kind.
     """
     check_settings(data)
     kind, _, rest = data.source.partition(":")
@@ -87,13 +87,13 @@ def open_data(data: Data) -> DataSplits:
 
 
 def check_settings(data: Data) -> None:
-    """Refuses settings that could not work, before anything is read.
+    """Validates the settings, before anything is read.
 
     Args:
       data: the settings.
 
     Raises:
-      UserError: naming the setting, its value and what is allowed.
+      UserError: a setting is unknown or out of range.
     """
     choices = {"train_crop": TRAIN_CROPS, "interpolation": tuple(INTERPOLATIONS), "bad_images": ("error", "skip")}
     for name, allowed in choices.items():
@@ -124,17 +124,17 @@ def _ordered(pair: tuple[float, ...]) -> bool:
 def stratified_split(
     labels: Sequence[int], keys: Sequence[str], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Holds out the same share of every class, the same examples everywhere.
+    """Holds out the same share of every class, with the same result on every machine.
 
-    Examples are ranked by a hash of seed and key, so that neither the order of the file system nor a version of NumPy
-    matters, and one more image moves at most one other across the border.
+    Examples are ranked by a hash of seed and key, so the order of the file system and the version of NumPy do not
+    matter, and adding an image moves at most one other image to the other split.
 
     Args:
       labels: label of each example.
       keys: a unique name of each example.
-      fraction: share to hold out; the total is rounded up and shared out by largest remainder. A class of one image
-        stays in training, every other one is on both sides.
-      seed: another seed holds out others.
+      fraction: share to hold out; the total is rounded up and distributed by largest remainder. A class of one image
+        stays in training; every other class is in both splits.
+      seed: of the hash.
 
     Returns:
       Indices to train on and indices held out, each ascending.
@@ -162,7 +162,7 @@ class ArraySource:
     Attributes:
       images: uint8 `[N, H, W, C]`.
       labels: int `[N]`.
-      title: how `name` calls them.
+      title: name of the split, for messages.
     """
 
     images: np.ndarray
@@ -181,14 +181,14 @@ class ArraySource:
 
 
 def _open_digits(data: Data) -> DataSplits:
-    """Scikit-learn's 1,797 handwritten digits: 8x8 grey, part of the package, so no network is needed."""
+    """Scikit-learn's 1,797 handwritten digits, 8x8 grey; they are part of the package, so nothing is downloaded."""
     from sklearn.datasets import load_digits  # imported here because it takes a second
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
     labels = digits.target.astype(np.int32)
-    # Always the same 1,437 and 360: results on the digits are compared with each other.
+    # Always the same 1,437 and 360 images, so that results on the digits are comparable.
     train, test = stratified_split(labels.tolist(), [str(i) for i in range(len(labels))], fraction=0.2, seed=0)
     parts = {
         title: ArraySource(images[indices], labels[indices], f"digits {title}")
@@ -227,7 +227,7 @@ class FolderSource:
         return os.path.join(self.root, self.files[index])
 
     def subset(self, indices: Iterable[int]) -> "FolderSource":
-        """The same folder with only these files."""
+        """The same source with only these files."""
         kept = list(indices)
         return FolderSource(self.root, tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
 
@@ -267,8 +267,8 @@ def _is_split(path: Path) -> bool:
 
 
 def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[FolderSource, tuple[str, ...]]:
-    """Lists class folders. With `class_names` given (those of training), a class may be absent but none may be new."""
-    # Names are compared and saved in one spelling, files are opened under the one that they have.
+    """Lists class folders. With `class_names` (those of training) a class may be missing, but none may be new."""
+    # Names are compared and saved in canonical spelling; files are opened by their own spelling.
     folders = {canonical(name): name for name in class_folders(root)}
     if not folders:
         raise UserError(f"{root} has no class folders; put the images of each class into a folder named after it.")
@@ -316,8 +316,8 @@ class TfdsSource:
       records: `tfds.data_source` of the split, images undecoded.
       image_key: name of the image feature.
       label_key: name of the label feature.
-      num_classes: labels must lie below.
-      title: how `name` calls them.
+      num_classes: upper bound of the labels, excluded.
+      title: name of the split, for messages.
     """
 
     records: Any
@@ -349,7 +349,7 @@ def _open_tfds(name: str, data: Data) -> DataSplits:
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     try:
-        # Reads the files alone: neither the data set's own code, which may want TensorFlow, nor the network.
+        # Reads only the files; the data set's own code may need TensorFlow or the network.
         builder = builder_from_files(name, data_dir=data.data_dir or None)
     except ValueError as error:  # includes "not found"
         raise UserError(_why_no_tfds(name, data.data_dir, tfds)) from error
@@ -398,7 +398,7 @@ def _preparing(name: str, data_dir: str) -> str:
 
 
 def _why_no_tfds(name: str, data_dir: str, tfds: Any) -> str:
-    """The sentence for a data set that is not on disk: one to be prepared, or a name that nobody knows."""
+    """The message for a data set that is not on disk: not prepared, or unknown."""
     where = data_dir or "the default folder of TensorFlow Datasets"
     known = set(tfds.list_builders(with_community_datasets=False))
     base = name.partition(":")[0].partition("/")[0]

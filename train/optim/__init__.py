@@ -1,1 +1,1 @@
-"""Optimizers, schedules, losses, and which parameters learn how fast."""
+"""Optimizers, schedules, losses, parameter groups and fine-tuning."""

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that starts from a checkpoint's weights, and takes from it what the settings leave open."""
+"""Fine-tuning: a run that starts from a checkpoint's weights and takes settings that are left empty from it."""
 
 import dataclasses
 import warnings
@@ -18,27 +18,27 @@ from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
 from train.optim.param_groups import trace
 
-# Attributes of the network that are the run's affair and not the checkpoint's.
+# Attributes of the network that the run's settings define, not the checkpoint.
 _OWN = ("num_classes", "classifier", "in_channels", "dtype", "drop_rate", "drop_path_rate", "parent", "name")
-# The settings that may be left empty; what fills them is part of the run.
+# Settings that may be left empty; their final values are saved with the run.
 _OPEN = ("model.name", "data.mean", "data.std", "data.interpolation")
 
 
 def load(config: Config, num_classes: int) -> Any:
-    """Reads the weights that a run starts from.
+    """Loads the checkpoint that a run starts from.
 
     Args:
       config: the settings, with `init_from`.
-      num_classes: of the data; a classifier of another width is drawn anew.
+      num_classes: of the data; a classifier with another number of classes is initialised anew.
 
     Returns:
-      What `se_flax.load_pretrained` gives.
+      A `se_flax.Pretrained`.
 
     Raises:
-      UserError: no such checkpoint, one of another network than `model.name`, or one that does not fit it.
+      UserError: there is no such checkpoint, it is of another network than `model.name`, or does not fit it.
     """
     name, attributes = config.model.name or None, attention_attributes(config)
-    if config.loss.name == "cross_entropy":  # a checkpoint's classifier of cosines is one of another kind
+    if config.loss.name == "cross_entropy":  # a checkpoint's CosineClassifier is replaced
         attributes["classifier"] = nn.Dense
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -49,7 +49,7 @@ def load(config: Config, num_classes: int) -> Any:
         text = respelled(str(error), {"name=": "--config.model.name=", "num_classes=": "--config.model.num_classes="})
         raise UserError(f"init_from={config.init_from}{given}: {text}") from error
     for warning in caught:
-        if str(warning.message) not in loaded.notes:  # `describe` has those
+        if str(warning.message) not in loaded.notes:  # `describe` prints the notes
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if config.model.name not in ("", loaded.name):
         raise UserError(
@@ -60,7 +60,7 @@ def load(config: Config, num_classes: int) -> Any:
 
 
 def _without_bias(loaded: Any) -> Any:
-    """A classifier of cosines compares with the directions that a dense one had, and has no bias."""
+    """The checkpoint without the classifier's bias, which a `CosineClassifier` does not have."""
     head = loaded.model.head_path
     params = flax.traverse_util.flatten_dict(dict(loaded.variables["params"]))
     bias = params.pop((*head, "bias"), jnp.zeros(1))
@@ -76,11 +76,11 @@ def complete(config: Config, saved: Mapping[str, Any] | None, loaded: Any) -> Co
     Args:
       config: the settings as given.
       saved: flattened settings of the run that is continued, or None.
-      loaded: what a new run starts from, or None.
+      loaded: checkpoint that a new run starts from, or None.
 
     Returns:
-      A copy in which the network's name, mean, std and interpolation are those given; else those of the continued
-      run; else the checkpoint's; else SE-ResNet-18, ImageNet's mean and std, and bilinear.
+      A copy with the network's name, mean, std and interpolation as given; else from the continued run; else from the
+      checkpoint; else SE-ResNet-18, ImageNet's mean and std, and bilinear.
     """
     values: dict[str, Any] = {
         "model.name": NETWORK,
@@ -109,10 +109,10 @@ def check_fit(config: Config, model: nn.Module, loaded: Any) -> None:
     Args:
       config: the completed settings, for the message.
       model: the network of the run.
-      loaded: what `load` gave.
+      loaded: the checkpoint, from `load`.
 
     Raises:
-      UserError: an attribute differs, such as where the attention sits, or the names or shapes of variables.
+      UserError: an attribute differs, such as the placement of the attention, or names or shapes of variables differ.
     """
     remedy = "set model.attention to what the checkpoint was trained with, or train from scratch without init_from"
     for field in dataclasses.fields(model):
@@ -132,16 +132,16 @@ def check_fit(config: Config, model: nn.Module, loaded: Any) -> None:
     if wrong:
         shown = ", ".join(wrong[:4]) + (f", ... ({len(wrong)} in all)" if len(wrong) > 4 else "")
         raise UserError(
-            f"init_from={config.init_from} does not fit {config.model.name}: missing, left over or of another shape "
+            f"init_from={config.init_from} does not fit {config.model.name}: missing, unexpected or of another shape "
             f"are {shown}; {remedy}"
         )
 
 
 def _described(value: Any) -> str:
-    """An attribute of a network in words, equal for equal ones; partials themselves compare by identity."""
+    """An attribute of a network as text, for comparison: partials compare by identity, their texts do not."""
     if isinstance(value, partial | type):
         made, keywords = (value.func, value.keywords) if isinstance(value, partial) else (value, {})
-        # The axis belongs to the program that trains, not to the network.
+        # The axis belongs to the training program, not to the network.
         given = (f"{key}={_described(x)}" for key, x in sorted(keywords.items()) if key != "axis_name")
         return f"{made.__name__}({', '.join(given)})"
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
@@ -154,11 +154,11 @@ def as_arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(config: Config, loaded: Any) -> Iterator[str]:
-    """What a person should know about the weights that a new run starts from.
+    """Messages on the checkpoint that a new run starts from.
 
     Args:
       config: the completed settings.
-      loaded: what `load` gave.
+      loaded: the checkpoint, from `load`.
     """
     data, of = config.data, loaded.preprocess
     yield f"starting from {config.init_from} ({loaded.name})"
@@ -174,13 +174,13 @@ def describe(config: Config, loaded: Any) -> Iterator[str]:
 
 
 def describe_classes(loaded: Any, class_names: Sequence[str]) -> Iterator[str]:
-    """What a person should know about a classifier that was kept because the data has as many classes.
+    """Message on a classifier that was kept since the number of classes is the same, but whose classes are others.
 
     Args:
-      loaded: what `load` gave.
+      loaded: the checkpoint, from `load`.
       class_names: of the data.
     """
-    # Without labels it was drawn anew, or nobody knows what it told apart.
+    # Without labels the classifier is new, or its classes are unknown.
     pairs = enumerate(zip(map(canonical, loaded.labels or ()), map(canonical, class_names), strict=False))
     other = next(((i, there, here) for i, (there, here) in pairs if there != here), None)
     if other is not None:
@@ -192,10 +192,10 @@ def describe_classes(loaded: Any, class_names: Sequence[str]) -> Iterator[str]:
 
 
 def _pixels(config: Config, of: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of a checkpoint for RGB images in [0, 1], which is what the training step has.
+    """Mean and std of a checkpoint, converted to RGB images in [0, 1] as in the training step.
 
     Raises:
-      UserError: it takes other images.
+      UserError: the checkpoint takes images with other channels or another colour order.
     """
     if of.color_order != "rgb" or len(of.mean) != 3:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Cross-entropy and exact top-k counts, one number per example; reducing them is the caller's business.
+"""Cross-entropy and exact top-k counts, one number per example, without reduction.
 
-A mean over a padded last batch would weigh its examples wrongly. These functions return one value per example, in
-float32 whatever the logits' dtype, so that a step or an evaluation adds them up and divides once by a true count.
+A mean over a padded last batch would weight its examples wrongly. These functions return one value per example, in
+float32 whatever the logits' dtype, so that a step or an evaluation can sum them and divide by the true count.
 """
 
 import jax
@@ -22,17 +22,17 @@ def _smoothed(targets: jax.Array, label_smoothing: float) -> jax.Array:
 def one_hot_smoothed(labels: jax.Array, num_classes: int, label_smoothing: float = 0.0) -> jax.Array:
     """Class indices as distributions: `(1 - s) * one_hot + s / num_classes`.
 
-    Szegedy et al., "Rethinking the Inception Architecture", section 7, with the uniform prior. The true class too
-    receives its share of `s`, as in PyTorch and Keras.
+    Szegedy et al., "Rethinking the Inception Architecture", section 7, with the uniform prior. The true class also gets
+    its share of `s`, as in PyTorch and Keras.
 
     Args:
       labels: integer [n].
-      num_classes: how many classes there are.
+      num_classes: number of classes.
       label_smoothing: `s`, in [0, 1).
 
     Returns:
-      float32 [n, num_classes]. The row of a label outside 0 ... num_classes - 1 is NaN: a row of zeros would hide a
-      data set with more classes than the network behind a small loss.
+      float32 [n, num_classes]. The row of a label outside 0 ... num_classes - 1 is NaN: with a row of zeros, a data set
+      with more classes than the network would just have a small loss.
     """
     labels = labels.astype(jnp.int32)  # uint8 could not be compared with 1000 classes
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
@@ -47,7 +47,7 @@ def cross_entropy(
 
     Args:
       logits: float [n, classes], any precision; computed in float32.
-      labels: integer [n], or float [n, classes]: the distributions that mixup and cutmix make.
+      labels: integer [n], or float [n, classes]: distributions, from mixup and CutMix.
       label_smoothing: in [0, 1); applied to either kind of label (see `one_hot_smoothed`).
       mask: bool [n], False for padding; None: every example counts.
 
@@ -64,19 +64,19 @@ def cross_entropy(
     else:
         targets = _smoothed(labels.astype(jnp.float32), label_smoothing)
     if mask is not None:
-        # Before the loss rather than after it: the gradient of a masked NaN would be 0 * NaN = NaN.
+        # Masks the logits, not the loss: the gradient of a masked NaN would be 0 * NaN = NaN.
         keep = mask.astype(bool)[:, None]
         logits, targets = jnp.where(keep, logits, 0.0), jnp.where(keep, targets, 0.0)
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
 def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether the label is among the k classes that score highest.
+    """Whether the label is among the k classes with the highest logits.
 
-    The label's rank is the number of classes with a strictly greater logit plus the number of lower-numbered classes
-    with an equal one, so exactly k classes are in the top k: `k=1` is `argmax(logits) == label`, and a network that
-    answers a constant is right once in as many classes as there are, not always. With k at or above the number of
-    classes every example with valid logits counts. Logits that contain a NaN are wrong, whatever the label.
+    The label's rank is the number of classes with a greater logit plus the number of lower-numbered classes with an
+    equal one. So exactly k classes are in the top k: `k=1` is `argmax(logits) == label`, and a network with constant
+    logits is right for one class, not for all. If k is at least the number of classes, every example with valid logits
+    counts. Logits with a NaN are wrong, whatever the label.
 
     Args:
       logits: float [n, classes].

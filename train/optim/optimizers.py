@@ -1,7 +1,7 @@
 """Learning-rate schedules, optimizers and the moving average of the weights, from the settings in `config.Optim`.
 
-Names are strings only here: `SCHEDULES` and `OPTIMIZERS` map them to small builders. Accumulation over micro-batches
-is the step's business; everything below counts *updates*.
+`SCHEDULES` and `OPTIMIZERS` map the names in the settings to builders. Everything in this module counts *updates*;
+the training step accumulates micro-batches.
 """
 
 import math
@@ -23,7 +23,7 @@ PyTree: TypeAlias = Any
 
 
 class _Limit(NamedTuple):
-    """What a number must satisfy, and how an error says so."""
+    """The condition on a number, with its words for error messages."""
 
     holds: Callable[[float], bool]
     allowed: str
@@ -43,7 +43,7 @@ def _below_one(remedy: str) -> _Limit:
 
 
 _LIMITS = {
-    "learning_rate": _at_least_zero("the sign of the step is not part of it"),
+    "learning_rate": _at_least_zero("the update is subtracted, so the rate has no sign"),
     "warmup_epochs": _at_least_zero("0 starts at the full rate"),
     "decay_factor": _positive("the paper's is 0.1 for step, EfficientNet's 0.97 for exponential"),
     "decay_every_epochs": _positive("EfficientNet's is 2.4"),
@@ -61,7 +61,7 @@ _LIMITS = {
     "ema_decay": _below_one("0.9999 is usual, 0 turns the average off"),
     "label_smoothing": _below_one("0.1 is usual, 0 turns it off"),
     "layer_decay": _Limit(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.8 is usual, 1 gives all layers one rate"),
-    "backbone_multiplier": _positive("0.1 is usual, 1 turns it off; optim.train_only='head' stops the backbone"),
+    "backbone_multiplier": _positive("0.1 is usual, 1 turns it off; optim.train_only='head' freezes the backbone"),
 }
 
 
@@ -71,19 +71,19 @@ def _check_name(field: str, given: str, allowed: Mapping[str, Any]) -> None:
 
 
 def check(settings: Optim) -> None:
-    """Looks at every setting of the optimizer, before anything is compiled.
+    """Validates the optimizer's settings, before anything is compiled.
 
     Args:
       settings: the run's `optim` section.
 
     Raises:
-      UserError: an unknown name or a number out of range; the text says the value, what is allowed and what to do.
+      UserError: a name is unknown, or a number out of range.
     """
     _check_name("name", settings.name, OPTIMIZERS)
     _check_name("schedule", settings.schedule, SCHEDULES)
     for field, limit in _LIMITS.items():
         value = getattr(settings, field)
-        if not limit.holds(value):  # NaN holds nothing
+        if not limit.holds(value):  # also refuses NaN
             raise UserError(f"optim.{field} is {value}; it must be {limit.allowed} ({limit.remedy})")
     _check_boundaries(settings.schedule, tuple(settings.boundaries))
     if settings.train_only not in ("", "head"):
@@ -116,8 +116,8 @@ def _check_boundaries(schedule_name: str, boundaries: tuple[float, ...]) -> None
 
 def _staircase(rate: float, factor: float, at_steps: Iterable[float]) -> optax.Schedule:
     """`rate * factor**k` after k of the given steps (fractional ones count from the next whole step)."""
-    # Integers and values are settled here in float64: a division of float32 steps on the device would put some
-    # boundaries one step off. The small slack keeps epoch 1.1 of 100 steps, 110.00000000000001, at 110.
+    # Boundaries and rates are computed here in float64: dividing float32 steps on the device would put some boundaries
+    # one step off. The small slack rounds epoch 1.1 of 100 steps, 110.00000000000001, to 110.
     steps = np.array([math.ceil(step - 1e-6) for step in at_steps], np.int32)
     rates = (rate * np.power(float(factor), np.arange(len(steps) + 1, dtype=np.float64))).astype(np.float32)
     return lambda step: jnp.asarray(rates)[jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.int32)]
@@ -170,21 +170,21 @@ def schedule(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax
     - `exponential`: times `decay_factor` once in every `decay_every_epochs` (Tan and Le, "EfficientNet", section 5.2:
       0.97 every 2.4 epochs).
 
-    The first `warmup_epochs` rise linearly instead, from zero at step 0 towards `learning_rate`. The decay's clock
-    runs from step 0 all the same, as in EfficientNet's published code: the warm-up replaces the beginning of the decay
-    and does not move its end, so a boundary at epoch 30 means epoch 30.
+    In the first `warmup_epochs` the rate rises linearly from zero at step 0 towards `learning_rate`. The decay counts
+    from step 0, as in EfficientNet's published code: the warm-up replaces the start of the decay and does not delay it,
+    so a boundary at epoch 30 means epoch 30.
 
     Args:
       settings: the run's `optim` section.
-      steps_per_epoch: updates in an epoch; need not be whole.
+      steps_per_epoch: updates per epoch; need not be whole.
       total_steps: updates in the run.
 
     Returns:
-      A function of an integer scalar (the step, traced or not) that returns a float32 scalar. Past `total_steps` it
-      stays where it ended.
+      A function from an integer scalar (the step, traced or not) to a float32 scalar. After `total_steps` it is
+      constant.
 
     Raises:
-      UserError: settings out of range, or a run shorter than its warm-up.
+      UserError: a setting is out of range, or the run is shorter than its warm-up.
     """
     check(settings)
     if not (steps_per_epoch > 0 and total_steps > 0):
@@ -209,7 +209,7 @@ def schedule(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax
     return rate
 
 
-# --- Which parameters -------------------------------------------------------------------------------------------------
+# --- Selection of parameters ------------------------------------------------------------------------------------------
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:
@@ -224,8 +224,8 @@ def kernels(params: PyTree) -> PyTree:
 
     Returns:
       The same tree of bool: True for leaves called `kernel` with at least two axes, the weights of convolutions and
-      dense layers. Biases and the scales of norms are False (He et al., "Bag of Tricks", section 3.1), and so is
-      anything with another name, such as an embedding.
+      dense layers. Biases and scales of norms are False (He et al., "Bag of Tricks", section 3.1), and so are leaves
+      with other names, such as embeddings.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: _leaf_name(path) == "kernel" and x.ndim >= 2, params)
 
@@ -235,15 +235,15 @@ def _all(params: PyTree) -> PyTree:
 
 
 def muon_labels(params: PyTree) -> PyTree:
-    """Says which leaves Muon updates; the rest is AdamW's.
+    """Labels the leaves for Muon; AdamW updates the others.
 
     Args:
       params: tree of arrays, named as Linen names them.
 
     Returns:
-      The same tree of `"muon"` for dense kernels [in, out] and for convolution kernels [h, w, in, out] (HWIO) with
-      more than one input channel, `"adamw"` for biases, norms, one-dimensional convolutions (ECA's) and kernels with
-      one input channel: a depthwise kernel is a stack of separate filters, which nothing relates as a matrix would.
+      The same tree of labels: `"muon"` for dense kernels [in, out] and for convolution kernels [h, w, in, out] (HWIO)
+      with more than one input channel; `"adamw"` for biases, norms, one-dimensional convolutions (ECA's) and kernels
+      with one input channel, since a depthwise kernel is a set of independent filters, not a matrix.
     """
 
     def label(path: tuple[Any, ...], x: jax.Array) -> str:
@@ -259,8 +259,8 @@ Mask: TypeAlias = Callable[[PyTree], PyTree]
 
 
 def _sgd(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
-    # PyTorch's form: the rate multiplies the momentum buffer. Caffe, which trained the paper's networks, and TensorFlow
-    # put it inside the buffer; the two agree as long as the rate is constant and differ just after it drops.
+    # As in PyTorch, the rate multiplies the momentum buffer. In Caffe, which trained the paper's networks, and in
+    # TensorFlow the buffer includes the rate; the two differ only after the rate changes.
     return optax.chain(
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
         optax.trace(settings.momentum, nesterov=settings.nesterov),
@@ -277,9 +277,9 @@ def _adamw(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.Gradient
 
 
 def _lamb(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
-    # Leaves without weight decay keep Adam's step, as in timm and in the authors' code, there called
-    # `exclude_from_layer_adaptation`. `optax.lamb` scales these too: a bias that starts at zero then hardly ever
-    # leaves it, its own norm being its rate.
+    # Leaves without weight decay keep Adam's step, as in timm and in the authors' code (there
+    # `exclude_from_layer_adaptation`). `optax.lamb` scales them by their norm too, so that a bias with the initial
+    # value zero hardly changes.
     return optax.chain(
         optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
@@ -289,8 +289,8 @@ def _lamb(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientT
 
 
 def _rmsprop(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
-    # `tf.compat.v1.train.RMSPropOptimizer`: epsilon inside the root, a mean square that starts at one, a momentum that
-    # adds up updates already scaled by the rate. PyTorch has none of the three.
+    # `tf.compat.v1.train.RMSPropOptimizer`: epsilon inside the root, a mean square initialised to one, and a momentum
+    # of updates that include the rate. PyTorch's has none of the three.
     return optax.chain(
         optax.add_decayed_weights(settings.weight_decay, mask=decay),
         optax.scale_by_rms(decay=settings.rmsprop_decay, eps=settings.eps, initial_scale=1.0, eps_in_sqrt=True),
@@ -300,7 +300,7 @@ def _rmsprop(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.Gradie
 
 
 def _matrix_axes(x: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-    """A kernel's last axis is the output, all before it the input: HWIO and [in, out] alike."""
+    """A kernel as a matrix, for HWIO and [in, out]: the last axis is the output, all others the input."""
     return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1)
 
 
@@ -310,9 +310,9 @@ def _match_adam_rms(updates: PyTree) -> PyTree:
 
 
 def _muon(settings: Optim, rate: optax.Schedule, decay: Mask) -> optax.GradientTransformation:
-    # One rate serves both halves because the orthogonal updates are brought to the size of Adam's (Liu et al., "Muon is
-    # Scalable for LLM Training", section 2.2). `optax.contrib.muon` is not used whole: it would give AdamW's half
-    # Muon's Nesterov setting and no mask for the weight decay.
+    # Both parts have one rate, since the orthogonal updates are scaled to the size of Adam's (Liu et al., "Muon is
+    # Scalable for LLM Training", section 2.2). Not `optax.contrib.muon`, whose AdamW part would have Muon's Nesterov
+    # setting and no mask for the weight decay.
     muon = optax.contrib.scale_by_muon(
         beta=settings.momentum,
         nesterov=settings.nesterov,
@@ -338,14 +338,14 @@ OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTran
 
 
 def by_layer(settings: Optim) -> str:
-    """The setting that gives layers rates of their own; empty where all have one rate."""
+    """Name of the setting that gives layers different rates; empty if there is none."""
     return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
 
 
 def make_optimizer(
     settings: Optim, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer that the settings name, with clipping before it and weight decay inside it.
+    """Builds the optimizer of the settings, with gradient clipping and weight decay.
 
     - `sgd`: momentum or Nesterov's, as in PyTorch. Weight decay is added to the gradient before the momentum.
     - `adamw`: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; as in PyTorch the decay is
@@ -355,23 +355,23 @@ def make_optimizer(
     - `rmsprop`: as in TensorFlow 1, for EfficientNet and MobileNetV3, which set `eps` to 1e-3. Weight decay is added to
       the gradient.
     - `muon`: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", for the kernels that
-      `muon_labels` names, AdamW for the rest, at one common rate of AdamW's size; decoupled weight decay. The kernel of
-      a grouped convolution is orthogonalised as one matrix: its shape does not tell the groups.
+      `muon_labels` selects, AdamW for the others, at one common rate of AdamW's size; decoupled weight decay. The
+      kernel of a grouped convolution is orthogonalised as one matrix, since its shape does not tell the groups.
 
-    Weight decay reaches the leaves that `kernels` marks, or every parameter with `decay_norm_and_bias`. The global norm
-    is clipped first of all, on the gradient as it comes. `layer_factors` multiply the updates last of all, which is to
-    give every part a rate of its own: the rate multiplies all of an update in each of the five.
+    Weight decay applies to the leaves that `kernels` marks, or to all parameters with `decay_norm_and_bias`. Clipping
+    comes first, by the global norm of the gradient. `layer_factors` multiply the final updates; since the rate
+    multiplies the whole update in all five optimizers, this gives every layer its own rate.
 
     Args:
       settings: the run's `optim` section.
       schedule: learning rate by number of updates, from `schedule`.
-      depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; only where `by_layer` says so.
+      depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; needed if `by_layer` is not empty.
 
     Returns:
       A transformation whose `update` needs the parameters as its third argument.
 
     Raises:
-      UserError: settings out of range.
+      UserError: a setting is out of range.
     """
     check(settings)
     optimizer = OPTIMIZERS[settings.name](settings, schedule, _all if settings.decay_norm_and_bias else kernels)
@@ -390,18 +390,18 @@ def make_optimizer(
 def ema_update(ema_tree: PyTree, new_tree: PyTree, decay: float, step: jax.typing.ArrayLike) -> PyTree:
     """One step of the moving average of parameters and batch statistics.
 
-    `average -= (1 - d) * (average - value)` with `d = min(decay, (1 + step) / (10 + step))`, the warm-up that
-    TensorFlow's `ExponentialMovingAverage(decay, num_updates)` has: the first averages forget the initial weights soon.
+    `average -= (1 - d) * (average - value)` with `d = min(decay, (1 + step) / (10 + step))`, the warm-up of
+    TensorFlow's `ExponentialMovingAverage(decay, num_updates)`, which lets the average forget the initial weights.
 
     Args:
       ema_tree: the average so far, a tree of arrays.
-      new_tree: the values to mix in, the same tree.
+      new_tree: the new values, the same tree.
       decay: in [0, 1).
-      step: integer scalar, the number of averages taken before this one.
+      step: integer scalar, the number of previous updates of the average.
 
     Returns:
-      The new average, leaf by leaf in the average's dtype and computed in float32. Leaves that are not floating-point
-      (counters) are copied from `new_tree`.
+      The new average, computed in float32, with the dtypes of `ema_tree`. Leaves that are not floating-point (counters)
+      are copied from `new_tree`.
     """
     count = jnp.asarray(step, jnp.float32)
     forget = 1.0 - jnp.minimum(decay, (1.0 + count) / (10.0 + count))

@@ -21,15 +21,15 @@ PyTree = Any
 
 
 def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """Shapes of a network's variables, in the order in which it calls its parts.
+    """Shapes of a network's variables, in the order of the calls of its submodules.
 
     Args:
       model: the network.
-      image_size: side of the images to trace it with.
+      image_size: height and width of the images to trace it with.
 
     Returns:
       `{"params": ..., "batch_stats": ...}` of `jax.ShapeDtypeStruct`. The keys of `params` are in the order of the
-      calls; anything that has been through a JAX transformation has them in the order of the alphabet.
+      calls; JAX's transformations would return them in alphabetical order.
     """
     order: list[Path] = []
 
@@ -46,14 +46,14 @@ def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
 
 
 def declared(model: nn.Module, wanted_by: str) -> Network:
-    """The network, where it says what its parts are.
+    """The network as a `Network`, which declares the paths of its classifier and blocks.
 
     Args:
       model: any network.
-      wanted_by: the setting that asks.
+      wanted_by: the setting that needs the paths, for the message.
 
     Raises:
-      UserError: it does not.
+      UserError: the network is not a `Network`.
     """
     if not isinstance(model, Network):
         raise UserError(
@@ -64,15 +64,14 @@ def declared(model: nn.Module, wanted_by: str) -> Network:
 
 
 def layer_depths(model: Network, params: Mapping[str, Any]) -> dict[Path, int]:
-    """How far every parameter of a network is from its classifier.
+    """Depth of every parameter, counted in blocks from the classifier.
 
-    The network says where its classifier and its blocks are, and every block is a group. What is called before the
-    first block is the stem, one group; a convolution or norm after a block belongs to that block. timm groups
-    parameters for its layer-wise rates in the same way.
+    Every block is a group; modules that are called before the first block are one group, the stem; a convolution or
+    norm after a block belongs to that block. timm groups parameters for its layer-wise rates in the same way.
 
     Args:
       model: the network.
-      params: its parameters, or their shapes, in the order in which they are called (`trace`).
+      params: its parameters, or their shapes, in the order of the calls (from `trace`).
 
     Returns:
       Depth by path of the parameter: 0 for the classifier, 1 for the last block, and so on to the stem.
@@ -88,11 +87,11 @@ def layer_depths(model: Network, params: Mapping[str, Any]) -> dict[Path, int]:
 
 
 def layer_factors(settings: Optim, depths: Mapping[Path, int]) -> dict[Path, float]:
-    """What the learning rate of every parameter is multiplied by.
+    """Factor of the learning rate of every parameter.
 
-    The classifier keeps its rate; a parameter at depth d has `backbone_multiplier * layer_decay**d` of it (Clark et al.
-    2020, "ELECTRA", appendix A; Bao et al. 2021, "BEiT", appendix; there d counts Transformer layers). Weight decay
-    that is multiplied by the rate (AdamW's) is multiplied by this too, as in timm.
+    The factor is 1 for the classifier, and `backbone_multiplier * layer_decay**d` at depth d (Clark et al. 2020,
+    "ELECTRA", appendix A; Bao et al. 2021, "BEiT", appendix; there d counts Transformer layers). It also multiplies
+    weight decay that is multiplied by the rate (AdamW's), as in timm.
 
     Args:
       settings: the run's `optim` section.
@@ -108,7 +107,7 @@ def layer_factors(settings: Optim, depths: Mapping[Path, int]) -> dict[Path, flo
 
 
 def scale_layers(factors: Mapping[Path, float]) -> optax.GradientTransformation:
-    """Multiplies the update of every parameter by a factor of its own, see `layer_factors`."""
+    """Multiplies the update of every parameter by its factor, see `layer_factors`."""
 
     def scale(updates: PyTree, params: PyTree) -> PyTree:
         del params
@@ -121,11 +120,11 @@ def scale_layers(factors: Mapping[Path, float]) -> optax.GradientTransformation:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What training leaves as it is.
+    """The frozen parts of a network.
 
     Attributes:
-      params: paths of parameters.
-      modules: classes; submodules of these classes run in evaluation mode, and no statistics are recorded.
+      params: paths of frozen parameters.
+      modules: classes whose submodules run in evaluation mode, without updates of their statistics.
     """
 
     params: frozenset[Path] = frozenset()
@@ -136,12 +135,12 @@ NOTHING = Frozen()
 
 
 def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]) -> Frozen:
-    """What the settings freeze.
+    """The parts that the settings freeze.
 
     `train_only="head"` freezes all but the classifier, and the frozen part runs in evaluation mode: batch norms use
-    their running statistics and leave them, stochastic depth is off. The dropout before the classifier stays on.
-    `freeze_batch_norm` freezes the batch norms alone: their statistics, and as in torchvision's `FrozenBatchNorm2d`
-    and Keras's `trainable = False`, scale and bias too.
+    their running statistics without updating them, and stochastic depth is off. The dropout before the classifier stays
+    on. `freeze_batch_norm` freezes only the batch norms: their statistics, and as in torchvision's `FrozenBatchNorm2d`
+    and Keras's `trainable = False` also scale and bias.
 
     Args:
       settings: the run's `optim` section.
@@ -152,7 +151,7 @@ def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]
       Paths of parameters and classes of modules.
 
     Raises:
-      UserError: nothing would be left to train, or the network does not say where its classifier is.
+      UserError: no parameter would be trained, or the network does not declare its classifier.
     """
     paths = frozenset(flax.traverse_util.flatten_dict(dict(variables["params"])))
     if settings.train_only == "head":
@@ -173,14 +172,14 @@ def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]
 
 
 def split(params: PyTree, frozen: frozenset[Path]) -> tuple[PyTree, PyTree]:
-    """Parts parameters into those to train and those to keep.
+    """Splits parameters into trained and frozen ones.
 
-    The optimizer sees the first tree only: frozen parameters have no gradient, no weight decay, no share in the
+    The optimizer gets the first tree only: frozen parameters have no gradient, no weight decay, no share in the
     gradient's norm and no optimizer state.
 
     Args:
       params: nested dictionary of arrays.
-      frozen: paths of the parameters to keep.
+      frozen: paths of the frozen parameters.
 
     Returns:
       Two nested dictionaries, which `merge` joins.
@@ -201,22 +200,22 @@ def merge(trained: PyTree, kept: PyTree) -> PyTree:
     return flax.traverse_util.unflatten_dict(flat)
 
 
-# How a Linen module is told that it is not being trained.
+# Arguments that switch a Linen module to evaluation mode.
 _EVALUATION = {"train": False, "use_running_average": True}
 
 
 @contextmanager
 def evaluation_mode(modules: tuple[type[nn.Module], ...]) -> Iterator[None]:
-    """Calls the submodules of some classes with `train=False`, whatever the network passes them and in whatever way.
+    """Calls the submodules of some classes with `train=False`, whatever the network passes to them.
 
-    The argument may be called `train`, or `use_running_average` as that of Flax's own batch norm, and may be given by
+    The argument may be called `train` or, as in Flax's own batch norm, `use_running_average`, and may be given by
     keyword, by position, or not at all.
 
     Args:
-      modules: classes; the network itself is never meant.
+      modules: classes of submodules; the network itself is not affected.
 
     Raises:
-      UserError: while a network is called: a submodule that has its mode as an attribute, where no call can change it.
+      UserError: while a network is called: a submodule has its mode as an attribute, which a call cannot change.
     """
 
     def call(method: Any, args: Any, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
@@ -232,7 +231,7 @@ def evaluation_mode(modules: tuple[type[nn.Module], ...]) -> Iterator[None]:
 def _in_evaluation(
     module: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A method's arguments with the mode of evaluation in place of the one given."""
+    """A method's arguments, changed to evaluation mode."""
     parameters = inspect.signature(method).parameters
     by_position = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for name, wanted in _EVALUATION.items():
@@ -251,5 +250,5 @@ def _in_evaluation(
 
 
 def _is_needed(parameter: inspect.Parameter | None, wanted: bool, attribute: Any) -> bool:
-    """Whether a mode that was left out has to be given: neither its default nor an attribute is the wanted one."""
+    """Whether an omitted mode must be passed, because neither its default nor an attribute has the wanted value."""
     return parameter is not None and attribute is None and parameter.default is not wanted

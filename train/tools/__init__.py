@@ -1,1 +1,1 @@
-"""What the commands beside training use: compilation for devices that are not there, tables."""
+"""Tools of the commands beside training: compilation for absent devices, tables."""

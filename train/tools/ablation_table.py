@@ -10,18 +10,18 @@ from typing import Any
 from train.config import Attention
 
 Results = Mapping[tuple[str, int], dict[str, Any] | None]
-"""What each finished run left, by cell and seed; None for the others."""
+"""Results of the finished runs, by cell and seed; None for the others."""
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper's table has for a cell.
+    """The paper's figures for a cell.
 
     Attributes:
       top1: error in per cent.
       top5: error in per cent.
       params: as printed.
-      gflops: as printed; None where it is not.
+      gflops: as printed; None if not printed.
     """
 
     top1: float
@@ -35,9 +35,9 @@ class Cell:
     """One network of a study.
 
     Attributes:
-      name: within its axis.
-      attention: what the network carries.
-      paper: the paper's figures for it.
+      name: unique within the study.
+      attention: settings of the network's attention.
+      paper: the paper's figures.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell's line of the table; errors and differences in per cent.
+    """A row of the table, for one cell; errors and differences in per cent.
 
     Attributes:
-      cell: which.
-      top1: errors by seed.
-      top5: likewise; none where there are no more than five classes.
-      difference: of top-1 from the cell `none`, by seed.
-      diverged: how many runs did.
-      params: trainable.
-      macs_paper: as the paper counts.
+      cell: the cell.
+      top1: top-1 errors by seed.
+      top5: top-5 errors by seed; empty for five classes or fewer.
+      difference: difference of the top-1 error from that of the cell `none`, by seed.
+      diverged: number of runs that diverged.
+      params: number of trainable parameters.
+      macs_paper: multiply-adds as the paper counts them.
     """
 
     cell: Cell
@@ -74,11 +74,11 @@ class Row:
 
 
 def make_rows(cells: Sequence[Cell], seeds: Sequence[int], results: Results) -> list[Row]:
-    """The lines of the table, of the runs that are finished.
+    """The rows of the table, from the finished runs.
 
     Args:
       cells: in the order of the table.
-      seeds: of each.
+      seeds: of each cell.
       results: of the finished runs.
     """
 
@@ -108,7 +108,7 @@ def make_rows(cells: Sequence[Cell], seeds: Sequence[int], results: Results) -> 
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n - 1); None where there are too few values."""
+    """Mean and standard deviation (n - 1); None for too few values."""
     return (
         statistics.fmean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
@@ -122,13 +122,13 @@ _HEAD = (
 
 
 def write_tables(folder: Path, title: str, cells: Sequence[Cell], seeds: Sequence[int], results: Results) -> None:
-    """Writes `table.md` and `table.csv`; figures of runs that are not finished are missing.
+    """Writes `table.md` and `table.csv`, without the figures of unfinished runs.
 
     Args:
-      folder: where to.
+      folder: the folder to write into.
       title: of `table.md`.
       cells: in the order of the table.
-      seeds: of each.
+      seeds: of each cell.
       results: of the finished runs.
     """
     rows = make_rows(cells, seeds, results)

@@ -13,24 +13,24 @@ from train.tools.hlo import Collective, collectives
 
 @dataclass(frozen=True)
 class Costs:
-    """What a compiled step needs on each device.
+    """Costs of a compiled step on each device.
 
-    Every figure is XLA's own. It counts the body of a loop once, and so one micro-batch of `optim.accumulate`. A
-    program that did not fit has None where the compiler gave no figure.
+    All figures are XLA's. XLA counts the body of a loop once, and so one micro-batch of `optim.accumulate`. For a
+    program that does not fit into memory, figures that the compiler did not give are None.
 
     Attributes:
-      flops: floating-point operations, a multiply-add being two.
-      bytes_accessed: what all operations read and write: the traffic between memory and arithmetic.
-      argument_bytes: state and batch.
-      output_bytes: new state and metrics.
-      donated_bytes: of the outputs, those in the memory of arguments.
-      temporary_bytes: reserved for everything in between.
-      peak_memory_bytes: arguments, outputs that are not donated, temporaries and the program itself; of a program that
-        did not fit, what the compiler said it wants at least.
-      collective_bytes: operands of the collective operations.
-      collectives: the same by kind.
-      compile_seconds: without the tracing, and without any cache.
-      fits: whether the device's memory holds the peak.
+      flops: floating-point operations; a multiply-add is two.
+      bytes_accessed: bytes that all operations read and write.
+      argument_bytes: size of state and batch.
+      output_bytes: size of new state and metrics.
+      donated_bytes: size of outputs that reuse the memory of arguments.
+      temporary_bytes: size of the temporaries.
+      peak_memory_bytes: arguments, outputs that are not donated, temporaries and the program itself; for a program that
+        does not fit, the least size that the compiler reported.
+      collective_bytes: size of the operands of collective operations.
+      collectives: collective operations by kind.
+      compile_seconds: without tracing, and without a cache.
+      fits: whether the peak fits into the device's memory.
     """
 
     flops: float | None
@@ -76,7 +76,7 @@ def compile_step(lowered: Any, memory_bytes: int) -> tuple[Costs, str]:
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
     spoken = collectives(text)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # Not the analysis's own peak, which takes the TPU's small fast memory and the large one together.
+    # Not the analysis's own peak, which adds the TPU's small fast memory to its HBM.
     peak = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     costs = Costs(
         flops=cost["flops"],
@@ -95,9 +95,9 @@ def compile_step(lowered: Any, memory_bytes: int) -> tuple[Costs, str]:
 
 
 def _used_memory(error: str) -> int | None:
-    """Bytes that a program wants, from the error of a TPU's compiler that refuses it for its size.
+    """Memory in bytes that a program needs, from the TPU compiler's out-of-memory error.
 
-    Before it schedules the program, the compiler names the temporaries alone; after that, everything.
+    Before scheduling, the compiler reports only the temporaries; after it, everything.
     """
     match = re.search(
         r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", error

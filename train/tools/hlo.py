@@ -14,7 +14,7 @@ _OPERAND = re.compile(r"%([\w.-]+)")
 
 @dataclass(frozen=True)
 class Collective:
-    """How often a kind of collective operation stands in a program, and the bytes of its operands."""
+    """Number of collective operations of one kind in a program, and the size of their operands in bytes."""
 
     count: int
     bytes: int
@@ -27,10 +27,9 @@ def collectives(text: str) -> dict[str, Collective]:
       text: the optimised HLO (`compiled.as_text()`).
 
     Returns:
-      By kind, those that occur: all-reduce, all-gather, reduce-scatter, collective-permute, all-to-all. An operation
-      that is started and awaited apart counts once, and so does one in the body of a loop. The bytes are those of the
-      operands, which is what a device hands over; what travels over the wires depends on the algorithm (a ring
-      all-reduce sends close to twice as much).
+      Counts by kind, for the kinds that occur: all-reduce, all-gather, reduce-scatter, collective-permute, all-to-all.
+      An asynchronous operation (start and done) counts once, and so does one in the body of a loop. The bytes are those
+      of the operands; the network traffic depends on the algorithm (a ring all-reduce sends close to twice as much).
     """
     sizes: dict[str, int] = {}
     found: dict[str, list[int]] = {}
@@ -43,18 +42,18 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def array_bytes(shape: str) -> int:
-    """Size of a shape as HLO writes it: `bf16[128,56,56,64]{3,0,2,1:T(8,128)(2,1)}`, or a tuple of such."""
+    """Size in bytes of a shape in HLO: `bf16[128,56,56,64]{3,0,2,1:T(8,128)(2,1)}`, or a tuple of such shapes."""
     total = 0
     for match in _ARRAY.finditer(shape):
         bits = 1 if match["type"] == "pred" else int(re.findall(r"\d+", match["type"])[0])
-        # Of a bounded dynamic dimension, `<=8`, the bound is reserved.
+        # A bounded dynamic dimension, `<=8`, takes the memory of its bound.
         elements = math.prod(int(side.lstrip("<=")) for side in match["shape"].split(",") if side)
         total += elements * (1 if bits < 8 else bits // 8)
     return total
 
 
 def _instructions(text: str) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Name, shape, opcode and operands' names of every line that is an instruction."""
+    """Name, shape, opcode and names of the operands of every instruction."""
     for line in text.splitlines():
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -69,7 +68,7 @@ def _instructions(text: str) -> Iterator[tuple[str, str, str, list[str]]]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes; layouts have parentheses of their own."""
+    """Index of the parenthesis that closes the one at `start`; layouts have parentheses too."""
     depth = 0
     for index in range(start, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")

@@ -1,4 +1,4 @@
-"""Devices to compile for: the CPU at hand, or absent TPUs."""
+"""Devices to compile for: the local CPU, or absent TPUs."""
 
 import importlib.util
 import math
@@ -15,14 +15,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation of TPU.
+    """A generation of TPUs.
 
     Attributes:
-      memory_gib: high-bandwidth memory of a chip.
-      axes: of the interconnect, and so of the topology's name.
-      accelerator: the name of a small slice, which libtpu wants to see; what is compiled does not depend on it.
-      config: how libtpu calls the form in which the cores of a chip are one device.
-      source: of the memory.
+      memory_gib: high-bandwidth memory of a chip in GiB.
+      axes: number of axes of the interconnect, and so of the topology's name.
+      accelerator: name of a small slice, which libtpu requires; the compiled program does not depend on it.
+      config: libtpu's name of the configuration in which the cores of a chip are one device.
+      source: of the memory's size.
     """
 
     memory_gib: int
@@ -42,12 +42,12 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """What a step is compiled for.
+    """Devices that a step is compiled for.
 
     Attributes:
       name: as the user gave it.
-      devices: compile-only ones, or the CPU's.
-      memory_bytes: of one device.
+      devices: compile-only devices, or the CPU's.
+      memory_bytes: memory of one device.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """Finds the devices that a name means.
+    """Finds the devices of a topology.
 
-    JAX itself runs on the CPU from here on: a TPU or GPU that is there is left alone. To be called before JAX looks
-    for devices.
+    The function restricts JAX to the CPU, so that a TPU or GPU in the machine is not used. Call it before JAX looks for
+    devices.
 
     Args:
-      name: `cpu`, or a generation of TPU and its chips along each axis: `v5e:2x2`, `v4:2x2x1`.
+      name: `cpu`, or a generation of TPUs and the number of chips along each axis: `v5e:2x2`, `v4:2x2x1`.
 
     Returns:
-      Its devices.
+      The devices.
 
     Raises:
-      UserError: no such generation or layout, or libtpu is not installed.
+      UserError: there is no such generation or layout, or libtpu is not installed.
     """
     generation, _, layout = name.partition(":")
     if name != "cpu":
@@ -76,7 +76,7 @@ def find_topology(name: str) -> Topology:
     jax.config.update("jax_platforms", "cpu")
     if name == "cpu":
         devices = tuple(jax.devices("cpu"))
-        # All devices of a CPU have one memory.
+        # The CPU's devices share one memory.
         return Topology(name, devices, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices))
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(
@@ -100,14 +100,14 @@ def _check_layout(name: str, generation: str, layout: str) -> None:
 
 
 def _tpu_devices(name: str, chip: Chip, chips: int) -> tuple[jax.Device, ...]:
-    """Compile-only devices; all that is libtpu's own is here."""
+    """Compile-only devices of libtpu."""
     from jax.experimental.topologies import get_topology_desc
 
     settings = {
-        "TPU_SKIP_MDS_QUERY": "1",  # no question to the cloud's metadata server
+        "TPU_SKIP_MDS_QUERY": "1",  # do not query the cloud's metadata server
         "TPU_ACCELERATOR_TYPE": chip.accelerator,
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # Compiling opens no chip, so it may run beside a program that has the chips, or beside another compilation.
+        # Compiling does not open the chips, so it may run beside a program that uses them, or another compilation.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     for variable, value in settings.items():

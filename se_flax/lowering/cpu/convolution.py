@@ -1,4 +1,4 @@
-"""Choice of a convolution's form on a CPU by its shape."""
+"""Choice of a convolution's implementation on a CPU, by its shape."""
 
 import jax
 
@@ -20,8 +20,8 @@ def convolve_on_cpu(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
       kernel: [kh, kw, C / groups, features].
       strides: along H and W.
       padding: ((top, bottom), (left, right)).
-      dilation: of the kernel's taps.
-      groups: of channels.
+      dilation: spacing of the kernel's taps along H and W.
+      groups: number of channel groups.
 
     Returns:
       [N, h, w, features].

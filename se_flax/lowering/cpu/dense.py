@@ -22,17 +22,17 @@ from se_flax.lowering.xla import xla_convolution
 
 Array = jax.Array
 
-# Bytes of the patches that are laid out at a time: more than a core's cache holds costs more than another product.
+# Bytes of im2col patches per matrix product: patches beyond a core's cache cost more than another product.
 _PATCHES = 10 << 20
-# Channels, and bytes of a map and its gradient, up to which XLA's gradient of the kernel is as fast as one of patches.
+# Channels, and bytes of a map and its gradient, up to which XLA's kernel gradient is as fast as that by im2col.
 _FEW_CHANNELS, _SMALL_MAPS = 64, 10 << 20
-# Input channels per pixel of the output from which on patches are the faster form: there the kernel is most of the
-# traffic, and XLA's convolution reads it more slowly than its product does.
+# im2col is faster from so many input channels per output pixel on: there the kernel is most of the memory traffic, and
+# XLA's convolution reads a kernel more slowly than its matrix product does.
 _FEW_PIXELS = 8
 # XLA runs a matrix product of M rows (7 x 7 pixels of one image) on one core if M is in this range and K and N are at
 # least so large; with one row more it uses all cores, so M is padded.
 _SINGLE_CORE_M, _MIN_K, _MIN_N = range(33, 52), 512, 1024
-# Input channels, and numbers per output feature, up to which a sum over them beats XLA's convolution.
+# Input channels, and kernel values per output feature, up to which a sum over taps beats XLA's convolution.
 _THIN, _THIN_TAPS = 3, 27
 
 
@@ -40,12 +40,12 @@ def pointwise(x: Array, kernel: Array, strides: Pair, padding: Pads) -> Array:
     """A 1x1 convolution as a matrix product; arguments as for `convolve_on_cpu`."""
     if padding != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    # A slice whatever the batch: indexing would become a gather where its size is symbolic.
+    # Not by indexing, which becomes a gather for a symbolic batch size.
     return _matrix_product(jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1)), kernel[0, 0])
 
 
 def _matrix_product(x: Array, matrix: Array) -> Array:
-    # Two axes each: in the gradient XLA copies maps of four axes into another order first.
+    # 2-D operands: for 4-D ones XLA's gradient transposes the map first.
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
     if isinstance(count, int) and count in _SINGLE_CORE_M and matrix.shape[0] >= _MIN_K and matrix.shape[1] >= _MIN_N:
@@ -58,11 +58,9 @@ def _matrix_product(x: Array, matrix: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """XLA's convolution or a faster form, with gradients of their own: see the package's table.
+    """XLA's convolution or a faster implementation, with a custom JVP: see the package's table.
 
-    Arguments as for `convolve_on_cpu`.
-
-    The derivative is written as a forward one, which JAX transposes for the gradient: both modes work.
+    Arguments as for `convolve_on_cpu`. JAX transposes the JVP for the gradient, so both modes work.
     """
     if is_thin(kernel.shape):
         return thin(x, kernel, strides, padding, dilation)
@@ -73,12 +71,12 @@ def dense(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair)
 
 
 def is_thin(kernel: tuple[int, ...]) -> bool:
-    """Whether a kernel of this shape has so few channels and taps that XLA's convolution has little to multiply."""
+    """Whether a kernel of this shape has so few input channels and taps that `thin` beats XLA's convolution."""
     return kernel[2] <= _THIN and math.prod(kernel[:3]) <= _THIN_TAPS
 
 
 def thin(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """A convolution of few channels as a sum of numbers times vectors of all features.
+    """A convolution with few input channels as a sum of products of an input value and a vector over the features.
 
     Arguments as for `convolve_on_cpu`.
     """
@@ -89,7 +87,7 @@ def _dense_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, tange
     settings = strides, padding, dilation
 
     def in_x(dx: Array, kernel: Array) -> Array:
-        # With a stride, XLA's gradient is a convolution of a map with gaps, and multiplies the gaps.
+        # With a stride, XLA's input gradient is a dilated convolution, which multiplies the inserted zeros.
         return xla_convolution(dx, kernel, *settings, 1) if strides == (1, 1) else _of_patches(dx, kernel, *settings)
 
     return bilinear_jvp(
@@ -105,7 +103,7 @@ dense.defjvp(_dense_jvp, symbolic_zeros=True)
 
 
 def _for_kernel(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution, in the form whose transpose in the kernel is fast."""
+    """The same convolution, in the implementation whose transpose with respect to the kernel is fast."""
     sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     numbers = x.size + x.shape[0] * math.prod(sides) * kernel.shape[3]
     if max(kernel.shape[2:]) <= _FEW_CHANNELS and numbers * x.dtype.itemsize <= _SMALL_MAPS:
@@ -114,17 +112,17 @@ def _for_kernel(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation:
 
 
 def _of_patches(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution as one product of patches and kernel."""
+    """The same convolution by im2col: one matrix product of patches and kernel."""
     sides = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     patches = _patches(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape, sides, strides, dilation)
     return _matrix_product(patches, kernel.reshape(-1, kernel.shape[3]))
 
 
 def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution as products of patches and kernel, for its transpose in the kernel.
+    """The same convolution by im2col in several products, for its transpose with respect to the kernel.
 
-    Where the stride allows it, patches are of one row, and the kernel's rows are the product's columns: the transpose
-    then lays out kw copies of x and kh of the gradient where whole patches are kh * kw copies of x.
+    Where the stride allows it, a patch is one row of taps, and the kernel's rows are columns of the product. The
+    transpose then stores kw copies of x and kh of the gradient; whole patches would be kh * kw copies of x.
     """
     n, height, width, channels = x.shape
     kh, kw, _, features = kernel.shape
@@ -140,7 +138,7 @@ def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
         per_image = h * w * math.prod(kernel.shape[:3]) * x.dtype.itemsize
     images = max(i for i in range(1, n + 1) if n % i == 0 and i * per_image <= max(_PATCHES, per_image))
 
-    # Without the checkpoint the patches of all images would be kept for the gradient.
+    # Without `jax.checkpoint` the patches of all images would be stored for the gradient.
     @jax.checkpoint
     def some(x: Array) -> Array:
         if not by_row:
@@ -155,18 +153,18 @@ def _patch_products(x: Array, kernel: Array, strides: Pair, padding: Pads, dilat
 
 
 def _patches(x: Array, kernel: tuple[int, ...], sides: Pair, strides: Pair, dilation: Pair) -> Array:
-    """What a kernel of this shape meets at every place of padded maps: [N, h, w, kh * kw * C]."""
+    """im2col: the patch under a kernel of this shape at every output pixel of padded maps, [N, h, w, kh * kw * C]."""
     h, w = sides
     down, across = ([i * d for i in range(k)] for k, d in zip(kernel[:2], dilation, strict=True))
     if kernel[2] > _THIN:
         return jnp.concatenate([window(x, top, left, h, w, strides) for top in down for left in across], -1)
-    # Of a few numbers each, pieces are slow to copy: a row of taps first, whose numbers lie side by side from then on.
+    # Copies of a few channels are slow. Joining the taps of a row first makes the second copies longer.
     rows = jnp.concatenate([window(x, 0, left, x.shape[1], w, (1, strides[1])) for left in across], -1)
     return jnp.concatenate([window(rows, top, 0, h, w, (strides[0], 1)) for top in down], -1)
 
 
 def _in_parts(function: Callable[[Array], Array], x: Array, images: int) -> Array:
-    """A function of images, some of them at a time."""
+    """Applies a function to so many images at a time."""
     if images == x.shape[0]:
         return function(x)
     y = jax.lax.map(function, x.reshape(-1, images, *x.shape[1:]))

@@ -26,7 +26,7 @@ Array = jax.Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """A depthwise convolution as a sum over the kernel's taps of shifted maps times a vector.
+    """A depthwise convolution: the sum over the kernel's taps of the shifted map times the tap's vector.
 
     Args:
       x: [N, H, W, C].
@@ -42,7 +42,7 @@ def depthwise(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: P
 
 
 def _tap_product(kernel: Array) -> TapProduct:
-    """Pixels times a tap's vector of channels."""
+    """Pixels [N, L, C] times the tap's vector [C]."""
     return lambda pixels, i, j: pixels * broadcast_to_rank(kernel[i, j, 0], pixels.ndim)
 
 
@@ -50,7 +50,7 @@ def _depthwise_jvp(strides: Pair, padding: Pads, dilation: Pair, primals: Any, t
     settings = strides, padding, dilation
 
     return bilinear_jvp(
-        # Training stores what x is made of anyway, so there is nothing to hide from XLA.
+        # 2-D windows, not `over_ranges`: training stores x anyway, so XLA does not recompute it.
         lambda x, kernel: _shifted(x, kernel, *settings),
         lambda dx, kernel: scattered(dx, kernel.shape, *settings, _tap_product(kernel)),
         lambda x, dkernel: in_columns(framed(x, padding), dkernel[:, :, 0], strides, dilation, jnp.multiply),
@@ -63,7 +63,7 @@ depthwise.defjvp(_depthwise_jvp, symbolic_zeros=True)
 
 
 def _shifted(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution, of windows of rows and columns."""
+    """The same convolution with 2-D windows."""
     h, w = output_sides(x.shape[1:3], kernel.shape, strides, padding, dilation)
     x, product = jnp.pad(x, ((0, 0), *padding, (0, 0))), _tap_product(kernel)
     return over_taps(

@@ -9,13 +9,13 @@ from se_flax.lowering.dispatch import materialize
 
 Array = jax.Array
 
-# Of the dense convolutions that a grouped one is made of: the fewest channels, as fewer make XLA's loops slow and more
-# add zeros; and the most convolutions, as every one has to be compiled.
+# A grouped convolution becomes dense ones. Their fewest input channels: fewer make XLA's loops slow, more add zeros.
+# Their greatest number: each one has to be compiled.
 _BLOCK, _PIECES = 16, 32
 
 
 def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """Groups side by side in dense convolutions.
+    """A grouped convolution as dense convolutions over several groups each, with block-diagonal kernels.
 
     Arguments as for `convolve_on_cpu`.
     """
@@ -30,7 +30,7 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
     spread = spread.reshape(kh, kw, together * width, blocks, together * out)
 
     def part(x: Array, kernel: Array) -> Array:
-        # Written, and so are their gradients: every reader would take what the whole map is made of apart again.
+        # Materialised, as are the gradients: else every consumer would recompute the split map's producer.
         x = materialize(x)
         one = (kh, kw) == (1, 1)
         y = pointwise(x, kernel, strides, padding) if one else dense(x, kernel, strides, padding, dilation)
@@ -43,8 +43,8 @@ def grouped(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pai
 def _on_diagonal(x: Array) -> Array:
     """x[i] at [i, i] and zeros elsewhere; [t, ...] to [t, t, ...].
 
-    Written row by row with one item's room too much, the items come to lie one further in every row. A product with the
-    identity would do, but its gradient is a sum, on which XLA crashes for some shapes (32 channels in two groups).
+    Rows of t + 1 items, read as rows of t, shift item i by i columns. A product with the identity would do, but its
+    gradient is a sum on which XLA crashes for some shapes (32 channels in two groups).
     """
     count = x.shape[0]
     rows = jnp.pad(x.reshape(count, -1), ((0, 0), (0, x.size)))

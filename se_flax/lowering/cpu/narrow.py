@@ -20,15 +20,15 @@ from se_flax.lowering.dispatch import materialize
 
 Array = jax.Array
 
-# Of a sum of shifted maps: the fewest groups, which are a loop's vector, and the most products, beyond which XLA's loop
-# of them is no faster, or far slower.
+# Limits of the sum of shifted maps: the fewest groups, over which the loop is vectorised, and the most products, beyond
+# which XLA's loop is no faster, or far slower.
 _VECTOR, _PRODUCTS = 16, 72
 
 
 def is_narrow(kernel: Array, groups: int) -> bool:
-    """Whether groups are many and of so few channels that zeros between them would be most of dense convolutions.
+    """Whether the groups are many and have so few channels that block-diagonal kernels would be mostly zeros.
 
-    Not for less than float32, as every sum would be rounded. The kernel is [kh, kw, C / groups, features].
+    False below float32, where every partial sum would be rounded. The kernel is [kh, kw, C / groups, features].
     """
     kh, kw, width, features = kernel.shape
     products = kh * kw * max(width, features // groups)
@@ -36,11 +36,11 @@ def is_narrow(kernel: Array, groups: int) -> bool:
 
 
 def narrow(x: Array, kernel: Array, strides: Pair, padding: Pads, dilation: Pair, groups: int) -> Array:
-    """A convolution as a sum over taps and a group's channels of shifted maps times a vector of all groups.
+    """The sum over the taps and a group's channels of the shifted map times the tap's vector over the groups.
 
     Arguments as for `convolve_on_cpu`.
     """
-    # Written, as loops would gather the numbers at every pixel.
+    # Materialised: otherwise XLA's loops would gather the taps at every pixel.
     taps = materialize(_groups_last(kernel, groups))
     y = materialize(_of_groups(_groups_last(x, groups), taps, strides, padding, dilation))
     return y.swapaxes(3, 4).reshape(*y.shape[:3], -1)
@@ -76,7 +76,7 @@ _of_groups.defjvp(_of_groups_jvp, symbolic_zeros=True)
 
 
 def _scattered_groups(x: Array, taps: Array, strides: Pair, padding: Pads, dilation: Pair) -> Array:
-    """The same convolution, for its transpose in x: sums over a group's outputs of the shifted gradient."""
+    """The same convolution, for its transpose with respect to x."""
 
     def product(pixels: Array, i: int, j: int) -> Array:
         # The transpose of one output's sum over channels is that output times a vector for each channel.

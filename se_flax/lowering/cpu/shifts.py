@@ -13,15 +13,15 @@ Array = jax.Array
 Pair = tuple[int, int]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Product = Callable[[Array, Array], Array]
-# Of pixels, and the row and column of the tap that they meet.
+# Arguments: pixels, and the row and column of the tap that they are multiplied by.
 TapProduct = Callable[[Array, int, int], Array]
 
-# Pixels whose products are added in one loop: more hide the cost of writing the sums, and of fewer a cache holds all.
+# Pixels whose products are added in one loop. More amortise the writing of the sums; fewer fit in the cache.
 _TERMS = 32
 
 
 def bilinear_jvp(product: Product, in_x: Product, in_kernel: Product, primals: Any, tangents: Any) -> Any:
-    """Value and derivative of a product, each of the derivative's terms in the form whose transpose is fast."""
+    """JVP of a bilinear product; `in_x` and `in_kernel` compute the same product, with transposes that are fast."""
     (x, kernel), (dx, dkernel) = primals, tangents
     terms = [
         term(*operands)
@@ -42,42 +42,42 @@ def output_sides(sides: tuple[int, ...], kernel: tuple[int, ...], strides: Pair,
 
 
 def window(x: Array, top: int, left: int, h: int, w: int, strides: Pair) -> Array:
-    """Every stride-th pixel of maps [N, H, W, ...] from (top, left) on, without padding: [N, h, w, ...]."""
+    """Every stride-th pixel of maps [N, H, W, ...], from (top, left), without padding: [N, h, w, ...]."""
     channels = x.shape[3:]
     start, steps = (0, top, left, *(0 for _ in channels)), (1, *strides, *(1 for _ in channels))
     stop = (x.shape[0], top + (h - 1) * strides[0] + 1, left + (w - 1) * strides[1] + 1, *channels)
-    # A slice, as indexing would become a gather where the batch's size is symbolic.
+    # Not by indexing, which becomes a gather for a symbolic batch size.
     return jax.lax.slice(x, start, stop, steps)
 
 
 def framed(x: Array, padding: Pads) -> Array:
-    """Maps [N, H, W, ...] with their padding, and a row below it, in which the last range of `over_ranges` ends."""
+    """Pads maps [N, H, W, ...], with one row more at the bottom, in which the last range of `over_ranges` ends."""
     (top, bottom), sides = padding
     return jnp.pad(x, ((0, 0), (top, bottom + 1), sides, *((0, 0),) * (x.ndim - 3)))
 
 
 def over_ranges(x: Array, kernel: tuple[int, ...], strides: Pair, dilation: Pair, product: TapProduct) -> Array:
-    """Sum over the taps of a kernel of this shape: `product` of the pixels [N, L, ...] that a tap meets, and the tap.
+    """Sum over a kernel's taps of `product` of the tap and the pixels [N, L, ...] that it is multiplied by.
 
-    Pixels of the `framed` maps are numbered row by row, and those that a tap meets are the range from the first one on.
-    2-D windows would expose x itself as the centre tap, and XLA would recompute or store x's producer; flat ranges do
-    not.
+    In the row-major order of the `framed` maps, a tap's pixels are one contiguous range (for strides, with pixels to
+    skip). 2-D windows would expose x itself as the centre tap, and XLA would recompute or store x's producer; flat
+    ranges do not.
     """
-    n, height, wide = x.shape[:3]
-    h, w = output_sides((height - 1, wide), kernel, strides, ((0, 0), (0, 0)), dilation)
+    n, height, padded_width = x.shape[:3]
+    h, w = output_sides((height - 1, padded_width), kernel, strides, ((0, 0), (0, 0)), dilation)
     down = (h - 1) * strides[0] + 1
     pixels = x.reshape(n, -1, *x.shape[3:])
 
     def term(i: int, j: int) -> Array:
-        first = i * dilation[0] * wide + j * dilation[1]
-        return product(jax.lax.slice_in_dim(pixels, first, first + down * wide, axis=1), i, j)
+        first = i * dilation[0] * padded_width + j * dilation[1]
+        return product(jax.lax.slice_in_dim(pixels, first, first + down * padded_width, axis=1), i, j)
 
     y = over_taps(kernel, term)
-    return window(y.reshape(n, down, wide, *y.shape[2:]), 0, 0, h, w, strides)
+    return window(y.reshape(n, down, padded_width, *y.shape[2:]), 0, 0, h, w, strides)
 
 
 def over_channels(taps: Array) -> TapProduct:
-    """A product for `over_ranges`: pixels [N, L, C, ...] and taps [kh, kw, C, ...] to sums over C, [N, L, ...]."""
+    """`product` for `over_ranges`: pixels [N, L, C, ...] times taps [kh, kw, C, ...], summed over C: [N, L, ...]."""
 
     def product(pixels: Array, i: int, j: int) -> Array:
         terms = [
@@ -92,15 +92,15 @@ def over_channels(taps: Array) -> TapProduct:
 def scattered(
     x: Array, kernel: tuple[int, ...], strides: Pair, padding: Pads, dilation: Pair, product: TapProduct
 ) -> Array:
-    """The same sum of pixels [N, h, w, ...], products before shifts, of maps without their padding.
+    """The same sum over unpadded maps, with the products before the shifts: [N, h, w, ...].
 
-    Transposed, shifts come before products, a loop without branches. With a stride, a tap meets the pixels of one phase
-    alone, so that every phase has its own taps, and no products with the gaps between the outputs' places.
+    In its transpose the shifts come before the products, which is a loop without branches. With a stride, each tap is
+    multiplied by the pixels of one phase (row and column modulo the stride) only, so no inserted zeros are multiplied.
     """
     sides = output_sides(x.shape[1:3], kernel, strides, padding, dilation)
     places = list(zip(kernel[:2], dilation, strides, strict=True))
     reach = [(k - 1) * d // s for k, d, s in places]
-    # Pixels of a phase, along each side.
+    # Height and width of a phase.
     counts = [side + r for side, r in zip(sides, reach, strict=True)]
     zero = jnp.zeros((), x.dtype)
 
@@ -122,42 +122,42 @@ def scattered(
 
 
 def in_columns(x: Array, taps: Array, strides: Pair, dilation: Pair, product: Product) -> Array:
-    """The same sum over `framed` maps, for its transpose in the taps.
+    """The same sum over `framed` maps, for its transpose with respect to the taps.
 
-    Transposed, one loop adds the products of a few rows and columns of the output, for all taps of a row at once, and
-    what is left to be added is small: a sum over all pixels alone would make XLA write the map's windows.
+    In the transpose, one loop adds the products of a few rows and columns of the output, for all taps of a row at once;
+    the partial sums are small. For a single sum over all pixels XLA would materialise the map's windows.
 
     Args:
       x: [N, H, W, ...].
       taps: [kh, kw, ...].
       strides: as for `over_ranges`.
       dilation: likewise.
-      product: of pixels [N, rows, kw, ...] and taps of the same axes in front; bilinear, place by place.
+      product: of pixels [N, rows, kw, ...] and taps with the same leading axes; bilinear and elementwise over these.
 
     Returns:
       [N, h, w, ...].
     """
     kh, kw = taps.shape[:2]
-    n, height, wide = x.shape[:3]
-    h, w = output_sides((height - 1, wide), taps.shape, strides, ((0, 0), (0, 0)), dilation)
+    n, height, padded_width = x.shape[:3]
+    h, w = output_sides((height - 1, padded_width), taps.shape, strides, ((0, 0), (0, 0)), dilation)
     together = max(d for d in range(1, h + 1) if h % d == 0 and (d == 1 or d * w <= _TERMS))
     count, steps = h // together, (together * strides[0], dilation[1])
 
-    # Without the checkpoint all the pixels that taps meet would be kept for the gradient.
+    # Without `jax.checkpoint` the windows of all taps would be stored for the gradient.
     @jax.checkpoint
     def whole(x: Array, taps: Array) -> Array:
-        # The taps at every place where they get a sum of their own.
-        places = (n, count, *taps.shape[1:])
-        spread = {
-            (i, first): materialize(jnp.broadcast_to(taps[i], places))
+        # One copy of the taps per partial sum of the gradient.
+        shape = (n, count, *taps.shape[1:])
+        copies = {
+            (i, first): materialize(jnp.broadcast_to(taps[i], shape))
             for i in range(kh)
             for first in range(0, w, _TERMS)
         }
 
         def term(row: int, column: int, i: int) -> Array:
             top, left = row * strides[0] + i * dilation[0], column * strides[1]
-            met = window(x, top, left, count, kw, steps)
-            return product(met, spread[i, column - column % _TERMS])
+            pixels_of_taps = window(x, top, left, count, kw, steps)
+            return product(pixels_of_taps, copies[i, column - column % _TERMS])
 
         def pixels(row: int, column: int) -> Array:
             terms = [term(row, column, i) for i in range(kh)]

@@ -1,8 +1,8 @@
 """Winograd's minimal filtering F(2x2, 3x3): 3x3 convolutions with 16 multiplications instead of 36.
 
-Lavin and Gray 2016 (arXiv:1509.09308), section 4.1: tiles of 4 x 4 inputs, transformed, times the transformed kernel,
-give 2 x 2 outputs, y = A^T [(G g G^T) * (B^T d B)] A. All tiles and channels together make sixteen matrix products. The
-transforms add and subtract; in float32 the result's error stays below twice that of the direct sum.
+Lavin and Gray 2016 (arXiv:1509.09308), section 4.1: a tile d of 4 x 4 inputs and the kernel g give 2 x 2 outputs,
+y = A^T [(G g G^T) * (B^T d B)] A. Over all tiles and channels the product in the middle is sixteen matrix products. The
+transforms add and subtract; in float32 the error of the result stays below twice that of the direct sum.
 """
 
 import math
@@ -16,14 +16,14 @@ from se_flax.lowering.dispatch import materialize
 
 Array = jax.Array
 
-# Channels, and tiles of 2 x 2 pixels, from which on a 3x3 kernel's transforms cost less than the products they save.
+# Fewest channels, and fewest tiles of 2 x 2 pixels, for which the transforms cost less than the products they save.
 _CHANNELS, _TILES = 64, 128
 
 
 def is_worth_it(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> bool:
-    """Whether a kernel is 3x3, each pixel's, and its products so many that sixteen for 36 are worth the transforms.
+    """Whether the kernel is 3x3 with stride and dilation 1, and channels and tiles are enough to pay the transforms.
 
-    Not for less than float32, as the transforms' sums would be rounded. Grouped convolutions' parts do not gain.
+    False below float32, where the transforms' sums would be rounded. The parts of a grouped convolution do not gain.
     """
     if kernel.shape[:2] != (3, 3) or not strides == dilation == (1, 1) or x.dtype.itemsize < 4:
         return False
@@ -32,9 +32,7 @@ def is_worth_it(x: Array, kernel: Array, strides: Pair, dilation: Pair) -> bool:
 
 
 def convolve(x: Array, kernel: Array, padding: Pads) -> Array:
-    """A 3x3 convolution with stride 1.
-
-    Its transposes, which are what gradients need, take as few products.
+    """A 3x3 convolution with stride 1. Its transposes, for the gradients, take as few products.
 
     Args:
       x: [N, H, W, C], float32 or float64.
@@ -47,10 +45,10 @@ def convolve(x: Array, kernel: Array, padding: Pads) -> Array:
     n, height, width, channels = x.shape
     features = kernel.shape[3]
     h, w = (side + sum(pads) - 2 for side, pads in zip((height, width), padding, strict=True))
-    down, across = (side + side % 2 for side in (h, w))  # the outputs of whole tiles
+    down, across = (side + side % 2 for side in (h, w))  # rounded up to whole tiles
     (top, bottom), (left, right) = padding
     x = jnp.pad(x, ((0, 0), (top, bottom + down - h), (left, right + across - w), (0, 0)))
-    x = materialize(x)  # not laid out again for each of its four readers
+    x = materialize(x)  # else padded again for each of its four consumers
     rows = []
     for row, factors in zip(_inputs(x, 1), _factors(kernel, 0), strict=True):
         tiles = jnp.stack(_inputs(row, 2)).reshape(4, -1, channels)
@@ -62,7 +60,7 @@ def convolve(x: Array, kernel: Array, padding: Pads) -> Array:
 
 
 def _factors(kernel: Array, axis: int) -> list[Array]:
-    """G g along an axis of 3 taps: a tile's four factors."""
+    """G g along an axis of 3 taps: four transformed kernels."""
     first, middle, last = (jax.lax.index_in_dim(kernel, i, axis, keepdims=False) for i in range(3))
     half, odd = (first + last) * 0.5, middle * 0.5
     return [first, half + odd, half - odd, last]
@@ -70,7 +68,7 @@ def _factors(kernel: Array, axis: int) -> list[Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _inputs(x: Array, axis: int) -> list[Array]:
-    """B^T d along an axis of 2 t + 2 pixels: four maps of t, the tiles' first to last factors."""
+    """B^T d along an axis of 2 t + 2 pixels: four maps, the first to last element of all t transformed tiles."""
     tiles = x.shape[axis] // 2 - 1
     every_other = [jax.lax.slice_in_dim(x, i, i + 2 * tiles - 1, 2, axis) for i in range(4)]
     return _combined(*every_other)
@@ -78,7 +76,7 @@ def _inputs(x: Array, axis: int) -> list[Array]:
 
 @_inputs.defjvp
 def _inputs_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[list[Array], list[Array]]:
-    # In pairs: the transpose then puts pixels side by side, where that of slices leaves gaps and adds them up.
+    # By pairs of pixels: the transpose then interleaves; that of strided slices pads with zeros and adds.
     (dx,) = tangents
     pairs = dx.reshape(*dx.shape[:axis], dx.shape[axis] // 2, 2, *dx.shape[axis + 1 :])
     even, odd = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
@@ -93,6 +91,6 @@ def _combined(first: Array, second: Array, third: Array, fourth: Array) -> list[
 
 
 def _outputs(products: Array | list[Array]) -> list[Array]:
-    """A^T m: a tile's two outputs."""
+    """A^T m along an axis: the two outputs of a tile."""
     first, second, third, fourth = products
     return [first + second + third, second - third - fourth]
