@@ -120,15 +120,15 @@ TITLES = {
     "frappe": """
 ### Frappe
 
-57,722 rows for training (a tenth of them for early stopping), 28,860 for testing; 10 categorical fields with 5,382 values;
-a third of the rows are clicks. These are the authors' `valid` and `test` rows without their larger training part, so the
-figures are not comparable with published ones.
+57,722 rows for training (a tenth of them for early stopping), 28,860 for testing; 10 categorical fields with 5,382
+values; a third of the rows are clicks. These are the authors' `valid` and `test` rows without their larger training
+part, so the figures are not comparable with published ones.
 """,
     "criteo": """
 ### Criteo sample
 
-1,999 rows: half for training, 15 % for early stopping, 35 % for testing, split anew for every seed. 13 numeric fields as
-floor(log(x)^2), 26 categorical fields hashed to 500 ids each; one bilinear matrix for all pairs.
+1,999 rows: half for training, 15 % for early stopping, 35 % for testing, split anew for every seed. 13 numeric fields
+as floor(log(x)^2), 26 categorical fields hashed to 500 ids each; one bilinear matrix for all pairs.
 """,
 }
 COLUMNS = """
@@ -176,8 +176,8 @@ READING = """
 
 2026-11-20: on Frappe, interactions of fields raise the AUC over logistic regression, and FiBiNET's over a factorisation
 machine's. On neither table does SE add anything that three seeds could tell from chance. The paper's gain for the deep
-network is 0.0006 on 45 million lines of Criteo (table 6); seven hundred test rows cannot resolve it, since their AUC has a
-standard error near 0.02. The sample shows only that the pipeline runs on real Criteo lines.
+network is 0.0006 on 45 million lines of Criteo (table 6); seven hundred test rows cannot resolve it, since their AUC
+has a standard error near 0.02. The sample shows only that the pipeline runs on real Criteo lines.
 
 Learning rates were raised once to shorten the runs, before any test figure was seen; nothing else was tuned or
 regularised. Training stops by AUC; on Frappe the networks become overconfident before, hence log losses worse than
@@ -198,8 +198,8 @@ FOOT = """
 
 Numbers are bucketed by quantiles of the training rows or by floor(log(x)^2); categories get a vocabulary or are hashed
 (CRC-32). Missing and unseen values have ids of their own. Files are streamed through a shuffle buffer of
-`data.shuffle_rows` rows, so they may exceed memory; `data.bucketing=log` with `data.encoding=hash` needs no pass over the
-data first. AUC and log loss are exact over all rows. Runs [resume](train.md#resume).
+`data.shuffle_rows` rows, so they may exceed memory; `data.bucketing=log` with `data.encoding=hash` needs no pass over
+the data first. AUC and log loss are exact over all rows. Runs [resume](train.md#resume).
 """
 
 

@@ -43,9 +43,9 @@ Written by `python -m benchmarks.parity`; fixtures and synthetic weights are in 
 - **Features**: the same for 64 sampled values of each feature map; the worst map.
 - **Loss**: relative difference in one training step of eight images (networks under 30 M parameters).
 - **Statistics**: running means and variances after that step, projected on a random vector, over the norm.
-- **Gradients**: norm and projection of each parameter's gradient, over its norm; median and worst. Gradients that are zero
-  in exact arithmetic (a bias before a batch norm) are left out. With ReLUs, rounding flips the sign of activations near
-  zero and with it a gradient path; smooth activations do not jump. **float64** is the worst gradient in float64.
+- **Gradients**: norm and projection of each parameter's gradient, over its norm; median and worst. Gradients that are
+  zero in exact arithmetic (a bias before a batch norm) are left out. With ReLUs, rounding flips the sign of activations
+  near zero and with it a gradient path; smooth activations do not jump. **float64** is the worst gradient in float64.
 - Every state dict converts to our variables and back bit for bit.
 
 | architecture | parameters | logits | features | loss | statistics | gradients: median | worst | float64 |

@@ -30,26 +30,26 @@ ATTENTION = """
 ## Cost of squeeze-and-excitation on a TPU
 
 The training step, compiled for TPU v5e without the hardware (`python -m train.aot`): bfloat16, SGD with momentum. Bytes
-and memory are the compiler's figures for one device. "Without attention" is the same network with the attention removed.
+and memory are the compiler's figures for one device. Without attention: the same network with the attention removed.
 
 | network | images per device | GiB accessed | without attention | ratio | peak memory, ratio | measured |
 |---|---:|---:|---:|---:|---:|---|
 """
 ATTENTION_NOTE = """
-**Norm and gate in one pass.** Where a batch norm directly feeds the squeeze, the squeeze is the norm's per-image mean, and
-the gate is part of the norm's affine map. As separate layers (first row), SE-ResNet-50's step accesses 1.1154 times the
-bytes of ResNet-50's. The rest above 1 is the attention's parameters, their momentum and all-reduce, and the per-image
-means.
+**Norm and gate in one pass.** Where a batch norm directly feeds the squeeze, the squeeze is the norm's per-image mean,
+and the gate is part of the norm's affine map. As separate layers (first row), SE-ResNet-50's step accesses 1.1154 times
+the bytes of ResNet-50's. The rest above 1 is the attention's parameters, their momentum and all-reduce, and the
+per-image means.
 
 **Activation before the squeeze** (EfficientNet, MobileNetV3): the activation needs the statistics of the whole batch
-first, so the feature map is read once more. `se_flax/lowering/gated_norm.py` adds only this read in the forward pass and
-none in the backward pass.
+first, so the feature map is read once more. `se_flax/lowering/gated_norm.py` adds only this read in the forward pass
+and none in the backward pass.
 
-**Lean** (`--config.lean=True`, `train.aot --lean`): the output of a bottleneck's last convolution, the widest feature map,
-is neither written nor kept; norm and convolution are computed from its input, a quarter as wide
-(`se_flax/lowering/deferred_conv.py`). Only the gate's gradient recomputes it, which raises the ratio, while both networks
-access fewer bytes and take a fifth less memory. It costs 4 % more flops in ResNet-50 and 11 % in SE-ResNet-50. It is off
-by default, since it has not been timed on a TPU.
+**Lean** (`--config.lean=True`, `train.aot --lean`): the output of a bottleneck's last convolution, the widest feature
+map, is neither written nor kept; norm and convolution are computed from its input, a quarter as wide
+(`se_flax/lowering/deferred_conv.py`). Only the gate's gradient recomputes it, which raises the ratio, while both
+networks access fewer bytes and take a fifth less memory. It costs 4 % more flops in ResNet-50 and 11 % in SE-ResNet-50.
+It is off by default, since it has not been timed on a TPU.
 
 SE-ResNet-50's peak memory is 74 MB above ResNet-50's: 20 MB parameters and momentum of the attention, 22 MB per-image
 statistics (three float32 numbers per channel) for the backward pass, 11 MB code, 11 MB heap fragmentation, 11 MB other
@@ -76,9 +76,9 @@ replica's images, and the only communication is the all-reduce of the gradients.
 CPU = """
 ## CPU
 
-Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`). Times are medians over rounds; the ratio is the
-median of the competitor's time over ours in the same round, so above 1 we are faster. timm is the fastest of its eager,
-channels-last and compiled modes. Our inference uses `se_flax.fuse`; in brackets the time without it.
+Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`). Times are medians over rounds; the ratio is
+the median of the competitor's time over ours in the same round, so above 1 we are faster. timm is the fastest of its
+eager, channels-last and compiled modes. Our inference uses `se_flax.fuse`; in brackets the time without it.
 
 | network | task, images | se-flax | competitor | ratio |
 |---|---|---:|---:|---:|
@@ -110,9 +110,9 @@ Milliseconds of fused networks, and default over oneDNN (`python -m benchmarks.c
 GPU = """
 ## GPU
 
-Milliseconds, bfloat16 (`python -m benchmarks.gpu`). timm uses `torch.compile` and channels-last memory; our inference uses
-`se_flax.fuse`. The ratio is timm's time over ours in the same round: above 1 we are faster. The attention's cost is our
-time over our time without attention.
+Milliseconds, bfloat16 (`python -m benchmarks.gpu`). timm uses `torch.compile` and channels-last memory; our inference
+uses `se_flax.fuse`. The ratio is timm's time over ours in the same round: above 1 we are faster. The attention's cost
+is our time over our time without attention.
 
 | network | task, images | pixels | se-flax | timm | ratio | without attention | attention's cost |
 |---|---|---:|---:|---:|---:|---:|---:|
@@ -120,10 +120,10 @@ time over our time without attention.
 LIMITS = """
 ### Time per kind of convolution
 
-Every convolution is compiled and timed by itself, for training with both gradients (`python -m benchmarks.limits`). "Rest"
-is norms, activations, attention, sums and the optimizer. "Matrix product" is the rate of a 2048 x 2048 product; "bound" is
-the network's time if every convolution ran at that rate, which depthwise and grouped convolutions cannot. GFLOP/s count
-the products of the definition; Winograd's algorithm for 3x3 convolutions needs 16 of 36 of them.
+Every convolution is compiled and timed by itself, for training with both gradients (`python -m benchmarks.limits`).
+"Rest" is norms, activations, attention, sums and the optimizer. "Matrix product" is the rate of a 2048 x 2048 product;
+"bound" is the network's time if every convolution ran at that rate, which depthwise and grouped convolutions cannot.
+GFLOP/s count the products of the definition; Winograd's algorithm for 3x3 convolutions needs 16 of 36 of them.
 
 | network | task, images | part | ms | GFLOP/s |
 |---|---|---|---:|---:|

@@ -64,6 +64,15 @@ def missing(variants: Mapping[str, Variant], counts: Mapping[str, Mapping[str, A
     )
 
 
+def without_title(line: str, title: str) -> str:
+    """The rest of a module's first line, as a sentence under the heading `title`."""
+    rest = line.removeprefix(title).strip(" .,:")
+    if rest.startswith("(") and rest.index(")") + 1 < len(rest):
+        return line  # a reference in the middle of the sentence
+    rest = rest.removeprefix("(").removesuffix(")") if rest.startswith("(") else rest
+    return f"{rest[:1].upper()}{rest[1:]}."
+
+
 def page(
     families: Iterable[ModuleType],
     counts: Mapping[str, Mapping[str, Any]],
@@ -97,7 +106,7 @@ def page(
                 ", ".join(f"`{published.tag}`" for published in variant.weights),
             )
             rows.append("| " + " | ".join(cells) + " |\n")
-        sections.append(f"## {title}\n\n{line}\n\n{COLUMNS}{''.join(rows)}")
+        sections.append(f"## {title}\n\n{without_title(line, title)}\n\n{COLUMNS}{''.join(rows)}")
     head = HEAD.format(networks=len(weights), published=sum(map(bool, weights)), checkpoints=sum(weights))
     return head + "\n".join(sections)
 
