@@ -186,8 +186,9 @@ logistic regression's.
 FOOT = """
 ## Train on your own table
 
-    python -m train --config=configs/ctr_criteo.py:sample --workdir=runs/clicks --config.data.train=csv:clicks.csv \\
-        --config.data.label=clicked --config.data.numeric=age,price --config.data.categorical=site,app
+    python -m train --config=configs/ctr_criteo.py:sample --workdir=runs/clicks \\
+        --config.data.train=csv:clicks.csv --config.data.label=clicked \\
+        --config.data.numeric=age,price --config.data.categorical=site,app
     python -m train.ctr --help        # every setting with its default
 
 | source | format |

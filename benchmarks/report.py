@@ -7,6 +7,7 @@ python -m benchmarks.report --check    # exit code 1 if the document is not what
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ statistics (three float32 numbers per channel) for the backward pass, 11 MB code
 temporaries. Source: `buffer-assignment` and `live-range` in FOLDER, with and without `--without-attention`:
 
     XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text" python -m train.aot \\
-        --model=seresnet50 --topology=v5e:2x2 --batch-per-device=128 --image-size=224 --json
+        --model=seresnet50 --topology=v5e:2x2 \\
+        --batch-per-device=128 --image-size=224 --json
 """
 PLAIN = """
 Compared with a ResNet-50 of Linen's layers, as in Flax's example (`benchmarks/plain_resnet.py`), compiled alike:
@@ -165,6 +167,14 @@ def rows(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def sources(commands: Iterable[tuple[str, str]]) -> str:
+    """Lists of commands, each under the date, machine and versions of its runs."""
+    found: dict[str, dict[str, None]] = {}
+    for command, where in commands:
+        found.setdefault(where, {})[f"- `{command}`\n"] = None
+    return "\n".join(f"{where}:\n\n{''.join(lines)}" for where, lines in found.items())
+
+
 def latest(lines: list[Row], *keys: str) -> list[Row]:
     """The last line of each combination of keys, in the order in which they first came."""
     return list({tuple(str(line.get(key)) for key in keys): line for line in lines}.values())
@@ -251,7 +261,7 @@ def plot(lines: list[Row], path: Path) -> None:
 def cpu_table(lines: list[Row]) -> str:
     """Networks on a CPU."""
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     # A network may stand beside timm's and beside a JAX peer's: "timm compile" is one of timm's modes.
     named = [{**line, "other": line["fastest_other"].split()[0]} for line in lines if "ratio" in line]
     kept = latest(named, "other", "model", "task", "batch", "image_size")
@@ -270,31 +280,31 @@ def cpu_table(lines: list[Row]) -> str:
         shown = {name: number for name, number in line["versions"].items() if name not in ("se_flax", "device")}
         versions = ", ".join(f"{name} {number}" for name, number in shown.items())
         machine = f"{line['machine']['cores']} cores of {line['machine']['processor']}"
-        sources[f"- `{line['command']}`: {line['date']}, {machine}; {versions}\n"] = None
-    return CPU + text + CPU_NOTE + "\n" + "".join(sources) if text else ""
+        commands.append((line["command"], f"{line['date']}, {machine}; {versions}"))
+    return CPU + text + CPU_NOTE + "\n" + sources(commands) if text else ""
 
 
 def onednn_table(lines: list[Row]) -> str:
     """Matrix products by another library."""
     kept = latest([line for line in lines if "onednn_ratio" in line], "model", "task", "batch", "image_size")
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     for line in kept:
         ms = line["milliseconds"]
         text += (
             f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g} | {ms['ours onednn']:g} | "
             f"{line['onednn_ratio']:.2f} |\n"
         )
-        sources[f"- `{line['command']}`: {line['date']}, jax {line['versions']['jax']}\n"] = None
+        commands.append((line["command"], f"{line['date']}, jax {line['versions']['jax']}"))
     values = {name: json.dumps(value) if isinstance(value, str) else value for name, value in ours.ONEDNN.items()}
     options = "\n".join(f'    "{name}": {value},' for name, value in values.items())
-    return ONEDNN.format(options=options, rows=text, sources="".join(sources)) if text else ""
+    return ONEDNN.format(options=options, rows=text, sources=sources(commands)) if text else ""
 
 
 def gpu_table(lines: list[Row]) -> str:
     """Networks on a GPU."""
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     # Where a side of ours broke, there is nothing to compare.
     whole = [line for line in lines if "attention_ratio" in line]
     for line in latest(whole, "model", "task", "batch", "image_size"):
@@ -304,8 +314,8 @@ def gpu_table(lines: list[Row]) -> str:
         cells += [f"{ms['ours without']:g}", f"{line['attention_ratio']:.2f}"]
         text += f"| {line['model']} | {line['task']}, {line['batch']} | {line['image_size']} | {' | '.join(cells)} |\n"
         versions = ", ".join(f"{name} {value}" for name, value in line["versions"].items() if name != "se_flax")
-        sources[f"- `{line['command']}`: {line['date']}, {versions}\n"] = None
-    return f"{GPU}{text}\n{''.join(sources)}" if text else ""
+        commands.append((line["command"], f"{line['date']}, {versions}"))
+    return f"{GPU}{text}\n{sources(commands)}" if text else ""
 
 
 def limits_table(lines: list[Row]) -> str:
