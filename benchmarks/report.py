@@ -39,8 +39,8 @@ and memory are the compiler's figures for one device. Without attention: the sam
 ATTENTION_NOTE = """
 **Norm and gate in one pass.** Where a batch norm directly feeds the squeeze, the squeeze is the norm's per-image mean,
 and the gate is part of the norm's affine map. As separate layers (first row), SE-ResNet-50's step accesses 1.1154 times
-the bytes of ResNet-50's. The rest above 1 is the attention's parameters, their momentum and all-reduce, and the
-per-image means.
+the bytes of ResNet-50's. The remainder above 1 comes from the attention's parameters, their momentum and all-reduce,
+and the per-image means.
 
 **Activation before the squeeze** (EfficientNet, MobileNetV3): the activation needs the statistics of the whole batch
 first, so the feature map is read once more. `se_flax/lowering/gated_norm.py` adds only this read in the forward pass
