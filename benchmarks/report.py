@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 HEAD = """# Performance
 
-What squeeze-and-excitation costs in time and memory, and how fast se-flax is beside timm, Flax and Keras.
+Compare time and memory with and without squeeze-and-excitation, and of se-flax with timm, Flax and Keras.
 
 Every table has the command that measured it. Results are in `benchmarks/results`; `python -m benchmarks.report` writes
 this page from them. Competitors are timed alternately in one run; compare ratios rather than times.
