@@ -105,24 +105,30 @@ def results() -> dict[tuple[str, str], Row]:
 
 HEAD = """# Click prediction
 
-Squeeze-and-excitation over the fields of a table (`se_flax.SqueezeExciteFields`, `se_flax.ctr.FiBiNET`), held against
-the same network without it, a factorisation machine and logistic regression. Written by `python -m benchmarks.ctr` from
-`benchmarks/results/ctr.jsonl`; area under the ROC curve and log loss are those of the whole test set, mean and standard
-deviation over the seeds. The last column is the AUC less that of the network without SE with the same seed.
+Train click-through-rate models with squeeze-and-excitation over the fields of a table: FiBiNET
+(`se_flax.SqueezeExciteFields`, `se_flax.ctr.FiBiNET`), and as baselines FiBiNET without SE, a factorisation machine and
+logistic regression.
+"""
+RESULTS_HEAD = """
+## Results
+
+AUC and log loss of the whole test set: mean and standard deviation over the seeds. The last column is the difference in
+AUC from FiBiNET without SE with the same seed. Written by `python -m benchmarks.ctr` from
+`benchmarks/results/ctr.jsonl`.
 """
 TITLES = {
     "frappe": """
-## Frappe
+### Frappe
 
-57,722 rows to train on (a tenth of them to stop by), 28,860 to test; 10 categorical fields with 5,382 values. The rows
-are those that the data's authors call `valid` and `test`; their larger training part was not at hand, so the figures
-are not comparable with published ones. A third of the rows are clicks.
+57,722 rows for training (a tenth of them for early stopping), 28,860 for testing; 10 categorical fields with 5,382
+values; a third of the rows are clicks. These are the authors' `valid` and `test` rows without their larger training
+part, so the figures are not comparable with published ones.
 """,
     "criteo": """
-## A sample of Criteo
+### Criteo sample
 
-1,999 rows, half of them to train on, 15 % to stop by, 35 % to test, other parts for every seed; 13 numeric fields as
-floor(log(x)^2) and 26 categorical ones hashed to 500 ids each; one bilinear matrix for all pairs.
+1,999 rows: half for training, 15 % for early stopping, 35 % for testing, split anew for every seed. 13 numeric fields
+as floor(log(x)^2), 26 categorical fields hashed to 500 ids each; one bilinear matrix for all pairs.
 """,
 }
 COLUMNS = """
@@ -166,41 +172,42 @@ def section(table: str, rows: dict[tuple[str, str], Row]) -> str:
 
 
 READING = """
-## What this shows, and what it cannot
+### Conclusions
 
-As of 2026-11-20: on Frappe, interactions of fields raise the AUC over logistic regression, and FiBiNET's over a
-factorisation machine's. Squeeze-and-excitation adds nothing that three seeds could tell from chance, on either table.
-The paper's own gain for the deep network is 0.0006 on 45 million lines of Criteo (its table 6); seven hundred test rows
-cannot resolve that: the AUC of so few has a standard error near 0.02, so no order of the networks on the sample means
-anything. It shows that the pipeline runs on real Criteo lines.
+2026-11-20: on Frappe, interactions of fields raise the AUC over logistic regression, and FiBiNET's over a factorisation
+machine's. On neither table does SE add anything that three seeds could tell from chance. The paper's gain for the deep
+network is 0.0006 on 45 million lines of Criteo (table 6); seven hundred test rows cannot resolve it, since their AUC
+has a standard error near 0.02. The sample shows only that the pipeline runs on real Criteo lines.
 
-Learning rates were raised once, to shorten the runs, before any test figure was seen; nothing else was tuned or
-regularised. Training stops by AUC, and on
-Frappe the networks grow overconfident before the AUC stops growing: hence log losses worse than logistic regression's.
+Learning rates were raised once to shorten the runs, before any test figure was seen; nothing else was tuned or
+regularised. Training stops by AUC; on Frappe the networks become overconfident before, hence log losses worse than
+logistic regression's.
 """
 FOOT = """
-## Your own table
+## Train on your own table
 
-    python -m train --config=configs/ctr_criteo.py:sample --workdir=runs/clicks --config.data.train=csv:clicks.csv \\
-        --config.data.label=clicked --config.data.numeric=age,price --config.data.categorical=site,app
+    python -m train --config=configs/ctr_criteo.py:sample --workdir=runs/clicks \\
+        --config.data.train=csv:clicks.csv --config.data.label=clicked \\
+        --config.data.numeric=age,price --config.data.categorical=site,app
     python -m train.ctr --help        # every setting with its default
 
-- `csv:<path>`: names in the first line or in `data.columns`; any delimiter; `*` for several files; `.gz`.
-- `libsvm:<path>`: lines `label id:1 id:1 ...`, the place in the line being the field.
-- `npz:<path>:<name>`: arrays `<name>_ids` [rows, fields] and `<name>_y`.
+| source | format |
+|---|---|
+| `csv:<path>` | names in the first line or in `data.columns`; any delimiter; `*` for several files; `.gz` |
+| `libsvm:<path>` | lines `label id:1 id:1 ...`; the position in the line is the field |
+| `npz:<path>:<name>` | arrays `<name>_ids` [rows, fields] and `<name>_y` |
 
-Numbers go into buckets, quantiles of the training rows or floor(log(x)^2); categories into a vocabulary or are hashed
-(CRC-32, the same everywhere). Missing values have an id of their own, unseen ones too. Files are read as streams,
-through a shuffle buffer of `data.shuffle_rows` rows, so they may be larger than memory; with `data.bucketing=log` and
-`data.encoding=hash` nothing need be learned first. AUC and log loss are exact, over all rows. A stopped run goes on
-where it was.
+Numbers are bucketed by quantiles of the training rows or by floor(log(x)^2); categories get a vocabulary or are hashed
+(CRC-32). Missing and unseen values have ids of their own. Files are streamed through a shuffle buffer of
+`data.shuffle_rows` rows, so they may exceed memory; `data.bucketing=log` with `data.encoding=hash` needs no pass over
+the data first. AUC and log loss are exact over all rows. Runs [resume](train.md#resume).
 """
 
 
 def document() -> str:
     """The whole page."""
     rows = results()
-    return HEAD + "".join(section(table, rows) for table in TABLES) + READING + FOOT
+    return HEAD + FOOT + RESULTS_HEAD + "".join(section(table, rows) for table in TABLES) + READING
 
 
 def main() -> int:

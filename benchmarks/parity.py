@@ -36,17 +36,17 @@ TABLE = ROOT / "docs" / "parity.md"
 NOISE = 1e-5
 HEAD = """# Parity with timm
 
-Largest differences from timm 1.0.31 (PyTorch 2.13), float32 on the CPU, for the same weights and images. Written by
-`python -m benchmarks.parity`; the fixtures and the weights' rule are in `tests/parity`.
+Differences between each network and timm 1.0.31 (PyTorch 2.13) for the same weights and images, in float32 on a CPU.
+Written by `python -m benchmarks.parity`; fixtures and synthetic weights are in `tests/parity`.
 
 - **Logits**: two images in evaluation mode; largest difference over the largest logit.
-- **Features**: 64 sampled values of every returned map, likewise; the worst map.
-- **Loss**: relative, one training step of eight images (networks under 30 M parameters).
+- **Features**: the same for 64 sampled values of each feature map; the worst map.
+- **Loss**: relative difference in one training step of eight images (networks under 30 M parameters).
 - **Statistics**: running means and variances after that step, projected on a random vector, over the norm.
-- **Gradients**: norm and projection of every parameter's gradient, over its norm; the median and the worst. Those that
-  are zero in exact arithmetic (a bias in front of a batch norm) are left out. In a network with ReLU the sign of an
-  activation near zero may differ by rounding, and with it a whole gradient path; smooth activations show no such jumps.
-- Every state dict goes to our variables and back bit for bit.
+- **Gradients**: norm and projection of each parameter's gradient, over its norm; median and worst. Gradients that are
+  zero in exact arithmetic (a bias before a batch norm) are left out. With ReLUs, rounding flips the sign of activations
+  near zero and with it a gradient path; smooth activations do not jump. **float64** is the worst gradient in float64.
+- Every state dict converts to our variables and back bit for bit.
 
 | architecture | parameters | logits | features | loss | statistics | gradients: median | worst | float64 |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|

@@ -7,6 +7,7 @@ python -m benchmarks.report --check    # exit code 1 if the document differs
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,83 +22,79 @@ Row = dict[str, Any]
 
 HEAD = """# Performance
 
-Every figure here was measured by a command that stands beside it; the results are in `benchmarks/results`, and
-`python -m benchmarks.report` writes this page from them. Ratios count: the sides of a comparison take turns in one run,
-so that they meet the same machine.
+Compare time and memory with and without squeeze-and-excitation, and of se-flax with timm, Flax and Keras.
+
+Every table has the command that measured it. Results are in `benchmarks/results`; `python -m benchmarks.report` writes
+this page from them. Competitors are timed alternately in one run; compare ratios rather than times.
 """
 ATTENTION = """
-## Squeeze-and-excitation's price on a TPU
+## Cost of squeeze-and-excitation on a TPU
 
-The training step, compiled for TPU v5e chips that are not there (`python -m train.aot`): bfloat16, SGD with momentum.
-Flops, bytes and memory are the compiler's own figures of one device and the same on every run. Without attention is the
-same network with nothing in its place.
+The training step, compiled for TPU v5e without the hardware (`python -m train.aot`): bfloat16, SGD with momentum. Bytes
+and memory are the compiler's figures for one device. Without attention: the same network with the attention removed.
 
-| network | images per device | GiB accessed | without attention | ratio | peak memory, ratio | of |
+| network | images per device | GiB accessed | without attention | ratio | peak memory, ratio | measured |
 |---|---:|---:|---:|---:|---:|---|
 """
 ATTENTION_NOTE = """
-Where a batch norm directly feeds the squeeze, norm and gate are one affine per image and channel: the squeeze is the
-norm's own per-image mean, and the gated map is written in the pass that the norm needs anyway. Written as a norm and
-then an attention, SE-ResNet-50's step accesses 1.1154 times the bytes of ResNet-50's (the first line). What is left
-above 1 is the attention's own parameters, their momentum and their all-reduce, and the per-image means.
+**Norm and gate in one pass.** Where a batch norm directly feeds the squeeze, the squeeze is the norm's per-image mean,
+and the gate is part of the norm's affine map. As separate layers (first row), SE-ResNet-50's step accesses 1.1154 times
+the bytes of ResNet-50's. The remainder above 1 comes from the attention's parameters, their momentum and all-reduce,
+and the per-image means.
 
-Of the 74 MB that SE-ResNet-50's step takes more at its peak, by the compiler's own list of what is alive when, 20 are
-the attention's parameters and their momentum, 11 compiled code, 22 the three float32 numbers per image and channel that
-wait for the backward pass, 11 gaps between the buffers of its heap, and 11 temporaries outside that heap
-(`XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text" python -m train.aot --model=seresnet50 --topology=v5e:2x2
---batch-per-device=128 --image-size=224 --json`, and with `--without-attention`; the folder's `buffer-assignment` and
-`live-range`).
+**Activation before the squeeze** (EfficientNet, MobileNetV3): the activation needs the statistics of the whole batch
+first, so the feature map is read once more. `se_flax/lowering/gated_norm.py` adds only this read in the forward pass
+and none in the backward pass.
 
-Lean (`--config.lean=True`, `train.aot --lean`) leaves out a bottleneck's widest map: its last convolution is neither
-written before its norm nor kept, since all that norm and convolution need of it follows from its input, a quarter as
-wide (`se_flax/lowering/deferred_conv.py`). Only the gate's gradient needs the output again, and makes it in a pass that
-reads that input and the gradient; so the ratio is higher than otherwise, while both networks access less and take a
-fifth less memory. It costs arithmetic (4 % more flops in ResNet-50, 11 % in SE-ResNet-50), and no TPU has timed it yet;
-so it is to be asked for.
+**Lean** (`--config.lean=True`, `train.aot --lean`): the output of a bottleneck's last convolution, the widest feature
+map, is neither written nor kept; norm and convolution are computed from its input, a quarter as wide
+(`se_flax/lowering/deferred_conv.py`). Only the gate's gradient recomputes it, which raises the ratio, while both
+networks access fewer bytes and take a fifth less memory. It costs 4 % more flops in ResNet-50 and 11 % in SE-ResNet-50.
+It is off by default, since it has not been timed on a TPU.
 
-Where an activation stands between (EfficientNet, MobileNetV3), the squeeze cannot be had from the norm's means, and the
-activation needs the whole batch's statistics first: one read of the map more is the least.
-`se_flax/lowering/gated_norm.py` adds that one and no other; the compiled backward pass has as many as without
-attention.
+SE-ResNet-50's peak memory is 74 MB above ResNet-50's: 20 MB parameters and momentum of the attention, 22 MB per-image
+statistics (three float32 numbers per channel) for the backward pass, 11 MB code, 11 MB heap fragmentation, 11 MB other
+temporaries. Source: `buffer-assignment` and `live-range` in FOLDER, with and without `--without-attention`:
+
+    XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text" python -m train.aot \\
+        --model=seresnet50 --topology=v5e:2x2 \\
+        --batch-per-device=128 --image-size=224 --json
 """
 PLAIN = """
-Beside ResNet-50 written with Linen's own layers as Flax's example has it (`benchmarks/plain_resnet.py`), compiled the
-same way:
+Compared with a ResNet-50 of Linen's layers, as in Flax's example (`benchmarks/plain_resnet.py`), compiled alike:
 
 """
 # Suffix of the network's name in a row, and the key `lean` of its result.
 FORMS = {"": False, ", lean": True}
 SCALING = """
-## More chips
+## Scaling over chips
 
-The same recipe on more chips, the batch per device fixed; per device. Nothing grows but the number of chips: the batch
-norms see their own replica, and the gradients' all-reduce is the only talk.
+Figures per device, with a fixed batch per device. They do not grow with the number of chips: batch norms use their own
+replica's images, and the only communication is the all-reduce of the gradients.
 
 | topology | chips | GFLOP | GiB accessed | peak memory, GiB | all-reduce, MB |
 |---|---:|---:|---:|---:|---:|
 """
 CPU = """
-## On a CPU
+## CPU
 
-Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`); median of turns, and the median of the other
-side's time over ours, turn by turn: above 1 we are faster. timm stands for the fastest of its eager, channels-last and
-compiled modes that were run. Ours at inference is `se_flax.fuse`d; in brackets the network as it is.
+Milliseconds, float32, 224 pixels, all cores (`python -m benchmarks.cpu`). Times are medians over rounds; the ratio is
+the median of the competitor's time over ours in the same round, so above 1 we are faster. timm is the fastest of its
+eager, channels-last and compiled modes. Our inference uses `se_flax.fuse`; in brackets the time without it.
 
-| network | task | ours | other side | ratio |
+| network | task, images | se-flax | competitor | ratio |
 |---|---|---:|---:|---:|
 """
 CPU_NOTE = """
-What a convolution becomes on a CPU is in `se_flax/lowering/cpu`; TPU and GPU keep XLA's own.
+Convolutions on a CPU have their own implementations (`se_flax/lowering/cpu`); TPU and GPU use XLA's.
 `se_flax.runtime.keep_memory()`, called before JAX is used, keeps freed memory in the process, as `python -m train` and
-`se-flax predict` do; by default glibc gives the pages back after every call. PyTorch gains from the same settings as
-JAX does, so in this table all sides have them.
+`se-flax predict` do; by default glibc returns it after every call. All competitors run with this setting.
 """
 ONEDNN = """
-### Matrix products by oneDNN
+### oneDNN matrix products
 
-XLA on x86 brings oneDNN along beside the library that it takes by default, and its products of large matrices are
-faster, those of small ones slower. So it pays for batches at inference and not for single images; it is an
-experimental setting of XLA's, and not se-flax's default:
+XLA on x86 includes oneDNN, whose products of large matrices are faster and of small ones slower than XLA's default. It
+pays for batches at inference. The XLA setting is experimental and not se-flax's default:
 
 ```python
 options = {{
@@ -106,61 +103,60 @@ options = {{
 logits = jax.jit(model.apply, compiler_options=options)(variables, images)
 ```
 
-Milliseconds, fused networks, and the first over the second, turn by turn (`python -m benchmarks.cpu --onednn`):
+Milliseconds of fused networks, and default over oneDNN (`python -m benchmarks.cpu --onednn`):
 
-| network | task | default | oneDNN | ratio |
+| network | task, images | default | oneDNN | ratio |
 |---|---|---:|---:|---:|
 {rows}
 {sources}"""
 GPU = """
-## On a GPU
+## GPU
 
-Milliseconds, bfloat16 (`python -m benchmarks.gpu`); timm through `torch.compile` in channels-last memory, ours at
-inference `se_flax.fuse`d. The ratio is timm's time over ours, turn by turn: above 1 we are faster. The attention's
-price is ours over ours without attention.
+Milliseconds, bfloat16 (`python -m benchmarks.gpu`). timm uses `torch.compile` and channels-last memory; our inference
+uses `se_flax.fuse`. The ratio is timm's time over ours in the same round: above 1 we are faster. The attention's cost
+is our time over our time without attention.
 
-| network | task | pixels | ours | timm | ratio | without attention | attention's price |
+| network | task, images | pixels | se-flax | timm | ratio | without attention | attention's cost |
 |---|---|---:|---:|---:|---:|---:|---:|
 """
 LIMITS = """
-### Where the time goes
+### Time per kind of convolution
 
-Every convolution of a network compiled and timed by itself, training's with both gradients, beside the whole
-(`python -m benchmarks.limits`); the rest is norms, activations, attention, sums and the optimizer. A product of two
-matrices of 2048 x 2048 tells what the processor can do, and the last line of each network what its time would be if
-every convolution ran at that rate, which depthwise and grouped ones, with few products for the bytes they move, cannot.
-Counted are the products of a convolution's definition; 3x3 ones of many channels take sixteen for 36 of them.
+Every convolution is compiled and timed by itself, for training with both gradients (`python -m benchmarks.limits`).
+"Rest" is norms, activations, attention, sums and the optimizer. "Matrix product" is the rate of a 2048 x 2048 product;
+"bound" is the network's time if every convolution ran at that rate, which depthwise and grouped convolutions cannot.
+GFLOP/s count the products of the definition; Winograd's algorithm for 3x3 convolutions needs 16 of 36 of them.
 
-| network | task | part | ms | GFLOP/s |
+| network | task, images | part | ms | GFLOP/s |
 |---|---|---|---:|---:|
 """
 CONVOLUTION = """
-### Convolutions
+### Single convolutions
 
-Ours / XLA's, milliseconds, and the ratio (`python -m benchmarks.convolution`), for the side of the map, the channels in
-and out, the kernel, the stride and the groups.
+Ours / XLA's in milliseconds, and the ratio (`python -m benchmarks.convolution`). A shape is height and width x input
+channels x output channels x kernel x stride x groups.
 
-| shape | images | forward | input's gradient | kernel's gradient |
+| shape | images | forward | input gradient | kernel gradient |
 |---|---:|---:|---:|---:|
 """
 LOADER = """
-## From JPEG to batch
+## Input pipeline
 
-Images per second of one core (`python -m benchmarks.loader`): decode, random resized crop to 224 pixels, flip,
-normalised float32; all sides keep freed memory. `host` is what training with an accelerator takes from the host,
-uint8; the accelerator does the rest, RandAugment included. Ratios are medians of rounds.
+Images per second and core (`python -m benchmarks.loader`): decode, random resized crop to 224 pixels, flip, normalised
+float32. `host` is the host's part of training on an accelerator, which gives uint8; the accelerator does the rest,
+RandAugment included. Ratios are medians over rounds.
 
-| side | row | images per second and core |
+| loader | work | images per second and core |
 |---|---|---:|
 """
 STARTUP = """
 ## Start-up
 
-Seconds from the start of a process to the end of its first update of two images, float32 (`python -m
-benchmarks.startup`): with an empty compilation cache (cold), and with the one that the cold start filled (warm).
-`compile` is the drawing of the parameters and the compilation of the step together, what the cache can help. Medians.
+Seconds from the start of the process to the end of the first update of two images, float32 (`python -m
+benchmarks.startup`), with an empty compilation cache (cold) and a filled one (warm). `compile` is the initialisation of
+the parameters and the compilation of the step. Medians.
 
-| network | pixels | cold: all | compile | trace | warm: all | compile | trace | all, ratio | compile, ratio |
+| network | pixels | cold: total | compile | trace | warm: total | compile | trace | total, ratio | compile, ratio |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 
@@ -169,6 +165,14 @@ def rows(name: str) -> list[Row]:
     """The recorded lines of one benchmark, oldest first."""
     path = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def sources(commands: Iterable[tuple[str, str]]) -> str:
+    """Lists of commands, each under the date, machine and versions of its runs."""
+    found: dict[str, dict[str, None]] = {}
+    for command, where in commands:
+        found.setdefault(where, {})[f"- `{command}`\n"] = None
+    return "\n".join(f"{where}:\n\n{''.join(lines)}" for where, lines in found.items())
 
 
 def latest(lines: list[Row], *keys: str) -> list[Row]:
@@ -181,7 +185,7 @@ def attention_table(lines: list[Row]) -> str:
     text = ""
     for line in (line for line in lines if "ratios" in line):
         bare, ratios = line["without_attention"], line["ratios"]
-        label = " (norm, then attention)" if line.get("state") == "before" else ", lean" if line.get("lean") else ""
+        label = " (separate layers)" if line.get("state") == "before" else ", lean" if line.get("lean") else ""
         text += (
             f"| {line['model']}{label} | {line['batch_per_device']} | {line['bytes_accessed'] / 2**30:.2f} | "
             f"{bare['bytes_accessed'] / 2**30:.2f} | {ratios['bytes_accessed']:.4f} | "
@@ -257,7 +261,7 @@ def plot(lines: list[Row], path: Path) -> None:
 def cpu_table(lines: list[Row]) -> str:
     """Networks on a CPU."""
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     # A network can be compared with timm and with another JAX library. "timm compile" is one of timm's modes.
     named = [{**line, "other": line["fastest_other"].split()[0]} for line in lines if "ratio" in line]
     kept = latest(named, "other", "model", "task", "batch", "image_size")
@@ -276,31 +280,31 @@ def cpu_table(lines: list[Row]) -> str:
         shown = {name: number for name, number in line["versions"].items() if name not in ("se_flax", "device")}
         versions = ", ".join(f"{name} {number}" for name, number in shown.items())
         machine = f"{line['machine']['cores']} cores of {line['machine']['processor']}"
-        sources[f"- `{line['command']}`: {line['date']}, {machine}; {versions}\n"] = None
-    return CPU + text + CPU_NOTE + "\n" + "".join(sources) if text else ""
+        commands.append((line["command"], f"{line['date']}, {machine}; {versions}"))
+    return CPU + text + CPU_NOTE + "\n" + sources(commands) if text else ""
 
 
 def onednn_table(lines: list[Row]) -> str:
     """Matrix products by another library."""
     kept = latest([line for line in lines if "onednn_ratio" in line], "model", "task", "batch", "image_size")
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     for line in kept:
         ms = line["milliseconds"]
         text += (
             f"| {line['model']} | {line['task']}, {line['batch']} | {ms['ours']:g} | {ms['ours onednn']:g} | "
             f"{line['onednn_ratio']:.2f} |\n"
         )
-        sources[f"- `{line['command']}`: {line['date']}, jax {line['versions']['jax']}\n"] = None
+        commands.append((line["command"], f"{line['date']}, jax {line['versions']['jax']}"))
     values = {name: json.dumps(value) if isinstance(value, str) else value for name, value in ours.ONEDNN.items()}
     options = "\n".join(f'    "{name}": {value},' for name, value in values.items())
-    return ONEDNN.format(options=options, rows=text, sources="".join(sources)) if text else ""
+    return ONEDNN.format(options=options, rows=text, sources=sources(commands)) if text else ""
 
 
 def gpu_table(lines: list[Row]) -> str:
     """Networks on a GPU."""
     text = ""
-    sources: dict[str, None] = {}
+    commands: list[tuple[str, str]] = []
     # Without `attention_ratio` one of our processes failed.
     whole = [line for line in lines if "attention_ratio" in line]
     for line in latest(whole, "model", "task", "batch", "image_size"):
@@ -310,8 +314,8 @@ def gpu_table(lines: list[Row]) -> str:
         cells += [f"{ms['ours without']:g}", f"{line['attention_ratio']:.2f}"]
         text += f"| {line['model']} | {line['task']}, {line['batch']} | {line['image_size']} | {' | '.join(cells)} |\n"
         versions = ", ".join(f"{name} {value}" for name, value in line["versions"].items() if name != "se_flax")
-        sources[f"- `{line['command']}`: {line['date']}, {versions}\n"] = None
-    return f"{GPU}{text}\n{''.join(sources)}" if text else ""
+        commands.append((line["command"], f"{line['date']}, {versions}"))
+    return f"{GPU}{text}\n{sources(commands)}" if text else ""
 
 
 def limits_table(lines: list[Row]) -> str:
@@ -320,11 +324,11 @@ def limits_table(lines: list[Row]) -> str:
     for line in latest(lines, "model", "task", "batch"):
         parts = line["convolutions"]
         rest = line["whole_ms"] - sum(part["ms"] for part in parts.values())
-        cells = [("**all**", line["whole_ms"], "")]
+        cells = [("**total**", line["whole_ms"], "")]
         cells += [(name, part["ms"], f"{1000 * part['gflop'] / part['ms']:.0f}") for name, part in parts.items()]
         product = line["product_gflops"]
         bound = rest + 1000 * sum(part["gflop"] for part in parts.values()) / product
-        cells += [("rest", rest, ""), ("(a product)", None, f"{product:.0f}"), ("(all at that rate)", bound, "")]
+        cells += [("rest", rest, ""), ("matrix product", None, f"{product:.0f}"), ("bound", bound, "")]
         for name, ms, rate in cells:
             task = f"{line['task']}, {line['batch']}"
             text += f"| {line['model']} | {task} | {name} | {'' if ms is None else f'{ms:.0f}'} | {rate} |\n"

@@ -11,11 +11,11 @@
 # ---
 
 # %% [markdown]
-# # Fine-tune on your own pictures
+# # Fine-tune on your own images
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/finetune.ipynb)
 #
-# A T4 GPU or a v5e-1 TPU takes minutes; a CPU does for the classifier alone.
+# Minutes on a T4 GPU or a v5e-1 TPU. A CPU is enough to train the classifier only.
 
 # %%
 # @title Install se-flax { display-mode: "form" }
@@ -31,22 +31,23 @@ IN_COLAB = "google.colab" in sys.modules
 
 # Each accelerator needs its own JAX. A TPU shows as /dev/accel0 or /dev/vfio/0, a GPU brings nvidia-smi.
 tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-extra = "[tpu]" if tpu else "[cuda]" if shutil.which("nvidia-smi") else ""
+extra = ",tpu" if tpu else ",cuda" if shutil.which("nvidia-smi") else ""
 if importlib.util.find_spec("se_flax") is None:
     if not os.path.exists("se-flax"):
         subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax{extra}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train{extra}]"], check=True
+    )
 sys.path.insert(0, os.path.abspath("se-flax"))
 
 # %% [markdown]
-# ## Pictures
+# ## Images
 #
 # One folder per class: `photos/daisy/*.jpg`, `photos/rose/*.jpg`. A tenth of each class is held out. `PHOTOS` is the
-# path of such a folder, or of a `.zip` of one (on Drive: `/content/drive/MyDrive/photos.zip`, after mounting it at the
-# left).
+# path of the folder or of a `.zip` of it (on Drive: `/content/drive/MyDrive/photos.zip`, after mounting Drive).
 #
-# Left empty, the next cell cuts 400 tiles out of two photographs, a temple and a flower. The tiles of a photograph
-# overlap, so what is held out here is not new: it shows the way, not an accuracy.
+# If it is empty, the next cell cuts 400 overlapping tiles out of two photographs. The held-out tiles are then not new
+# images: the accuracy means nothing.
 
 # %%
 PHOTOS = ""  # @param {type: "string"}
@@ -74,13 +75,10 @@ if not PHOTOS:
 print({name: len(pictures) for name, pictures in pictures_by_class(PHOTOS).items()})
 
 # %% [markdown]
-# ## From which weights?
+# ## Checkpoint
 #
-# `REF` is anything that `se_flax.load_pretrained` takes. The network, and the mean, deviation and interpolation that
-# its pictures had, come with it; the classifier is drawn anew for your classes.
-#
-# The tests have no network: with `SE_FLAX_SMALL=1` the start is a small network with random weights, saved by
-# `save_pretrained`.
+# `REF` is anything that `se_flax.load_pretrained` takes. It gives the network, mean, std and interpolation; the
+# classifier is new. (With `SE_FLAX_SMALL=1`, for tests without internet, it is a small random network.)
 
 # %%
 REF = "seresnet50.ra2_in1k"  # @param {type: "string"}
@@ -99,8 +97,8 @@ if SMALL:
 # %% [markdown]
 # ## Settings
 #
-# `HEAD_ONLY` trains the classifier on a backbone that stays as it is: quick, and good with few pictures. Otherwise
-# everything is trained, at a low rate that falls further towards the first layers (`layer_decay`).
+# `HEAD_ONLY` trains the classifier on a frozen backbone: fast, and good for few images. Otherwise everything is
+# trained, with a learning rate that decreases towards the first layers (`layer_decay`).
 
 # %%
 HEAD_ONLY = True  # @param {type: "boolean"}
@@ -122,9 +120,9 @@ if SMALL:
 # %% [markdown]
 # ## Train
 #
-# The folder of the run holds checkpoints: interrupt the cell, run it again, and it goes on. Put it on Drive, as [the
-# notebook on training](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb)
-# does, and it outlives the machine.
+# If the cell is interrupted, run it again to resume. To keep the run when the machine is gone, put `WORKDIR` on Drive,
+# as in [the training
+# notebook](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb).
 
 # %%
 from IPython.display import Image as Display
@@ -139,10 +137,9 @@ assert outcome.completed, "not finished: run this cell again to go on"
 display(Display(str(WORKDIR / "curves.png")))
 
 # %% [markdown]
-# ## Look at what it does
+# ## Predictions
 #
-# The finished run is a checkpoint. Below are sixteen of the pictures that were held out, with the answers; wrong ones
-# are red. Look at those before you believe a figure.
+# The finished run is a checkpoint. Below are its predictions for sixteen held-out images; wrong ones are red.
 
 # %%
 import jax
@@ -169,6 +166,5 @@ plt.close(figure)
 display(Display("answers.png"))
 
 # %% [markdown]
-# Take it away: `loaded.save("my-model")` writes one folder with network, weights, preprocessing and names of the
-# classes; `se-flax convert my-model model.safetensors` writes it for PyTorch; `se-flax predict my-model cat.jpg` uses
-# it.
+# `loaded.save("my-model")` writes network, weights, preprocessing and class names to a folder; `se-flax predict
+# my-model cat.jpg` uses it; `se-flax convert my-model model.safetensors` converts it for PyTorch.

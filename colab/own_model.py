@@ -13,8 +13,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/own_model.ipynb)
 #
-# In Linen, in NNX, and spread over eight devices. Any runtime does: the eight devices are virtual ones of the CPU, and
-# the code is the same for the eight chips of a TPU v5e-8.
+# In Linen, in NNX, and sharded over eight devices. Any runtime works: the devices are virtual CPU devices, with the
+# same code as for the eight chips of a TPU v5e-8.
 
 # %%
 # @title Install se-flax { display-mode: "form" }
@@ -30,11 +30,13 @@ IN_COLAB = "google.colab" in sys.modules
 
 # Each accelerator needs its own JAX. A TPU shows as /dev/accel0 or /dev/vfio/0, a GPU brings nvidia-smi.
 tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-extra = "[tpu]" if tpu else "[cuda]" if shutil.which("nvidia-smi") else ""
+extra = ",tpu" if tpu else ",cuda" if shutil.which("nvidia-smi") else ""
 if importlib.util.find_spec("se_flax") is None:
     if not os.path.exists("se-flax"):
         subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax{extra}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train{extra}]"], check=True
+    )
 sys.path.insert(0, os.path.abspath("se-flax"))
 
 # %%
@@ -62,8 +64,8 @@ STEPS = 60 if SMALL else 600
 # %% [markdown]
 # ## Linen
 #
-# `SqueezeExcite` takes a map `[N, H, W, C]` and returns one of the same shape and dtype: put it where a map is.
-# `ECA`, `EffectiveSE` and `CBAM` are called alike, so the attention can be an attribute of your network.
+# `SqueezeExcite` maps `[N, H, W, C]` to the same shape and dtype. `ECA`, `EffectiveSE` and `CBAM` have the same
+# interface, so the attention can be an attribute of your network.
 
 # %%
 from collections.abc import Callable
@@ -140,12 +142,11 @@ plt.close(figure)
 display(Display("losses.png"))
 
 # %% [markdown]
-# One seed of a tiny network on easy data: it shows that the modules train, not which is better.
+# One seed of a small network on easy data shows that the modules train, not which is better.
 #
 # ## NNX
 #
-# `se_flax.to_nnx` makes an NNX module of a Linen module, of a single layer or of a whole network.
-# `.lazy_init(x)` draws its weights for the shape of `x`.
+# `se_flax.to_nnx` turns a Linen module, a layer or a whole network, into an NNX module. `.lazy_init(x)` initialises it.
 
 # %%
 from flax import nnx
@@ -179,7 +180,7 @@ first, *_, last = [float(nnx_step(model, nnx_optimizer, x, y)) for x, y in batch
 print(f"loss {first:.2f} -> {last:.2f}")
 
 # %% [markdown]
-# The weights go both ways: `from_nnx` gives the Linen variables back, the same numbers under the same names.
+# `from_nnx` returns the Linen variables, with the same numbers and names.
 
 # %%
 variables = se_flax.from_nnx(model.se)
@@ -190,8 +191,8 @@ print(jax.tree.map(jnp.shape, variables), "largest difference:", float(differenc
 # %% [markdown]
 # ## Eight devices
 #
-# A mesh names the devices. The batch is cut along `data`, the parameters are copied; the step is the one from above,
-# written for one device: XLA sees the shardings of its arguments and adds the communication.
+# The batch is sharded along the mesh axis `data`, the parameters are replicated. The step is the one from above: XLA
+# reads the shardings of its arguments and adds the communication.
 
 # %%
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -214,8 +215,8 @@ apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).ma
 print(f"loss on one device {one_loss:.6f}, on eight {loss:.6f}; gradients apart by {max(jax.tree.leaves(apart)):.1e}")
 
 # %% [markdown]
-# The squeeze is a mean over the pixels of one image, so cutting the batch needs no communication inside the layer: the
-# only sums over devices are those of the loss and the gradients. The compiled program shows it.
+# The squeeze is a mean over one image, so sharding the batch needs no communication inside the layer. The compiled
+# program has all-reduces for the loss and the gradients only.
 
 
 # %%
@@ -229,8 +230,8 @@ backward = sums_over_devices(jax.value_and_grad(partial(loss_of, network)), on_d
 print("all-reduce operations: forward", forward, "- with gradients", backward)
 
 # %% [markdown]
-# Channels may be cut as well, over a second axis of the mesh: then a device holds some of the channels of the map, and
-# the two small layers of the gate, which mix all channels, need what the others squeezed. XLA adds that too.
+# Channels can be sharded too, over a second mesh axis. The two small layers of the gate mix all channels; XLA adds the
+# communication.
 
 # %%
 mesh = jax.make_mesh((2, 4), ("data", "channels"), axis_types=(AxisType.Auto,) * 2)
@@ -244,5 +245,5 @@ print("on each device:", out.addressable_shards[0].data.shape, "of", out.shape)
 print("largest difference:", float(np.abs(np.asarray(out) - np.asarray(apply(variables, maps))).max()))
 
 # %% [markdown]
-# A whole training run is spread over all devices, and over the hosts of a pod, without any of this: [the notebook on
-# training](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb).
+# The training program shards runs over all devices and hosts by itself: [training
+# notebook](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb).

@@ -11,11 +11,11 @@
 # ---
 
 # %% [markdown]
-# # Restore a pretrained checkpoint, classify a picture, look at the gates
+# # Load a pretrained checkpoint, classify an image, plot the gates
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/restore.ipynb)
 #
-# Any runtime does, a CPU too.
+# Any runtime works, a CPU too.
 
 # %%
 # @title Install se-flax { display-mode: "form" }
@@ -31,22 +31,21 @@ IN_COLAB = "google.colab" in sys.modules
 
 # Each accelerator needs its own JAX. A TPU shows as /dev/accel0 or /dev/vfio/0, a GPU brings nvidia-smi.
 tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-extra = "[tpu]" if tpu else "[cuda]" if shutil.which("nvidia-smi") else ""
+extra = ",tpu" if tpu else ",cuda" if shutil.which("nvidia-smi") else ""
 if importlib.util.find_spec("se_flax") is None:
     if not os.path.exists("se-flax"):
         subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax{extra}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train{extra}]"], check=True
+    )
 sys.path.insert(0, os.path.abspath("se-flax"))
 
 # %% [markdown]
-# ## Restore
+# ## Load
 #
-# `REF` is what [docs/checkpoints.md](https://github.com/se-flax/se-flax/blob/main/docs/checkpoints.md) lists: the name
-# of a published checkpoint, a repository on the Hugging Face hub, the folder of one of your own runs, or a file.
-# PyTorch is not needed. Fetching it takes the network once.
-#
-# The tests have no network: with `SE_FLAX_SMALL=1` the next cell makes a checkpoint of its own, a small network after
-# thirty steps on handwritten digits.
+# `REF` is a published checkpoint, a repository on the Hugging Face hub, the folder of a run, or a file
+# ([formats](https://github.com/se-flax/se-flax/blob/main/docs/checkpoints.md)). PyTorch is not needed. (With
+# `SE_FLAX_SMALL=1`, for tests without internet, it is a small network trained for thirty steps on digits.)
 
 # %%
 REF = "seresnet50.ra2_in1k"  # @param {type: "string"}
@@ -70,12 +69,12 @@ print(loaded.name, loaded.provenance)
 print(loaded.preprocess)
 
 # %% [markdown]
-# `loaded.preprocess` belongs to the weights: resize, crop, mean and deviation as they were in training. The same
-# picture prepared in another way costs accuracy, and nothing would tell you.
+# `loaded.preprocess` comes with the weights: resize, crop, mean and std as in training. Other preprocessing costs
+# accuracy without an error.
 #
 # ## Classify
 #
-# Tick `UPLOAD` for pictures of your own. Without, it is two photographs that come with scikit-learn.
+# Tick `UPLOAD` for your own images; the default is two photographs of scikit-learn.
 
 # %%
 UPLOAD = False  # @param {type: "boolean"}
@@ -96,8 +95,7 @@ else:
     pictures = {name: Image.fromarray(datasets.load_sample_image(f"{name}.jpg")) for name in ("flower", "china")}
 
 # %% [markdown]
-# One call gives the logits and the gates of every squeeze-and-excitation layer: `apply_with_gates` reads them while the
-# network is traced and changes nothing in it.
+# `apply_with_gates` returns the logits and the gates of every squeeze-and-excitation layer.
 
 # %%
 import jax
@@ -114,12 +112,11 @@ for name, probabilities in zip(pictures, jax.nn.softmax(logits), strict=True):
         print(f"  {100 * probabilities[k]:5.1f} %  {loaded.labels[k] if loaded.labels else k}")
 
 # %% [markdown]
-# ## The gates
+# ## Gates
 #
-# A layer squeezes its map to one number per channel and answers with a gate between 0 and 1, by which the channel is
-# multiplied. Each line below is one picture; the channels are sorted by the gates of the first one. Where the lines lie
-# on each other, the layer treats all pictures alike: in the paper (section 6.3) these are the early ones. Where they
-# part, the gates depend on what is seen.
+# A layer multiplies each channel by a gate between 0 and 1, computed from the means of all channels. Each line below is
+# one image; channels are sorted by the gates of the first. Where the lines coincide, the layer treats all images alike,
+# which the paper (section 7.2) finds for early layers.
 
 # %%
 import matplotlib.pyplot as plt
@@ -144,7 +141,7 @@ plt.close(figure)
 display(Display("gates.png"))
 
 # %% [markdown]
-# All layers at once: the mean gate, and how far the gates of two pictures are apart.
+# All layers: the mean gate, and the standard deviation over the images.
 
 # %%
 figure, ax = plt.subplots(figsize=(10, 3), layout="constrained")
@@ -160,5 +157,4 @@ plt.close(figure)
 display(Display("layers.png"))
 
 # %% [markdown]
-# Two pictures are an anecdote. `se-flax gates REF FOLDER` does it for a data set in class folders, and tells what the
-# network loses when a layer's gates are held constant.
+# `se-flax gates REF FOLDER` analyses a data set in class folders, and the accuracy without each layer's gates.

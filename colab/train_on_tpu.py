@@ -15,7 +15,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/train_on_tpu.ipynb)
 #
-# Choose *Runtime > Change runtime type > v5e-1 TPU* and run the cells from top to bottom. A GPU and a CPU do as well.
+# Choose *Runtime > Change runtime type > v5e-1 TPU* and run all cells. A GPU or CPU works too.
 
 # %%
 # @title Install se-flax { display-mode: "form" }
@@ -31,11 +31,13 @@ IN_COLAB = "google.colab" in sys.modules
 
 # Each accelerator needs its own JAX. A TPU shows as /dev/accel0 or /dev/vfio/0, a GPU brings nvidia-smi.
 tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-extra = "[tpu]" if tpu else "[cuda]" if shutil.which("nvidia-smi") else ""
+extra = ",tpu" if tpu else ",cuda" if shutil.which("nvidia-smi") else ""
 if importlib.util.find_spec("se_flax") is None:
     if not os.path.exists("se-flax"):
         subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax{extra}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train{extra}]"], check=True
+    )
 sys.path.insert(0, os.path.abspath("se-flax"))
 
 # %%
@@ -49,11 +51,11 @@ if extra and jax.default_backend() == "cpu":
 # ## Data
 #
 # `DATA` is one of
-# - a folder with one folder of pictures per class: `photos/daisy/*.jpg`, `photos/rose/*.jpg`. A tenth is held out. Copy
-#   it from Drive to this machine first: Drive hands out small files slowly.
-# - `tfds:<name>`, a data set that TensorFlow Datasets has prepared. Reading it needs no TensorFlow, preparing it does:
-#   [docs/data.md](https://github.com/se-flax/se-flax/blob/main/docs/data.md).
-# - nothing: 1,797 handwritten digits, which the next cell writes into class folders, so that you see the layout.
+# - a folder with one folder of images per class: `photos/daisy/*.jpg`, `photos/rose/*.jpg`. A tenth is held out. Copy
+#   it from Drive to this machine first: Drive is slow for small files.
+# - `tfds:<name>`, a prepared TensorFlow data set ([how to prepare
+#   one](https://github.com/se-flax/se-flax/blob/main/docs/data.md)).
+# - empty: 1,797 handwritten digits, which the next cell writes into class folders.
 
 # %%
 DATA = ""  # @param {type: "string"}
@@ -72,8 +74,8 @@ if not DATA:
 # %% [markdown]
 # ## Settings
 #
-# A recipe is plain data: `configs/digits.py` and `configs/folder.py` give the settings, every one of which you may
-# change before the run starts. `bfloat16` is the TPU's own arithmetic; parameters, gates and logits stay `float32`.
+# `configs/digits.py` and `configs/folder.py` give the settings; change any of them before the run. With
+# `precision = "bfloat16"`, parameters, gates and logits stay `float32`.
 
 # %%
 from configs import digits, folder
@@ -94,12 +96,12 @@ if SMALL:  # thirty steps on 8 x 8 pixels
 print(config.model, config.data, config.optim, sep="\n")
 
 # %% [markdown]
-# ## A place that outlives this machine
+# ## Work directory
 #
-# Colab takes its machines back: after some hours, or when you close the lid. What must stay is the folder of the run.
-# - `drive`: it lies on your Google Drive.
-# - `bucket`: it lies here, is fetched from the bucket before training, and is copied there once a minute.
-# - `here`: it goes with the machine.
+# Colab ends its machines after some hours. To resume on another one, keep the work directory:
+# - `drive`: on your Google Drive.
+# - `bucket`: here, fetched from the bucket before training and copied there once a minute.
+# - `here`: lost with the machine.
 
 # %%
 KEEP = "drive"  # @param ["drive", "bucket", "here"]
@@ -159,10 +161,9 @@ def mirrored(folder, bucket, seconds):
 # %% [markdown]
 # ## Train
 #
-# The first step is compiled, which takes a minute or two. **Interrupted?** Press the square button to try it: the run
-# saves a checkpoint and stops. Run the cell again and it goes on from there, bit for bit, order of the data included.
-# On a new machine run all cells again: same result. For a longer run raise `config.epochs` and run the cell again; for
-# another run choose another `NAME`.
+# The first step compiles for a minute or two. **Resume**: interrupt the cell, and the run saves a checkpoint and stops;
+# run it again, and it resumes bit for bit, data order included. On a new machine, run all cells again. For a longer run
+# raise `config.epochs`; for another run choose another `NAME`.
 
 # %%
 from contextlib import nullcontext
@@ -177,8 +178,8 @@ assert outcome.completed, "not finished: run this cell again to go on"
 # %% [markdown]
 # ## Curves
 #
-# Blue: batches of the training data, with augmentation and smoothed labels, which keep the loss up. Orange: held-out
-# pictures, every one counted once. The figures are in `metrics.jsonl`, and for TensorBoard in `events/`.
+# Blue: training batches, with augmentation and smoothed labels, which raise the loss. Orange: all held-out images. The
+# figures are in `metrics.jsonl`, and for TensorBoard in `events/`.
 
 # %%
 from IPython.display import Image, display
@@ -186,9 +187,9 @@ from IPython.display import Image, display
 display(Image(str(WORKDIR / "curves.png")))
 
 # %% [markdown]
-# ## Use it
+# ## Load the result
 #
-# A finished run is a checkpoint: network, weights, preprocessing and names of the classes.
+# A finished run is a checkpoint: network, weights, preprocessing and class names.
 
 # %%
 import se_flax
@@ -200,5 +201,4 @@ if not DATA:
     print("a zero is taken for a", loaded.labels[int(logits.argmax())])
 
 # %% [markdown]
-# Next: [look at the gates](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/restore.ipynb) that
-# it learned.
+# Next: [plot its gates](https://colab.research.google.com/github/se-flax/se-flax/blob/main/colab/restore.ipynb).

@@ -65,7 +65,7 @@ def test_a_gpus_rows_become_a_table():
     assert report.gpu_table([]) == report.gpu_table([{**broken, "milliseconds": {"timm compile": 60.0}}]) == ""
     table = report.gpu_table([{**line, "ratio": 9.0}, line])
     assert "| seresnet50 | train, 128 | 224 | 50.5 | 60 | 1.19 | 48.25 | 1.05 |" in table and "9.00" not in table
-    assert table.endswith("- `python -m benchmarks.gpu`: 2026-01-02, jax 0.10.2, device a GPU\n")
+    assert table.endswith("\n2026-01-02, jax 0.10.2, device a GPU:\n\n- `python -m benchmarks.gpu`\n")
 
 
 def test_a_gpus_table_is_refused_on_a_cpu(monkeypatch, capsys):

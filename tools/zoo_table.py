@@ -23,25 +23,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "zoo.md"
 COUNTS = ROOT / "benchmarks" / "results" / "costs.jsonl"
 PARITY = ROOT / "benchmarks" / "results" / "parity.jsonl"
-HEAD = """# The zoo
+HEAD = """# Model zoo
 
-{networks} networks, {published} of them with published weights ({checkpoints} checkpoints). Written by
+Choose one of {networks} networks; {published} of them have published weights ({checkpoints} checkpoints). Written by
 `python tools/zoo_table.py`.
 
-- **Parameters**: trainable, with the default classifier. A test holds them against the number in the paper or released
-  model.
-- **GMACs**: multiply-adds of one image at the side that the network was designed for, in billions, counted as timm's
-  tables do; [costs](costs.md) has the other conventions and the attention's share.
-- **Parity**: largest difference from timm's logits over the largest logit, for the same weights and images in float32;
-  features, loss, statistics and gradients are in [the table of parity](parity.md). Empty: no reference numbers, or no
-  counterpart in timm.
-- **Checkpoints**: tags; `se_flax.load_pretrained("<network>.<tag>")` [restores](checkpoints.md) one.
+- **Parameters**: trainable, with the default classifier; tested against the paper or released model.
+- **GMACs**: multiply-adds of one image in billions, as in timm's tables ([conventions](costs.md)).
+- **Parity**: largest difference from timm's logits over the largest logit ([all differences](parity.md)). Empty: not
+  measured, or not in timm.
+- **Checkpoints**: tags for [`se_flax.load_pretrained("<network>.<tag>")`](checkpoints.md).
 
-The same from the command line, in tables as wide as the terminal (or `COLUMNS`): `se-flax list '*seresnet*'`,
-`se-flax info <network>`, `se-flax costs <network>`.
+On the command line: `se-flax list '*seresnet*'`, `se-flax info <network>`, `se-flax costs <network>`.
 
 """
-COLUMNS = """| network | side | parameters | GMACs | parity | checkpoints |
+COLUMNS = """| network | pixels | parameters | GMACs | parity | checkpoints |
 |---|---:|---:|---:|---:|---|
 """
 
@@ -66,6 +62,15 @@ def missing(variants: Mapping[str, Variant], counts: Mapping[str, Mapping[str, A
         if name not in counts
         or (counts[name]["image_size"], counts[name]["params"]) != (variant.input_size, variant.num_params)
     )
+
+
+def without_title(line: str, title: str) -> str:
+    """The rest of a module's first line, as a sentence under the heading `title`."""
+    rest = line.removeprefix(title).strip(" .,:")
+    if rest.startswith("(") and rest.index(")") + 1 < len(rest):
+        return line  # a reference in the middle of the sentence
+    rest = rest.removeprefix("(").removesuffix(")") if rest.startswith("(") else rest
+    return f"{rest[:1].upper()}{rest[1:]}."
 
 
 def page(
@@ -101,7 +106,7 @@ def page(
                 ", ".join(f"`{published.tag}`" for published in variant.weights),
             )
             rows.append("| " + " | ".join(cells) + " |\n")
-        sections.append(f"## {title}\n\n{line}\n\n{COLUMNS}{''.join(rows)}")
+        sections.append(f"## {title}\n\n{without_title(line, title)}\n\n{COLUMNS}{''.join(rows)}")
     head = HEAD.format(networks=len(weights), published=sum(map(bool, weights)), checkpoints=sum(weights))
     return head + "\n".join(sections)
 

@@ -1,4 +1,4 @@
-"""MobileNetV3 and the networks with its head: FBNetV3, HardCoRe-NAS and LCNet.
+"""MobileNetV3, FBNetV3, HardCoRe-NAS and LCNet: networks with MobileNetV3's head.
 
 Howard et al. 2019 (MobileNetV3), Dai et al. 2021 (FBNetV3), Nayman et al. 2021 (HardCoRe-NAS), Cui et al. 2021 (LCNet).
 """

@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt, SENet and what grew from them (He et al. 2016; Xie et al. 2017; Hu et al. 2020, table 1).
+"""ResNet, ResNeXt, SENet and their variants (He et al. 2016; Xie et al. 2017; Hu et al. 2020, table 1).
 
 The later members change the edges, not the middle: deep and tiered stems and a pooled shortcut (He et al. 2019:
 ResNet-D), anti-aliasing (Zhang 2019), a convolution for the max-pooling (Bello et al. 2021: ResNet-RS), another

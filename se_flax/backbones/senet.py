@@ -1,4 +1,4 @@
-"""SENets as their authors released them (Hu et al. 2020, appendix; Caffe), in the layout of timm's `legacy_` networks.
+"""SENet's original release (Hu et al. 2020, appendix; Caffe), in the layout of timm's `legacy_` networks.
 
 They are the networks of `resnet.py` with Caffe's habits: the stem's layers nest under `layer0`, pooling windows hang
 over the end instead of starting with padding, a bottleneck strides in its first 1x1, and the submodules are called
