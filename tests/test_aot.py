@@ -19,8 +19,8 @@ from train import aot
 from train.build import build_model
 from train.cli import parse
 from train.optim.finetune import complete
-from train.optim.param_groups import trace
-from train.run import loop
+from train.run import loop, trainer
+from train.run.init import trace
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import make_program
 from train.tools.costs import compile_step
@@ -58,10 +58,10 @@ def test_the_step_is_to_the_letter_the_one_that_a_run_compiles(tmp_path, monkeyp
     settings = [*DIGITS, "--config.data.image_size=8", "--config.steps=5", "--config.optim.schedule=constant"]
     settings += [f"--config.parallel.backend={backend}", "--config.optim.warmup_epochs=0", "--config.augment.mixup=0"]
 
-    def catch(trainer, batch):
-        raise Caught(trainer.train_step.lower(trainer.state, batch).as_text())
+    def catch(self, batch):
+        raise Caught(self.train_step.lower(self.state, batch).as_text())
 
-    monkeypatch.setattr(loop._Trainer, "_compile", catch)
+    monkeypatch.setattr(trainer.Trainer, "compile", catch)
     config, _ = parse([*settings, "--config.compilation_cache=", f"--workdir={tmp_path}"])
     with pytest.raises(Caught) as caught:
         loop.run(config, tmp_path)
@@ -85,7 +85,7 @@ def small():
 
 def test_arguments_are_state_and_batch(small):
     config, costs, _ = small
-    shapes = trace(build_model(config, 10), 8)
+    shapes = trace(build_model(config, 10), 8).shapes
     params, stats = (sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("params", "batch_stats"))
     # Parameters, momentum and moving average; statistics and theirs; two counters (the step's and the schedule's) and
     # the key; on each of 8 devices two images with their labels.
@@ -99,7 +99,7 @@ def test_arguments_are_state_and_batch(small):
 
 def test_collectives_are_gradients_statistics_and_two_means(small):
     config, costs, _ = small
-    shapes = trace(build_model(config, 10), 8)
+    shapes = trace(build_model(config, 10), 8).shapes
     averaged = sum(x.size for x in jax.tree.leaves(shapes)) + 2  # the loss and the accuracy
     assert costs.collective_bytes == 4 * averaged
     assert set(costs.collectives) == {"all-reduce"}
@@ -180,7 +180,7 @@ def test_compare_gives_both_and_the_ratios(capsys):
         assert found["ratios"][name] == pytest.approx(found[name] / bare[name], abs=1e-4)
     # The gates' parameters, in float32, are what the arguments differ by.
     with_, without = (
-        sum(x.size for x in jax.tree.leaves(trace(se_flax.create_model(name), 8)))
+        sum(x.size for x in jax.tree.leaves(trace(se_flax.create_model(name), 8).shapes))
         for name in ("seresnet20", "resnet20")
     )
     assert found["argument_bytes"] - bare["argument_bytes"] == 4 * (with_ - without)

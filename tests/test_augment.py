@@ -355,9 +355,10 @@ def test_check_names_value_range_and_remedy(changes, message):
 
 
 def test_check_accepts_good_settings_and_refuses_an_odd_batch_only_for_mixing():
-    aug.check(Augment(), 32, 5)
-    aug.check(EVERYTHING, 32, 5)
-    aug.check(Augment(mixup=0.2), 32, 4)
-    aug.check(Augment(mixup=0.2), 32)
+    aug.check(Augment(), 32)
+    aug.check(EVERYTHING, 32)
+    aug.check_pairs(Augment(), 5)
+    aug.check_pairs(EVERYTHING, 5)
+    aug.check_pairs(Augment(mixup=0.2), 4)
     with pytest.raises(UserError, match=r"augment\.cutmix=1\.0 mixes pairs .* sees 5 images .* augment\.cutmix=0"):
-        aug.check(Augment(cutmix=1.0), 32, 5)
+        aug.check_pairs(Augment(cutmix=1.0), 5)

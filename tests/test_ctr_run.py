@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import train.ctr.__main__
 import train.ctr.loop
 from se_flax.ctr import FM, FiBiNET, LogisticRegression
 from se_flax.errors import UserError
@@ -66,7 +67,7 @@ def test_fibinet_learns_what_logistic_regression_cannot(clicks, tmp_path):
     assert 0.4 < plain.test.auc < 0.6
     rows = [json.loads(line) for line in (tmp_path / "fibinet" / "metrics.jsonl").read_text().splitlines()]
     assert max(row["eval_auc"] for row in rows if "eval_auc" in row) == outcome.eval.auc
-    assert rows[0]["loss"] > 0.6 and re.match(r"done in \d+ min \d+ s: best epoch \d", str(outcome))
+    assert rows[0]["loss"] > 0.6 and re.match(r"done in \d+ min \d+ s; best epoch \d\nevaluation AUC", str(outcome))
     # Once more: nothing is left to do, and the figures are the same.
     again = run(settings(clicks), tmp_path / "fibinet")
     assert (again.test, again.eval, again.epoch, again.step) == (
@@ -194,7 +195,7 @@ def test_the_training_program_runs_a_recipe_for_tables(tmp_path, capsys, monkeyp
     assert main([*words, "--config.compilation_cache="]) == 0
     out, err = capsys.readouterr()
     assert re.search(
-        r"done in .*: best epoch \d, evaluation AUC 1\.0000, log loss 0\.\d+ \(\d+ rows\); checkpoint", out
+        r"done in .*; best epoch \d\nevaluation AUC 1\.0000, log loss 0\.\d+ \(\d+ rows\)\ncheckpoint: .*/run/", out
     )
     assert re.search(r"lr: 34 parameters; 3 fields with 33 ids", err)  # 3 x (9 + missing + unknown), and a bias
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -241,7 +242,7 @@ def test_help_lists_every_setting_of_tables(capsys):
     text = settings_help(Config)
     for name in flatten(Config()):
         assert f"--config.{name}=" in text
-    assert main(["--help"], kind=Config) == 0
+    assert train.ctr.__main__.main(["--help"]) == 0
     assert "python -m train.ctr --config=configs/ctr_frappe.py" in capsys.readouterr().out
 
 

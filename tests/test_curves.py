@@ -13,8 +13,7 @@ from train.build import training_loss
 from train.config import Augment, Config, Loss, Optim
 from train.run.curves import CROSS_ENTROPY, curves, draw_curves, logarithmic_ticks
 from train.run.evaluate import Result
-from train.run.loop import _epoch_line
-from train.run.report import Report
+from train.run.report import Report, epoch_line
 
 SMOOTHED = "cross-entropy, label smoothing 0.1, mixup 0.2, CutMix 1"
 
@@ -158,10 +157,10 @@ def test_a_second_host_reports_nothing(tmp_path, capsys):
 
 
 def test_lines_of_epochs_fit_a_terminal():
-    assert _epoch_line(2.0, Result(360, 219, 336, 1.07584), 1.13) == (
+    assert epoch_line(2.0, Result(360, 219, 336, 1.07584), 1.13) == (
         "epoch   2.00: loss 1.0758, top-1 60.83 %, top-5 93.33 % of 360 (1.1 s)"
     )
-    assert len(_epoch_line(350.0, Result(1_281_167, 1_281_167, 1_281_167, 10.5), 9999.0)) <= 80
+    assert len(epoch_line(350.0, Result(1_281_167, 1_281_167, 1_281_167, 10.5), 9999.0)) <= 80
 
 
 def test_drawing_leaves_matplotlibs_backend_alone():

@@ -31,7 +31,7 @@ from train.config import (
     flatten,
 )
 from train.optim import finetune, optimizers
-from train.optim.param_groups import trace
+from train.run.init import trace
 from train.run.loop import run
 from train.validate import check_settings_of_run, check_start
 
@@ -72,7 +72,7 @@ def drawn(model, seed=2):
             return np.ones(leaf.shape, np.float32)
         return np.float32(rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)))
 
-    return jax.tree_util.tree_map_with_path(draw, trace(model, 8))
+    return jax.tree_util.tree_map_with_path(draw, trace(model, 8).shapes)
 
 
 @pytest.fixture
@@ -187,16 +187,20 @@ def test_a_checkpoint_that_cannot_be_read_names_the_setting(monkeypatch):
 def test_a_checkpoint_of_the_same_network_with_other_attributes_is_refused():
     config = make_config()
     config.model.name = "seresnet20"
-    model = build_model(config, 10)
-    finetune.check_fit(config, model, a_checkpoint())  # the norm's axis, dtype and dropout may differ
+    network = trace(build_model(config, 10), 8)
+
+    def check_fit(loaded):
+        finetune.check_fit(config, network.model, network.shapes, loaded)
+
+    check_fit(a_checkpoint())  # the norm's axis, dtype and dropout may differ
     with pytest.raises(UserError, match=r"mine has a network with placement=pre, this run standard; set model\.att"):
-        finetune.check_fit(config, model, a_checkpoint(placement="pre", variables={}))
+        check_fit(a_checkpoint(placement="pre", variables={}))
     with pytest.raises(UserError, match=r"with attention=SqueezeExcite\(gate=tanh\), this run SqueezeExcite\(\);"):
         attention = partial(se_flax.SqueezeExcite, gate="tanh")
-        finetune.check_fit(config, model, a_checkpoint(attention=attention, variables={}))
+        check_fit(a_checkpoint(attention=attention, variables={}))
     other = drawn(se_flax.create_model("seresnet20", attention=None))
     with pytest.raises(UserError, match=r"mine does not fit seresnet20: .* params/layer1_0/se/.*\(36 in all\); set"):
-        finetune.check_fit(config, model, a_checkpoint(variables=other))
+        check_fit(a_checkpoint(variables=other))
 
 
 def digits_result(variables, preprocess):

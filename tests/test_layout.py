@@ -12,7 +12,7 @@ import train.cli
 from se_flax.cli import main
 from se_flax.cli.layout import print_table, reflowed, terminal_width, wrapped
 from train.aot import main as aot
-from train.ctr.config import Config as TableConfig
+from train.ctr.__main__ import main as train_tables
 
 HEAD = ("name", "size", "tags", "where it comes from")
 TABLE = [
@@ -147,7 +147,7 @@ def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys, columns):
     at_width(monkeypatch, columns)
     programs = [
         lambda: train.cli.main(["--help"]),
-        lambda: train.cli.main(["--help"], kind=TableConfig),
+        lambda: train_tables(["--help"]),
         lambda: train.ablation.main(["--help"]),
     ]
     commands = [(), ("list",), ("info",), ("costs",), ("predict",), ("eval",), ("gates",), ("convert",), ("export",)]

@@ -7,6 +7,7 @@ import pytest
 
 from se_flax.errors import UserError
 from train.config import Config, Data, Optim, check_same_run, flatten
+from train.optim.optimizers import Updates
 from train.run.length import length_change
 
 PER_EPOCH = 10.0
@@ -16,7 +17,7 @@ def change(now, done, *, was=None, **optim):
     """What is said of a run of 4 epochs (or as `was` says) that goes on after `done` steps."""
     before = Config(epochs=4.0, optim=Optim(learning_rate=0.4, **optim))
     saved = flatten(dataclasses.replace(before, **(was or {})))
-    return length_change(saved, dataclasses.replace(before, **now), PER_EPOCH, done)
+    return length_change(saved, dataclasses.replace(before, **now), Updates(before.optim), PER_EPOCH, done)
 
 
 def cosine(done, total):

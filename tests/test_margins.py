@@ -23,6 +23,7 @@ from train.config import Augment, Config, Data, Loss, Model, Optim, Parallel
 from train.optim import finetune
 from train.optim.losses import cross_entropy
 from train.optim.margins import arcface, cosface
+from train.run.init import trace
 from train.run.loop import run
 from train.run.report import read_metrics
 
@@ -256,7 +257,8 @@ def test_a_dense_classifier_is_taken_over_without_its_bias(tmp_path):
     config = settings(init_from=str(tmp_path / "plain"))
     loaded = finetune.load(config, 10)
     assert loaded.notes[-1] == "seresnet20: the classifier's bias was left out, as cosines have none"
-    finetune.check_fit(config, build_model(config, 10), loaded)
+    network = trace(build_model(config, 10), config.data.image_size)
+    finetune.check_fit(config, network.model, network.shapes, loaded)
     np.testing.assert_array_equal(
         loaded.variables["params"]["linear"]["kernel"], variables["params"]["linear"]["kernel"]
     )
@@ -308,7 +310,8 @@ def test_the_cross_entropy_starts_from_cosines_with_a_new_classifier(trained):
     assert loaded.notes == (
         "seresnet20: the classifier was initialised anew for 10 classes (the checkpoint's: 10 classes)",
     )
-    finetune.check_fit(config, build_model(config, 10), loaded)
+    network = trace(build_model(config, 10), config.data.image_size)
+    finetune.check_fit(config, network.model, network.shapes, loaded)
     assert loaded.variables["params"]["linear"].keys() == {"kernel", "bias"}
     again = finetune.load(settings(init_from=str(workdir)), 10)
     assert again.notes == () and again.variables["params"]["linear"].keys() == {"kernel"}

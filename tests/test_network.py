@@ -19,7 +19,8 @@ from se_flax.checkpoints.convert import import_variables, sizes_in
 from se_flax.checkpoints.pretrained import NATIVE
 from se_flax.nn.network import Network, lies_in, reads_images
 from train.config import Optim
-from train.optim.param_groups import frozen_parts, layer_depths, trace
+from train.optim.param_groups import frozen_parts, layer_depths
+from train.run.init import trace
 
 # The smallest of every family, and how many blocks its source counts in it: residual blocks, units, modules of branches
 # (and with them the two convolutions before the first), for VGG all layers but the first and the last.
@@ -54,7 +55,7 @@ def test_there_is_one_of_every_family():
 def traced(name, **attributes):
     """The network, and its shapes by path in the order of the calls."""
     model = se_flax.create_model(name, **attributes)
-    return model, trace(model, 96)
+    return model, trace(model, 96).shapes
 
 
 def shapes_of(name, **attributes):
@@ -238,13 +239,13 @@ class WithoutParameters(Network):
 
 def test_a_network_that_does_not_say_is_refused_where_it_is_asked():
     model, settings = Silent(), Optim(train_only="head")
-    assert not frozen_parts(Optim(), model, trace(model, 8)).params
+    assert not frozen_parts(Optim(), model, trace(model, 8).shapes).params
     text = (
         r"^optim\.train_only needs to know the classifier and the blocks of Silent, which does not say; derive it from "
         r"se_flax\.nn\.network\.Network, or leave optim\.train_only as it is by default$"
     )
     with pytest.raises(UserError, match=text):
-        frozen_parts(settings, model, trace(model, 8))
+        frozen_parts(settings, model, trace(model, 8).shapes)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_a_network_that_does_not_say_is_refused_where_it_is_asked():
 def test_a_run_that_would_train_nothing_is_refused(settings, setting):
     model = WithoutParameters()
     with pytest.raises(UserError) as error:
-        frozen_parts(settings, model, trace(model, 8))
+        frozen_parts(settings, model, trace(model, 8).shapes)
     assert str(error.value) == (
         f"optim.{setting} freezes all 2 parameters of WithoutParameters, so that nothing would be trained; leave the "
         "setting out, or give a network whose classifier has parameters"

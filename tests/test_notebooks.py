@@ -229,7 +229,7 @@ def test_training_goes_on_from_a_bucket_on_another_machine(tmp_path):
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     resumed = int(re.search(r"resuming from step (\d+)", printed).group(1))
     assert resumed in saved
-    right, count = map(int, re.search(r"top-1 [\d.]+ % \((\d+) of (\d+)\), top-5 .*best top-1", printed).groups())
+    right, count = map(int, re.search(r"best top-1 .*\ntop-1 [\d.]+ % \((\d+) of (\d+)\), top-5 ", printed).groups())
     assert count == 360 and right > 180
     assert [o for o in outputs if o.output_type == "display_data" and "image/png" in o.data]
     assert has_a_picture(second / "runs/digits/curves.png")

@@ -12,11 +12,11 @@ import pytest
 
 from se_flax.errors import UserError
 from train.config import Optim
-from train.optim.optimizers import OPTIMIZERS, check, ema_update, kernels, make_optimizer, muon_labels, schedule
+from train.optim.optimizers import OPTIMIZERS, Updates, check, ema_update, kernels, muon_labels
 
 
 def rates(settings, steps_per_epoch, total_steps, steps):
-    return np.asarray(jax.jit(jax.vmap(schedule(settings, steps_per_epoch, total_steps)))(jnp.asarray(steps)))
+    return np.asarray(jax.jit(jax.vmap(Updates(settings).schedule(steps_per_epoch, total_steps)))(jnp.asarray(steps)))
 
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
@@ -83,24 +83,24 @@ def test_the_decays_clock_runs_during_the_warmup():
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "exponential"])
 def test_schedules_take_python_integers_and_return_float32_scalars(name):
-    rate = schedule(Optim(schedule=name, boundaries=(1,), warmup_epochs=1.0), 2.5, 10)(3)
+    rate = Updates(Optim(schedule=name, boundaries=(1,), warmup_epochs=1.0)).schedule(2.5, 10)(3)
     assert rate.shape == ()
     assert rate.dtype == jnp.float32
 
 
 def test_a_run_shorter_than_its_warmup_raises():
-    schedule(Optim(warmup_epochs=2.0), 10, 20)
+    Updates(Optim(warmup_epochs=2.0)).schedule(10, 20)
     text = (
         "optim.warmup_epochs is 2.0, which is 20 steps, but the run has only 19; train longer or warm up .* 1.9 epochs"
     )
     with pytest.raises(UserError, match=text):
-        schedule(Optim(warmup_epochs=2.0), 10, 19)
+        Updates(Optim(warmup_epochs=2.0)).schedule(10, 19)
 
 
 @pytest.mark.parametrize(("per_epoch", "total"), [(0, 10), (10, 0), (float("nan"), 10)])
 def test_a_run_without_steps_raises(per_epoch, total):
     with pytest.raises(UserError, match=f"the run has {total} steps of {per_epoch} an epoch; both must be positive"):
-        schedule(Optim(), per_epoch, total)
+        Updates(Optim()).schedule(per_epoch, total)
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_the_defaults_and_every_optimizer_pass():
 )
 def test_check_says_what_is_wrong(change, text):
     settings = Optim(**change)
-    for call in (check, lambda s: schedule(s, 10, 100), lambda s: make_optimizer(s, optax.constant_schedule(0.1))):
+    for call in (check, Updates):
         with pytest.raises(UserError, match=text) as error:
             call(settings)
         assert "\n" not in str(error.value)
@@ -170,7 +170,7 @@ def small_tree(seed=0):
 
 def train(settings, params, gradients):
     """Runs the project's optimizer; returns the parameters after each step."""
-    optimizer = make_optimizer(settings, rate_table)
+    optimizer = Updates(settings).optimizer(rate_table)
     params = jax.tree.map(jnp.float32, params)
     state = optimizer.init(params)
 
@@ -291,7 +291,7 @@ def test_optimizers_follow_their_formulas(settings, rule, everything):
 )
 def test_literals_from_pytorch(settings, expected):
     gradients = ([[1.0, -2.0], [0.5, 0.0]], [[-0.5, 1.0], [3.0, -1.0]], [[0.25, 0.25], [-1.0, 2.0]])
-    optimizer = make_optimizer(settings, optax.constant_schedule(0.1))
+    optimizer = Updates(settings).optimizer(optax.constant_schedule(0.1))
     params = {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.25]])}
     state = optimizer.init(params)
     for gradient in gradients:

@@ -76,6 +76,27 @@ def test_folders_import_from_lower_levels_only(edges):
             assert same or level[there] < level[here], f"{module} imports {other}"
 
 
+def test_tables_import_the_training_program_and_nothing_imports_them(edges):
+    for module, others in edges.items():
+        if module.startswith("train.") and not module.startswith("train.ctr"):
+            assert not any(other.startswith("train.ctr") for other in others), module
+
+
+# Modules in folders of `train` that take the settings of a whole run.
+WHOLE = {"optim.finetune", *(f"run.{name}" for name in ("loop", "setup", "trainer", "program", "length", "save_model"))}
+
+
+def test_other_modules_take_a_section_of_the_settings():
+    readers = set()
+    for path in (ROOT / "train").rglob("*/*.py"):
+        taken = re.findall(r"^from train\.config import (.+|\([^)]+\))$", path.read_text(), re.MULTILINE)
+        if any("Config" in re.findall(r"\w+", names) for names in taken):
+            readers.add(".".join(path.relative_to(ROOT / "train").with_suffix("").parts))
+    assert readers == WHOLE
+    text = (ROOT / "train" / "config.py").read_text().split('"""')[1]
+    assert all(f"`{name.removeprefix('run.')}`" in text.replace("train.optim.", "optim.") for name in WHOLE)
+
+
 def test_every_folder_says_what_is_in_it(edges):
     folders = {path.parent for package in ("se_flax", "train") for path in (ROOT / package).rglob("*.py")}
     for folder in folders:

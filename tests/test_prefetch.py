@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import train.run.loop
+import train.run.trainer
 from train.config import Config, Data
+from train.run.evaluate import Result
 
-STEPS, LAG = 6, train.run.loop._LAG
+STEPS, LAG = 6, train.run.trainer.LAG
 
 
 class Figure:
@@ -22,6 +23,19 @@ class Figure:
     def __float__(self):
         self.look()
         return self.value
+
+
+class Batches:
+    """A loader of what an iterator gives."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __next__(self):
+        return next(self.batches)
+
+    def get_state(self):
+        return {}
 
 
 def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda number: None, log_every=3):
@@ -42,28 +56,24 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         paused=contextlib.nullcontext,
         say=lambda text: None,
         advance=lambda *_: None,
-        write=lambda step, epoch, row: rows.append(row),
+        write=lambda step, epoch, row: rows.append(row) if "loss" in row else None,
+        draw=lambda: None,
     )
-    trainer = train.run.loop._Trainer(
+    compiled = SimpleNamespace(compile=lambda: train_step)
+    return train.run.trainer.Trainer(
         config=Config(data=Data(batch_size=4), log_every_steps=log_every),
         workdir=tmp_path,
-        state=None,
-        step=0,
+        state=SimpleNamespace(variables=lambda: None),
         total=STEPS,
         per_epoch=100.0,
-        loader=loader,
-        batches_for_evaluation=lambda: iter(()),
-        train_step=train_step,
-        eval_step=None,
+        loader=Batches(loader),
+        train_step=SimpleNamespace(lower=lambda state, batch: compiled),
+        evaluation=lambda variables: Result(count=1, top1=1, top5=None, loss=0.0),
         replicas=SimpleNamespace(shard=shard),
-        num_classes=10,
-        checkpoints=None,
+        checkpoints=SimpleNamespace(save=lambda *_, **__: None),
         report=report,
         run_info={},
     )
-    trainer._evaluate = lambda: trainer._look_at_losses(keep=0)
-    trainer._save = lambda with_metrics: None
-    return trainer
 
 
 def test_the_next_batches_are_on_the_device_before_a_step_is_waited_for(tmp_path):
@@ -99,7 +109,7 @@ def test_the_log_says_what_share_of_the_time_was_spent_waiting_for_data(
     tmp_path, monkeypatch, loading, computing, share
 ):
     now = 100.0
-    monkeypatch.setattr(train.run.loop, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train.run.trainer, "time", SimpleNamespace(monotonic=lambda: now))
 
     def later(seconds):
         nonlocal now

@@ -1,8 +1,11 @@
 """Whole runs: stopped and resumed, damaged, evaluated, diverging; and the files they leave."""
 
+import dataclasses
 import errno
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +18,19 @@ import pytest
 from PIL import Image
 
 import se_flax
+import train.data.augment
+import train.data.sources
+import train.optim.optimizers
 import train.run.loop
+import train.run.program
+import train.validate
 from se_flax.errors import UserError
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
+from train.data.loader import TrainLoader
 from train.data.sources import open_data
 from train.run.checkpoint import Checkpoints
 from train.run.loop import run
-from train.run.report import read_metrics
+from train.run.report import Report, read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -80,17 +89,15 @@ def assert_same_bits(one, other):
 
 
 def stop_after(step, monkeypatch, number=signal.SIGTERM):
-    """Sends this process a signal while the given step is being computed."""
-    original = train.run.loop._Trainer._look_at_losses
-    sent = []
+    """Sends this process a signal when it fetches the batch of the given step."""
+    original, batches = TrainLoader.__next__, itertools.count(1)
 
-    def look(self, keep):
-        if self.step == step and not sent:
-            sent.append(number)
+    def batch(self):
+        if next(batches) == step:
             os.kill(os.getpid(), number)
-        original(self, keep)
+        return original(self)
 
-    monkeypatch.setattr(train.run.loop._Trainer, "_look_at_losses", look)
+    monkeypatch.setattr(TrainLoader, "__next__", batch)
 
 
 def test_a_finished_run_is_a_checkpoint_to_load(uninterrupted):
@@ -157,8 +164,10 @@ def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(config, uni
 def test_a_finished_run_leaves_what_people_look_at(uninterrupted):
     workdir, outcome = uninterrupted
     assert outcome.completed
-    assert f"checkpoint: {workdir}/checkpoints/{STEPS}" in str(outcome)
-    assert f"({outcome.result.top1:,} of 360)" in str(outcome)
+    ended, figures, checkpoint = str(outcome).splitlines()
+    assert re.fullmatch(r"done in \d+ min \d+ s; best top-1 \d+\.\d\d %", ended)
+    assert f"({outcome.result.top1:,} of 360)" in figures and len(figures) <= 80
+    assert checkpoint == f"checkpoint: {workdir}/checkpoints/{STEPS}"
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8, 10, 12]
     evals = [row for row in rows if "eval_loss" in row]
@@ -186,6 +195,41 @@ def test_resuming_a_finished_run_evaluates_it_again(config, uninterrupted):
     again = run(config, workdir)
     assert again.completed and again.result == before.result
     assert figures_of(workdir) == rows, "the same step is recorded once"
+
+
+def test_a_run_is_checked_built_and_traced_once(config, uninterrupted, tmp_path, monkeypatch):
+    """Also where it is resumed; the number of classes comes from the data in both."""
+    counts = dict.fromkeys(["build_model", "trace", "init", "optim", "data", "augment"], 0)
+
+    def count(name, holder, attribute):
+        original = getattr(holder, attribute)
+
+        def counted(*arguments, **keywords):
+            counts[name] += 1
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(holder, attribute, counted)
+
+    for module in (train.validate, train.run.program):
+        count("build_model", module, "build_model")
+        count("trace", module, "trace")
+    count("init", type(se_flax.create_model("seresnet20")), "init")
+    count("optim", train.optim.optimizers, "check")
+    count("data", train.data.sources, "check_settings")
+    count("augment", train.data.augment, "check")
+    monkeypatch.setattr(train.run.loop, "save_model", lambda *arguments: None)
+    run(dataclasses.replace(config, steps=1), tmp_path)
+    assert counts == dict.fromkeys(counts, 1)
+    run(config, copy_of(uninterrupted[0], tmp_path))
+    assert counts == dict.fromkeys(counts, 2)
+
+
+def test_a_wrong_network_is_refused_before_the_data_is_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.data.sources, "_open_digits", lambda data: pytest.fail("read the data"))
+    config.model.attention.kind, config.model.attention.gate = "se", "sigmod"
+    with pytest.raises(UserError, match="unknown gate 'sigmod'; closest: sigmoid"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def copy_of(workdir, target):
@@ -314,7 +358,7 @@ def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys,
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
-    monkeypatch.setattr(train.run.loop.Report, "write", full)
+    monkeypatch.setattr(Report, "write", full)
     monkeypatch.setattr(cli, "parse", lambda words: (config, str(tmp_path)))
     assert cli.main([]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

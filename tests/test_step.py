@@ -17,9 +17,10 @@ import se_flax
 from se_flax import BatchNorm, Conv
 from se_flax.nn.conv import normal_fan_out
 from train.config import Augment, Optim
-from train.optim import optimizers
+from train.optim.optimizers import Updates
+from train.run.init import init_state, trace
 from train.run.parallel import Replicas, make_replicas
-from train.run.step import AXIS, draw, init_state, make_eval_step, make_train_step
+from train.run.step import AXIS, make_eval_step, make_train_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 4
@@ -33,8 +34,8 @@ def a_model(scope=None, **attributes):
 @functools.cache
 def initial_state(ema):
     """The same for every test: parameters do not depend on devices, and drawing them compiles for seconds."""
-    optimizer = optimizers.make_optimizer(Optim(weight_decay=1e-3), optax.constant_schedule(0.05))
-    return jax.device_get(init_state(a_model(), optimizer, 8, seed=3, ema=ema))
+    optimizer = Updates(Optim(weight_decay=1e-3)).optimizer(optax.constant_schedule(0.05))
+    return jax.device_get(init_state(trace(a_model(), 8), optimizer, seed=3, ema=ema))
 
 
 def batches(count, size=16, seed=0):
@@ -48,7 +49,7 @@ def batches(count, size=16, seed=0):
 def train(backend, devices, steps=4, scope=AXIS, accumulate=1, settings=None, optimizer=None, ema=0.0, size=16):
     replicas = make_replicas(backend, devices)
     schedule = optax.constant_schedule(0.05)
-    optimizer = optimizer or optimizers.make_optimizer(Optim(weight_decay=1e-3), schedule)
+    optimizer = optimizer or Updates(Optim(weight_decay=1e-3)).optimizer(schedule)
     model = a_model(scope)
     state = initial_state(ema > 0)
     state = replicas.replicate(state.replace(opt_state=optimizer.init(state.params)))
@@ -190,7 +191,7 @@ class ThreeConvolutions(nn.Module):
 def test_parameters_are_drawn_without_the_network_and_a_kind_of_kernel_is_compiled_once(caplog):
     model, key = ThreeConvolutions(), jax.random.key(5)
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
-        drawn = draw(model, key, 13)
+        drawn = trace(model, 13).draw(key)
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
     assert compiled.count("draw") == 1 and "conv_general_dilated" not in compiled
     expected = model.init(key, jnp.zeros((1, 13, 13, 3)))

@@ -19,10 +19,11 @@ from se_flax.errors import UserError
 from train.config import (
     Optim,
 )
-from train.optim import optimizers
-from train.optim.param_groups import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split, trace
+from train.optim.optimizers import OPTIMIZERS, Updates
+from train.optim.param_groups import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split
+from train.run.init import init_state, trace
 from train.run.parallel import make_replicas
-from train.run.step import init_state, make_train_step
+from train.run.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ GROUPS = {
 
 def depths_of(name, side=32):
     model = se_flax.create_model(name)
-    return layer_depths(model, trace(model, side)["params"])
+    return layer_depths(model, trace(model, side).shapes["params"])
 
 
 def by_part(depths):
@@ -83,7 +84,7 @@ def test_layer_depths_count_blocks_from_the_classifier(name):
 
 
 def test_the_order_is_that_of_the_calls_and_not_of_the_alphabet():
-    shapes = trace(se_flax.create_model("efficientnet_b0"), 32)
+    shapes = trace(se_flax.create_model("efficientnet_b0"), 32).shapes
     assert next(iter(shapes["params"])) == "conv_stem"
     assert min(shapes["params"]) == "blocks_0_0"
     depths = depths_of("resnet110")
@@ -105,7 +106,7 @@ def tree(seed):
 
 
 def updates_of(settings, steps=3):
-    optimizer = optimizers.make_optimizer(settings, lambda step: 0.1 / (1.0 + step), DEPTHS)
+    optimizer = Updates(settings).optimizer(lambda step: 0.1 / (1.0 + step), DEPTHS)
     params, state, seen = tree(0), None, []
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -115,7 +116,7 @@ def updates_of(settings, steps=3):
     return seen
 
 
-@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_layer_rates_multiply_every_update_exactly(name):
     """The factor is a power in float64, rounded once; the parameters stay, so that the gradients are the same."""
     settings = Optim(name=name, weight_decay=0.05, clip_norm=1.0)
@@ -140,7 +141,7 @@ def test_layer_rates_are_rates_in_the_formula_of_sgd():
 
 def test_equal_rates_leave_the_optimizers_state_as_it_was():
     settings, rate = Optim(), optax.constant_schedule(0.1)
-    with_depths, without = (optimizers.make_optimizer(settings, rate, depths) for depths in (DEPTHS, None))
+    with_depths, without = (Updates(settings).optimizer(rate, depths) for depths in (DEPTHS, None))
     assert jax.tree.structure(with_depths.init(tree(0))) == jax.tree.structure(without.init(tree(0)))
 
 
@@ -162,7 +163,7 @@ def random_variables():
         value = rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1))
         return np.float32(0.5 + np.abs(value) if path[-1].key in ("var", "scale") else value)
 
-    return jax.tree_util.tree_map_with_path(draw, trace(a_model(), 8))
+    return jax.tree_util.tree_map_with_path(draw, trace(a_model(), 8).shapes)
 
 
 def a_batch(size=12, seed=0):
@@ -178,12 +179,13 @@ def normalised(batch):
 def take_steps(settings, *, steps=2, devices=1, backend="shard_map", seed=0, **attributes):
     """A few steps from `random_variables`; returns the states before and after and the last metrics."""
     model, rate = a_model(**attributes), optax.constant_schedule(0.1)
-    shapes = trace(model, 8)
+    network = trace(model, 8)
+    shapes = network.shapes
     frozen = frozen_parts(settings, model, shapes)
-    optimizer = optimizers.make_optimizer(settings, rate, layer_depths(model, shapes["params"]))
+    optimizer = Updates(settings).optimizer(rate, layer_depths(model, shapes["params"]))
     replicas = make_replicas(backend, devices)
     state = init_state(
-        model, optimizer, 8, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()
+        network, optimizer, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()
     )
     before = jax.device_get(state)
     step = replicas.spread(
@@ -289,8 +291,8 @@ def test_frozen_batch_norms_keep_statistics_scale_and_bias():
 
 def test_split_and_merge_are_inverse_and_nothing_is_frozen_by_default():
     params = random_variables()["params"]
-    assert frozen_parts(Optim(), a_model(), trace(a_model(), 8)) == NOTHING
-    frozen = frozen_parts(Optim(train_only="head"), a_model(), trace(a_model(), 8)).params
+    assert frozen_parts(Optim(), a_model(), trace(a_model(), 8).shapes) == NOTHING
+    frozen = frozen_parts(Optim(train_only="head"), a_model(), trace(a_model(), 8).shapes).params
     trained, kept = split(params, frozen)
     assert set(flat(trained)) == HEAD and set(flat(kept)) == frozen
     jax.tree.map(np.testing.assert_array_equal, merge(trained, kept), params)

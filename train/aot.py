@@ -23,9 +23,10 @@ from se_flax.errors import UserError
 from train import cli
 from train.build import build_model
 from train.config import Config, Data, Model, Optim
-from train.data.sources import open_data
+from train.data.sources import ImageData
 from train.optim.finetune import complete
 from train.run.evaluate import padded_size
+from train.run.init import trace
 from train.run.length import total_steps
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
@@ -103,18 +104,6 @@ def settings_for_model(name: str, image_size: int) -> Config:
 
 def _own_classes(name: str) -> int:
     return se_flax.create_model(name).num_classes
-
-
-def _classes(config: Config) -> int:
-    """As many as the settings say, or data that lies on this machine; else as the network has by default."""
-    if config.model.num_classes:
-        return config.model.num_classes
-    if not config.data.source.startswith("tfds:"):
-        try:
-            return len(open_data(config.data).class_names)
-        except UserError:
-            pass
-    return _own_classes(config.model.name)
 
 
 def _has_attention(config: Config) -> bool:
@@ -229,11 +218,20 @@ def compile_run(
       UserError: settings that do not work, or a batch that does not divide.
     """
     config = complete(config, None, None)
-    check_settings_of_run(config)
+
+    def count(images: ImageData) -> int:
+        """Of data that lies on this machine; else as many as the network has by default."""
+        there = 0 if config.data.source.startswith("tfds:") else images.count_classes()
+        return there or _own_classes(config.model.name)
+
+    checked = check_settings_of_run(config, count)
     replicas = make_replicas(config.parallel.backend, config.parallel.devices, topology.devices)
     check_batch(config, replicas)
     total = total_steps(config.steps, config.epochs, _STEPS_PER_EPOCH)
-    program = make_program(config, _classes(config), _STEPS_PER_EPOCH, total, model)
+    network = checked.network if model is None else trace(model, config.data.image_size)
+    program = make_program(
+        config, checked.num_classes, _STEPS_PER_EPOCH, total, updates=checked.updates, network=network
+    )
     lowered = (lower_eval_step if evaluation else lower_train_step)(config, program, replicas)
     return compile_step(lowered, topology.memory_bytes)
 

@@ -164,9 +164,8 @@ def training_loss(config: Config) -> str:
     return ", ".join(words + [f"{name} {value:g}" for name, value in parts.items() if value])
 
 
-def _norm(name: str, axis: str | None, lean: bool) -> Any:
+def _told(norm: Any, axis: str | None, lean: bool) -> Any:
     """The network's own norm; a batch norm is told over which replicas its statistics go, and what it may leave out."""
-    norm = se_flax.create_model(name).norm
     kind: Any = norm.func if isinstance(norm, partial) else norm
     if not issubclass(kind, se_flax.BatchNorm):
         return norm
@@ -192,11 +191,11 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         raise UserError(f"unknown precision {config.precision!r}; {closest(config.precision, PRECISIONS)}")
     attributes = network_attributes(config)
     rates = {"drop_rate": settings.drop_rate, "drop_path_rate": settings.drop_path_rate}
-    return se_flax.create_model(
+    model = se_flax.create_model(
         settings.name,
         num_classes=num_classes,
-        norm=_norm(settings.name, _axis(config), config.lean),
         dtype=PRECISIONS[config.precision],
         **{name: rate for name, rate in rates.items() if rate},
         **attributes,
     )
+    return model.clone(norm=_told(model.norm, _axis(config), config.lean))

@@ -16,8 +16,7 @@ from ml_collections import config_flags
 
 from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
-from train.config import Config, flatten
-from train.ctr.config import Config as TableConfig
+from train.config import Config, Settings, flatten
 from train.synonyms import advice, known
 
 USAGE = """\
@@ -32,26 +31,13 @@ Train a network.
 
 Settings, with the defaults that a recipe starts from:
 """
-TABLE_USAGE = """\
-Train a network for click prediction on a table. `python -m train` does the same, given a recipe for tables.
-
-  python -m train.ctr --config=configs/ctr_frappe.py --workdir=runs/frappe \\
-      --config.data.train=csv:clicks.csv
-
-  --config=FILE[:ARGUMENT]   the recipe; its get_config() gives the settings (see configs/ctr_*.py)
-  --workdir=DIR              checkpoints, metrics.jsonl and encoder.json; a run found there is resumed
-  --config.A.B=VALUE         overrides one setting of the recipe; tuples in quotes: --config.model.hidden='(64,64)'
-  --help                     this text
-
-Settings, with the defaults that a recipe starts from:
-"""
 
 
 def settings_help(kind: type = Config) -> str:
     """Every setting with its default and its comment in the source of its class.
 
     Args:
-      kind: `train.config.Config` or `train.ctr.config.Config`.
+      kind: of the settings, a dataclass.
 
     Returns:
       One line per setting.
@@ -76,12 +62,14 @@ def settings_help(kind: type = Config) -> str:
 
 def _types(cls: type, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, kind in get_type_hints(cls).items():
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
-            found.update(_types(kind, f"{prefix}{name}."))
+            found.update(_types(kind, f"{prefix}{f.name}."))
         else:
-            found[prefix + name] = kind
+            found[prefix + f.name] = kind
     return found
 
 
@@ -99,8 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
       argv: its words, without the program's name.
 
     Returns:
-      The recipe's settings (`train.config.Config`, `train.ctr.config.Config` for tables) with the overrides applied,
-      and the work directory.
+      The recipe's settings with the overrides applied, and the work directory.
 
     Raises:
       UserError: a flag or setting that does not exist, a value of the wrong type, or a recipe that cannot be read.
@@ -119,11 +106,12 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
         )
     config = load_recipe(recipe[-1].removeprefix("--config="))
     types = _types(type(config))
-    program = "train.ctr" if isinstance(config, TableConfig) else "train"
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         if name not in types:
-            raise UserError(f"unknown setting {name!r}; {advice(name, types)} (python -m {program} --help lists all)")
+            raise UserError(
+                f"unknown setting {name!r}; {advice(name, types)} (python -m {config.program} --help lists all)"
+            )
         if types[name] is bool and value.lower() not in ("true", "false", "1", "0"):
             raise UserError(f"got --config.{name}={value}; {_expected(bool)} is expected")
     values = flags.FlagValues()
@@ -188,7 +176,7 @@ def load_recipe(text: str) -> Any:
     except TypeError as error:
         raise UserError(f"{name} takes no argument, got {text!r}; leave out ':{argument[0]}'") from error
     config = get_config(*argument)
-    if not isinstance(config, Config | TableConfig):
+    if not isinstance(config, Settings):
         raise UserError(f"get_config() of {name} must return a train.config.Config, got {type(config).__name__}")
     return config
 
@@ -202,25 +190,26 @@ def _explained(error: Exception, overrides: Sequence[str], types: dict[str, Any]
     return UserError(f"the recipe could not be read: {str(error).strip().splitlines()[-1]}")
 
 
-def main(argv: Sequence[str] | None = None, kind: type = Config) -> int:
+def main(argv: Sequence[str] | None = None, kind: type = Config, usage: str = USAGE) -> int:
     """Runs the program.
 
     Args:
       argv: words of the command line, without the program's name; the process's own when None.
-      kind: of the settings that the help lists; a recipe of either kind is run.
+      kind: of the settings that the help lists; a recipe of any kind is run.
+      usage: what the help says before them.
 
     Returns:
       The exit code: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped early by a signal.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "-help") for word in words):
-        print(reflowed((TABLE_USAGE if kind is TableConfig else USAGE) + settings_help(kind)))
+        print(reflowed(usage + settings_help(kind)))
         return 0
 
     def run() -> int:
         config, workdir = parse(words)
         # Imports JAX, which a wrong flag need not wait for.
-        loop = importlib.import_module("train.ctr.loop" if isinstance(config, TableConfig) else "train.run.loop")
+        loop = importlib.import_module(config.loop)
         outcome = loop.run(config, workdir)
         if outcome.bad_images:
             print(outcome.bad_images, file=sys.stderr)

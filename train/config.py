@@ -1,12 +1,14 @@
 """The settings of a training run: plain typed data, validated once, before anything is compiled.
 
 A recipe (`configs/<name>.py`) builds a `Config` in `get_config()`; the command line overrides single fields
-(`--config.optim.learning_rate=0.1`). A module below `train.run` takes the section that it needs.
+(`--config.optim.learning_rate=0.1`). What puts a run together takes the whole of it: the modules of `train` itself,
+`train.optim.finetune`, and in `train.run` `loop`, `setup`, `trainer`, `program`, `length` and `save_model`. Every other
+module takes one section, or plain values; a test keeps it so.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from se_flax.errors import UserError
 
@@ -146,9 +148,21 @@ class Checkpoint:
     keep_best: int = 1  # by evaluation top-1
 
 
+class Settings:
+    """Base of what a recipe may return; `train.cli` reads from it which program to start."""
+
+    program: ClassVar[str]
+    """After `python -m`, the program whose `--help` lists the settings."""
+    loop: ClassVar[str]
+    """The module with `run(config, workdir)`."""
+
+
 @dataclass
-class Config:
+class Config(Settings):
     """A whole run."""
+
+    program = "train"
+    loop = "train.run.loop"
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from se_flax.errors import UserError
 from se_flax.images.class_folders import canonical
@@ -10,17 +11,44 @@ from se_flax.images.preprocess import Preprocess
 from train.build import build_model
 from train.config import CHECKPOINT, IMAGENET_MEAN, IMAGENET_STD, NETWORK, Config
 from train.data import augment
-from train.data.sources import check_settings
-from train.optim import optimizers
-from train.optim.param_groups import trace
+from train.data.sources import ImageData
+from train.optim.optimizers import Updates
+from train.run.init import TracedNetwork, trace
 from train.run.parallel import Replicas
 
 
-def check_settings_of_run(config: Config) -> None:
+@dataclass(frozen=True)
+class Checked:
+    """What checking a run's settings made, for the run to go on with: nothing is checked, built or traced again.
+
+    Attributes:
+      images: the data.
+      updates: the optimizer and its schedule.
+      network: the network, traced; None where `init_from` has yet to name it.
+      name: of the network.
+      num_classes: that it was traced with.
+    """
+
+    images: ImageData
+    updates: Updates
+    network: TracedNetwork | None
+    name: str
+    num_classes: int
+
+    def network_of(self, name: str, num_classes: int) -> TracedNetwork | None:
+        """The network, if it is this one: a run that is continued may have another name, and data other classes."""
+        return self.network if (self.name, self.num_classes) == (name, num_classes) else None
+
+
+def check_settings_of_run(config: Config, count: Callable[[ImageData], int] | None = None) -> Checked:
     """Checks what can be checked without data or devices.
 
     Args:
       config: the settings.
+      count: how many classes the data has, where the settings leave that open; 0 or None traces the network with one.
+
+    Returns:
+      What the checks made.
 
     Raises:
       UserError: the first thing that is wrong.
@@ -58,15 +86,18 @@ def check_settings_of_run(config: Config) -> None:
     for name, value in {"drop_rate": config.model.drop_rate, "drop_path_rate": config.model.drop_path_rate}.items():
         if not 0.0 <= value < 1.0:
             raise UserError(f"got model.{name}={value}; a probability below 1 is allowed")
-    optimizers.check(config.optim)
+    updates = Updates(config.optim)
     augment.check(config.augment, config.data.image_size)
-    check_settings(config.data)
+    images = ImageData(config.data)
     _check_frozen(config)
-    network = config.model.name or ("" if config.init_from else NETWORK)
-    if network:
-        # Tracing asks every module whether its attributes make sense, and takes no more than a second.
-        named = dataclasses.replace(config, model=dataclasses.replace(config.model, name=network))
-        trace(build_model(named, max(config.model.num_classes, 1)), config.data.image_size)
+    name = config.model.name or ("" if config.init_from else NETWORK)
+    if not name:
+        return Checked(images, updates, None, name, 0)
+    # Tracing asks every module whether its attributes make sense, and takes no more than a second.
+    named = dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+    classes = config.model.num_classes or (count(images) if count else 0) or 1
+    network = trace(build_model(named, classes), config.data.image_size)
+    return Checked(images, updates, network, name, classes)
 
 
 def check_start(config: Config) -> None:
@@ -152,4 +183,4 @@ def check_batch(config: Config, replicas: Replicas) -> None:
             f"data.batch_size={size} does not divide into {parts} equal parts ({replicas.count} devices x "
             f"optim.accumulate={config.optim.accumulate}); choose a multiple of {parts}"
         )
-    augment.check(config.augment, config.data.image_size, size // parts)
+    augment.check_pairs(config.augment, size // parts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from se_flax.errors import UserError, closest
+from train.config import Settings
 
 
 @dataclass
@@ -68,8 +69,11 @@ class Checkpoint:
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """A whole run on a table."""
+
+    program = "train.ctr"
+    loop = "train.ctr.loop"
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

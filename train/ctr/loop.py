@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
 from train.run.checkpoint import Checkpoints
-from train.run.report import read_metrics
+from train.run.report import Metrics, ending, say, write_settings
 from train.run.runtime import prepare_workdir, stop_signals, use_compilation_cache
 
 ENCODER = "encoder.json"
@@ -69,14 +68,15 @@ class Outcome:
     bad_images: str | None = None
 
     def __str__(self) -> str:
-        taken = f"{self.seconds // 60:.0f} min {self.seconds % 60:.0f} s"
-        if not self.completed:
-            text = f"stopped at step {self.step} after {taken}"
-            return f"{text}; checkpoint: {self.checkpoint}; run the same command to resume"
-        text = f"done in {taken}: best epoch {self.epoch}, evaluation {self.eval}"
-        if self.test is not None:
-            text += f", test {self.test}"
-        return f"{text}; checkpoint: {self.checkpoint}"
+        sets = {"evaluation": self.eval, "test": self.test}
+        return ending(
+            self.step,
+            self.seconds,
+            self.checkpoint,
+            best=f"best epoch {self.epoch}",
+            figures=[f"{name} {result}" for name, result in sets.items() if result is not None],
+            completed=self.completed,
+        )
 
 
 @dataclass
@@ -135,7 +135,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     optimizer = optax.adam(config.optim.learning_rate)
     state = init_state(model, optimizer, len(encoder.fields), config.seed)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    _say(
+    say(
         f"{config.model.name}: {parameters:,} parameters; {len(encoder.fields)} fields with {encoder.num_ids:,} ids; "
         f"{jax.devices()[0].device_kind}"
     )
@@ -143,13 +143,12 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     progress = Progress()
     if restored is not None:
         state, progress = restored.state, Progress(**restored.data)
-        for text in restored.skipped:
-            _say(f"warning: {text}; an older one is used")
+        for line in restored.lines():
+            say(line)
         checkpoints.forget_after(restored.step)
-        _say(f"resuming from step {restored.step:,}")
-    (workdir / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+    write_settings(workdir, flatten(config))
 
-    trainer = _Trainer(
+    trainer = Trainer(
         config=config,
         splits=splits,
         encoder=encoder,
@@ -159,7 +158,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         train_step=make_train_step(model, optimizer, config.optim.l2),
         eval_step=make_eval_step(model),
         checkpoints=checkpoints,
-        log=_Log(workdir / "metrics.jsonl", restored.step if restored else 0),
+        log=Metrics(workdir / "metrics.jsonl", restored.step if restored else 0),
     )
     completed = trainer.train()
     checkpoints.close()
@@ -174,7 +173,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         parameters=parameters,
         eval=best if completed else None,
         test=test,
-        checkpoint=str(checkpoints.path(checkpoints.steps()[-1])),
+        checkpoint=checkpoints.newest(),
         seconds=time.monotonic() - started,
     )
 
@@ -192,30 +191,13 @@ def _encoder(config: Config, train: Table, workdir: Path, *, known: bool) -> Enc
             ) from error
     begun = time.monotonic()
     encoder = fit(train, config.data)
-    _say(f"ids of {len(encoder.fields)} fields in {time.monotonic() - begun:.1f} s")
+    say(f"ids of {len(encoder.fields)} fields in {time.monotonic() - begun:.1f} s")
     path.write_text(json.dumps(encoder.to_json()) + "\n")
     return encoder
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class _Log:
-    """`metrics.jsonl`, without what an interrupted run wrote of later steps."""
-
-    def __init__(self, path: Path, start_step: int):
-        self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def write(self, step: int, epoch: int, figures: Mapping[str, float]) -> None:
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"step": step, "epoch": epoch, **figures}) + "\n")
-
-
 @dataclass
-class _Trainer:
+class Trainer:
     """A run under way: what changes from step to step, and the parts that it drives."""
 
     config: Config
@@ -227,7 +209,7 @@ class _Trainer:
     train_step: Any
     eval_step: Any
     checkpoints: Checkpoints
-    log: _Log
+    log: Metrics
     eval_rows: int = 0
     _losses: list[jax.Array] = field(default_factory=list)
 
@@ -280,7 +262,7 @@ class _Trainer:
             progress.worse += 1
         figures = {"eval_auc": result.auc, "eval_log_loss": result.log_loss}
         self.log.write(self.step, progress.epoch, figures)
-        _say(f"epoch {progress.epoch}: {result}" + (f", best in epoch {progress.best_epoch}" if progress.worse else ""))
+        say(f"epoch {progress.epoch}: {result}" + (f", best in epoch {progress.best_epoch}" if progress.worse else ""))
         self._save(metrics=figures)
 
     def _write_losses(self) -> None:
@@ -295,7 +277,7 @@ class _Trainer:
                 f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
             )
         self.log.write(self.step, self.progress.epoch, {"loss": loss})
-        _say(f"epoch {self.progress.epoch + 1}, step {self.step:,}: loss {loss:.4f}")
+        say(f"epoch {self.progress.epoch + 1}, step {self.step:,}: loss {loss:.4f}")
 
     def evaluate(self, table: Table, params: dict) -> Result:
         """Exact figures of a whole table: every row counts once."""

@@ -26,16 +26,15 @@ _ERASE_TRIES = 10
 _CROP, _FLIP, _RANDAUGMENT, _JITTER, _ERASE, _CUTOUT, _MIX = range(7)
 
 
-def check(settings: Augment, image_size: int, local_batch: int | None = None) -> None:
+def check(settings: Augment, image_size: int) -> None:
     """Validates the settings before anything is compiled.
 
     Args:
       settings: the augmentation's settings.
       image_size: height and width of the training images in pixels.
-      local_batch: images per device and (micro-)batch; None if unknown yet, which skips the check.
 
     Raises:
-      UserError: a setting is out of range, or `local_batch` is odd and cannot be mixed in pairs.
+      UserError: a setting is out of range.
     """
     _within("pad", settings.pad, 0, image_size - 1, f"use a few pixels; the images are {image_size} pixels wide")
     _within("cutout", settings.cutout, 0, image_size, f"the images are {image_size} pixels wide; 0 switches it off")
@@ -50,7 +49,21 @@ def check(settings: Augment, image_size: int, local_batch: int | None = None) ->
         if not (alpha >= 0 and math.isfinite(alpha)):
             what = "it is the alpha of a Beta distribution; 0 switches it off"
             raise UserError(f"augment.{name}={alpha} must be 0 or more: {what}")
-        if alpha > 0 and local_batch is not None and local_batch % 2:
+
+
+def check_pairs(settings: Augment, local_batch: int) -> None:
+    """Validates, once the devices are known, that images can be mixed in pairs.
+
+    Args:
+      settings: what to do.
+      local_batch: images that one device sees in one (micro-)batch.
+
+    Raises:
+      UserError: images are mixed, and `local_batch` is odd.
+    """
+    for name in ("mixup", "cutmix"):
+        alpha = getattr(settings, name)
+        if alpha > 0 and local_batch % 2:
             what = f"mixes pairs of neighbours, but a device sees {local_batch} images at a time, an odd number"
             remedy = "choose data.batch_size so that every device's share is even, or switch it off with"
             raise UserError(f"augment.{name}={alpha} {what}: {remedy} augment.{name}=0")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +60,58 @@ class DataSplits:
     class_names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ImageData:
+    """The data that the settings name, which are checked once, here, before anything is read.
+
+    Attributes:
+      settings: the run's `data` section.
+
+    Raises:
+      UserError: a setting is out of range; naming it, its value and what is allowed.
+    """
+
+    settings: Data
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings)
+
+    def count_classes(self) -> int:
+        """Classes of the training data, from the names of its folders or its metadata; no image is looked for.
+
+        Returns:
+          Their number; 0 where the data cannot be opened, and `open` says why.
+        """
+        try:
+            kind, rest = self._kind()
+            if kind == "folder":
+                return len(class_folders(_split_folders(Path(rest).expanduser(), self.settings)[0]))
+            return len(_tfds_features(rest, self.settings).class_names) if kind == "tfds" else 10
+        except UserError:
+            return 0
+
+    def open(self) -> DataSplits:
+        """Opens the two splits. No image is decoded and nothing is downloaded.
+
+        Raises:
+          UserError: the data is not there, not complete or not what it should be.
+        """
+        kind, rest = self._kind()
+        if kind == "folder":
+            return _open_folder(Path(rest).expanduser(), self.settings)
+        return _open_tfds(rest, self.settings) if kind == "tfds" else _open_digits(self.settings)
+
+    def _kind(self) -> tuple[str, str]:
+        source = self.settings.source
+        kind, _, rest = source.partition(":")
+        if source == "digits" or (kind in ("folder", "tfds") and rest):
+            return kind, rest
+        hint = closest(kind, KINDS)
+        if os.path.isdir(os.path.expanduser(source)):
+            hint = f"for that folder, write folder:{source}"
+        raise UserError(f"data.source={source!r} is not a source of images; {hint}.")
+
+
 def open_data(data: Data) -> DataSplits:
     """Opens the two splits that the settings name. No image is decoded and nothing is downloaded.
 
@@ -72,18 +124,7 @@ def open_data(data: Data) -> DataSplits:
     Raises:
       UserError: a setting is out of range, or the data is missing, incomplete or of the wrong kind.
     """
-    check_settings(data)
-    kind, _, rest = data.source.partition(":")
-    if data.source == "digits":
-        return _open_digits(data)
-    if kind == "folder" and rest:
-        return _open_folder(Path(rest).expanduser(), data)
-    if kind == "tfds" and rest:
-        return _open_tfds(rest, data)
-    hint = closest(kind, KINDS)
-    if os.path.isdir(os.path.expanduser(data.source)):
-        hint = f"for that folder, write folder:{data.source}"
-    raise UserError(f"data.source={data.source!r} is not a source of images; {hint}.")
+    return ImageData(data).open()
 
 
 def check_settings(data: Data) -> None:
@@ -233,19 +274,26 @@ class FolderSource:
 
 
 def _open_folder(root: Path, data: Data) -> DataSplits:
+    train, held_out = _split_folders(root, data)
+    train_source, names = _scan(train)
+    if held_out is not None:
+        return DataSplits(train_source, _scan(held_out, names)[0], names)
+    keys = [canonical(file) for file in train_source.files]
+    kept, rest = stratified_split(train_source.labels, keys, data.eval_fraction, data.split_seed)
+    if not rest:
+        raise UserError(f"every class in {root} holds a single image, so none can be held out; add images.")
+    return DataSplits(train_source.subset(kept), train_source.subset(rest), names)
+
+
+def _split_folders(root: Path, data: Data) -> tuple[Path, Path | None]:
+    """Where the class folders of the two splits lie; without the second one, a share of the first is held out."""
     if not root.exists():
         raise UserError(f"the folder {root} of data.source does not exist; check the path.")
     if not root.is_dir():
         raise UserError(f"{root} of data.source is a file; give the folder that holds the class folders.")
     folders = class_folders(root)
     if not (data.train_split or data.eval_split or _is_split(root / "train")):
-        whole, names = _scan(root)
-        keys = [canonical(file) for file in whole.files]
-        train, held_out = stratified_split(whole.labels, keys, data.eval_fraction, data.split_seed)
-        if not held_out:
-            raise UserError(f"every class in {root} holds a single image, so none can be held out; add images.")
-        return DataSplits(whole.subset(train), whole.subset(held_out), names)
-
+        return root, None
     train_name = data.train_split or "train"
     eval_name = data.eval_split or next((name for name in EVAL_FOLDERS if name in folders), "")
     if not eval_name:
@@ -256,9 +304,7 @@ def _open_folder(root: Path, data: Data) -> DataSplits:
     for setting, name in (("train_split", train_name), ("eval_split", eval_name)):
         if name not in folders:
             raise UserError(f"data.{setting}: {root} has no folder {name!r}; {closest(name, folders)}.")
-    train_source, names = _scan(root / train_name)
-    eval_source, _ = _scan(root / eval_name, names)
-    return DataSplits(train_source, eval_source, names)
+    return root / train_name, root / eval_name
 
 
 def _is_split(path: Path) -> bool:
@@ -344,7 +390,16 @@ class TfdsSource:
         return f"{self.title} example {index}"
 
 
-def _open_tfds(name: str, data: Data) -> DataSplits:
+class _TfdsFeatures(NamedTuple):
+    """A prepared data set, and what its metadata say of images and labels."""
+
+    builder: Any
+    image_key: str
+    label_key: str
+    class_names: tuple[str, ...]
+
+
+def _tfds_features(name: str, data: Data) -> _TfdsFeatures:
     import tensorflow_datasets as tfds  # imported here because it takes a second and only this source needs it
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
@@ -362,7 +417,13 @@ def _open_tfds(name: str, data: Data) -> DataSplits:
             f"tfds:{name} is not image classification: it needs an image and a class label, and has "
             f"{_listed(sorted(features))}; choose another data set."
         )
+    return _TfdsFeatures(builder, image_key, label_key, tuple(label.names or map(str, range(label.num_classes))))
 
+
+def _open_tfds(name: str, data: Data) -> DataSplits:
+    import tensorflow_datasets as tfds
+
+    builder, image_key, label_key, class_names = _tfds_features(name, data)
     available = list(builder.info.splits)
     train_split = data.train_split or "train"
     eval_split = data.eval_split or next((split for split in EVAL_SPLITS if split in available), "")
@@ -383,10 +444,9 @@ def _open_tfds(name: str, data: Data) -> DataSplits:
         except ValueError as error:
             hint = closest(split, available)
             raise UserError(f"data.{setting}={split!r} is not a split of tfds:{name}; {hint}.") from error
-        return TfdsSource(records, image_key, label_key, label.num_classes, f"tfds:{name} {split}")
+        return TfdsSource(records, image_key, label_key, len(class_names), f"tfds:{name} {split}")
 
-    names = tuple(label.names or map(str, range(label.num_classes)))
-    return DataSplits(open_split("train_split", train_split), open_split("eval_split", eval_split), names)
+    return DataSplits(open_split("train_split", train_split), open_split("eval_split", eval_split), class_names)
 
 
 def _preparing(name: str, data_dir: str) -> str:

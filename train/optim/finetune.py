@@ -16,7 +16,6 @@ from se_flax.errors import UserError, respelled
 from se_flax.images.class_folders import canonical
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
-from train.optim.param_groups import trace
 
 # Attributes of the network that the run's settings define, not the checkpoint.
 _OWN = ("num_classes", "classifier", "in_channels", "dtype", "drop_rate", "drop_path_rate", "parent", "name")
@@ -103,12 +102,13 @@ def complete(config: Config, saved: Mapping[str, Any] | None, loaded: Any) -> Co
     return dataclasses.replace(config, **sections)
 
 
-def check_fit(config: Config, model: nn.Module, loaded: Any) -> None:
+def check_fit(config: Config, model: nn.Module, shapes: Mapping[str, Any], loaded: Any) -> None:
     """Compares the checkpoint's network with that of the run.
 
     Args:
       config: the completed settings, for the message.
       model: the network of the run.
+      shapes: shapes of its variables.
       loaded: the checkpoint, from `load`.
 
     Raises:
@@ -121,8 +121,7 @@ def check_fit(config: Config, model: nn.Module, loaded: Any) -> None:
             raise UserError(
                 f"init_from={config.init_from} has a network with {field.name}={theirs}, this run {ours}; {remedy}"
             )
-    shapes = trace(model, config.data.image_size)
-    wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
+    wanted = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     given = flax.traverse_util.flatten_dict(dict(loaded.variables), sep="/")
     wrong = sorted(
         name

@@ -1,21 +1,22 @@
-"""Learning-rate schedules, optimizers and the moving average of the weights, from the settings in `config.Optim`.
+"""Optimizers, their learning rate and the moving average of the weights, from the settings in `config.Optim`.
 
-`SCHEDULES` and `OPTIMIZERS` map the names in the settings to builders. Everything in this module counts *updates*;
-the training step accumulates micro-batches.
+Names are strings only here: `OPTIMIZERS` and `train.optim.schedules.SCHEDULES` map them to builders. Everything in this
+module counts *updates*; the training step accumulates micro-batches.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from se_flax.errors import UserError, closest
 from train.config import Optim
 from train.optim.param_groups import Path, layer_factors, scale_layers
+from train.optim.schedules import SCHEDULES
 
 PyTree: TypeAlias = Any
 
@@ -109,104 +110,6 @@ def _check_boundaries(schedule_name: str, boundaries: tuple[float, ...]) -> None
             "optim.schedule is 'step' but optim.boundaries is empty; name the epochs at which the rate drops, "
             "such as (30, 60, 90), or set optim.schedule to 'constant'"
         )
-
-
-# --- Schedules --------------------------------------------------------------------------------------------------------
-
-
-def _staircase(rate: float, factor: float, at_steps: Iterable[float]) -> optax.Schedule:
-    """`rate * factor**k` after k of the given steps (fractional ones count from the next whole step)."""
-    # Boundaries and rates are computed here in float64: dividing float32 steps on the device would put some boundaries
-    # one step off. The small slack rounds epoch 1.1 of 100 steps, 110.00000000000001, to 110.
-    steps = np.array([math.ceil(step - 1e-6) for step in at_steps], np.int32)
-    rates = (rate * np.power(float(factor), np.arange(len(steps) + 1, dtype=np.float64))).astype(np.float32)
-    return lambda step: jnp.asarray(rates)[jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.int32)]
-
-
-def _constant(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    del steps_per_epoch, total_steps
-    return _staircase(settings.learning_rate, 1.0, ())
-
-
-def _step(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    del total_steps
-    at_steps = (epoch * steps_per_epoch for epoch in settings.boundaries)
-    return _staircase(settings.learning_rate, settings.decay_factor, at_steps)
-
-
-def _exponential(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    every = settings.decay_every_epochs * steps_per_epoch
-    at_steps = (k * every for k in range(1, int(total_steps / every) + 1))
-    return _staircase(settings.learning_rate, settings.decay_factor, at_steps)
-
-
-def _cosine(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    del steps_per_epoch
-    first, final = settings.learning_rate, settings.final_learning_rate
-
-    def rate(step: jax.typing.ArrayLike) -> jax.Array:
-        progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
-        return final + (first - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-
-    return rate
-
-
-SCHEDULES: dict[str, Callable[[Optim, float, int], optax.Schedule]] = {
-    "constant": _constant,
-    "step": _step,
-    "cosine": _cosine,
-    "exponential": _exponential,
-}
-
-
-def schedule(settings: Optim, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates made so far.
-
-    - `constant`: `learning_rate`.
-    - `step`: times `decay_factor` from each of `boundaries` on (Hu et al., "Squeeze-and-Excitation Networks",
-      section 5.1: 0.6, divided by ten every 30 epochs).
-    - `cosine`: half a cosine from `learning_rate` at step 0 to `final_learning_rate` at `total_steps` (Loshchilov and
-      Hutter, "SGDR", equation 5, without restarts).
-    - `exponential`: times `decay_factor` once in every `decay_every_epochs` (Tan and Le, "EfficientNet", section 5.2:
-      0.97 every 2.4 epochs).
-
-    In the first `warmup_epochs` the rate rises linearly from zero at step 0 towards `learning_rate`. The decay counts
-    from step 0, as in EfficientNet's published code: the warm-up replaces the start of the decay and does not delay it,
-    so a boundary at epoch 30 means epoch 30.
-
-    Args:
-      settings: the run's `optim` section.
-      steps_per_epoch: updates per epoch; need not be whole.
-      total_steps: updates in the run.
-
-    Returns:
-      A function from an integer scalar (the step, traced or not) to a float32 scalar. After `total_steps` it is
-      constant.
-
-    Raises:
-      UserError: a setting is out of range, or the run is shorter than its warm-up.
-    """
-    check(settings)
-    if not (steps_per_epoch > 0 and total_steps > 0):
-        raise UserError(
-            f"the run has {total_steps} steps of {steps_per_epoch} an epoch; both must be positive "
-            "(is the batch larger than the data set?)"
-        )
-    warmup_steps = settings.warmup_epochs * steps_per_epoch
-    if total_steps < warmup_steps:
-        raise UserError(
-            f"optim.warmup_epochs is {settings.warmup_epochs}, which is {warmup_steps:g} steps, but the run has only "
-            f"{total_steps}; train longer or warm up for at most {total_steps / steps_per_epoch:g} epochs"
-        )
-    decayed = SCHEDULES[settings.schedule](settings, steps_per_epoch, total_steps)
-    if not warmup_steps:
-        return decayed
-
-    def rate(step: jax.typing.ArrayLike) -> jax.Array:
-        now = jnp.asarray(step, jnp.float32)
-        return jnp.where(now < warmup_steps, settings.learning_rate * now / warmup_steps, decayed(step))
-
-    return rate
 
 
 # --- Selection of parameters ------------------------------------------------------------------------------------------
@@ -335,6 +238,19 @@ OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTran
     "rmsprop": _rmsprop,
     "muon": _muon,
 }
+"""Optimizers by name.
+
+- `sgd`: momentum or Nesterov's, as in PyTorch. Weight decay is added to the gradient before the momentum.
+- `adamw`: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; as in PyTorch the decay is
+  multiplied by the learning rate.
+- `lamb`: You et al., "Large Batch Optimization for Deep Learning", algorithm 2; leaves without weight decay keep Adam's
+  update. The paper clips the gradient's global norm at 1 (`clip_norm`) and has `eps` 1e-6.
+- `rmsprop`: as in TensorFlow 1, for EfficientNet and MobileNetV3, which set `eps` to 1e-3. Weight decay is added to the
+  gradient.
+- `muon`: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", for the kernels that `muon_labels`
+  names, AdamW for the rest, at one common rate of AdamW's size; decoupled weight decay. The kernel of a grouped
+  convolution is orthogonalised as one matrix: its shape does not tell the groups.
+"""
 
 
 def by_layer(settings: Optim) -> str:
@@ -342,46 +258,88 @@ def by_layer(settings: Optim) -> str:
     return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
 
 
-def make_optimizer(
-    settings: Optim, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
-) -> optax.GradientTransformation:
-    """Builds the optimizer of the settings, with gradient clipping and weight decay.
+@dataclass(frozen=True)
+class Updates:
+    """How a run updates its parameters: learning rate and optimizer, from settings that are checked once, here.
 
-    - `sgd`: momentum or Nesterov's, as in PyTorch. Weight decay is added to the gradient before the momentum.
-    - `adamw`: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2; as in PyTorch the decay is
-      multiplied by the learning rate.
-    - `lamb`: You et al., "Large Batch Optimization for Deep Learning", algorithm 2; leaves without weight decay keep
-      Adam's update. The paper clips the gradient's global norm at 1 (`clip_norm`) and has `eps` 1e-6.
-    - `rmsprop`: as in TensorFlow 1, for EfficientNet and MobileNetV3, which set `eps` to 1e-3. Weight decay is added to
-      the gradient.
-    - `muon`: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", for the kernels that
-      `muon_labels` selects, AdamW for the others, at one common rate of AdamW's size; decoupled weight decay. The
-      kernel of a grouped convolution is orthogonalised as one matrix, since its shape does not tell the groups.
-
-    Weight decay applies to the leaves that `kernels` marks, or to all parameters with `decay_norm_and_bias`. Clipping
-    comes first, by the global norm of the gradient. `layer_factors` multiply the final updates; since the rate
-    multiplies the whole update in all five optimizers, this gives every layer its own rate.
-
-    Args:
+    Attributes:
       settings: the run's `optim` section.
-      schedule: learning rate by number of updates, from `schedule`.
-      depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; needed if `by_layer` is not empty.
-
-    Returns:
-      A transformation whose `update` needs the parameters as its third argument.
 
     Raises:
       UserError: a setting is out of range.
     """
-    check(settings)
-    optimizer = OPTIMIZERS[settings.name](settings, schedule, _all if settings.decay_norm_and_bias else kernels)
-    if settings.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
-    if by_layer(settings):
-        if depths is None:
-            raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parameters")
-        optimizer = optax.chain(optimizer, scale_layers(layer_factors(settings, depths)))
-    return optimizer
+
+    settings: Optim
+
+    def __post_init__(self) -> None:
+        check(self.settings)
+
+    def schedule(self, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+        """The learning rate as a function of the number of updates made so far.
+
+        It decays as `train.optim.schedules` says of the schedule's name. The first `warmup_epochs` rise linearly
+        instead, from zero at step 0 towards `learning_rate`. The decay's clock runs from step 0 all the same, as in
+        EfficientNet's published code: the warm-up replaces the beginning of the decay and does not move its end, so a
+        boundary at epoch 30 means epoch 30.
+
+        Args:
+          steps_per_epoch: updates in an epoch; need not be whole.
+          total_steps: updates in the run.
+
+        Returns:
+          A function of an integer scalar (the step, traced or not) that returns a float32 scalar. Past `total_steps`
+          it stays where it ended.
+
+        Raises:
+          UserError: a run shorter than its warm-up, or without a step.
+        """
+        s = self.settings
+        if not (steps_per_epoch > 0 and total_steps > 0):
+            raise UserError(
+                f"the run has {total_steps} steps of {steps_per_epoch} an epoch; both must be positive "
+                "(is the batch larger than the data set?)"
+            )
+        warmup_steps = s.warmup_epochs * steps_per_epoch
+        if total_steps < warmup_steps:
+            raise UserError(
+                f"optim.warmup_epochs is {s.warmup_epochs}, which is {warmup_steps:g} steps, but the run has only "
+                f"{total_steps}; train longer or warm up for at most {total_steps / steps_per_epoch:g} epochs"
+            )
+        decayed = SCHEDULES[s.schedule](s, steps_per_epoch, total_steps)
+        if not warmup_steps:
+            return decayed
+
+        def rate(step: jax.typing.ArrayLike) -> jax.Array:
+            now = jnp.asarray(step, jnp.float32)
+            return jnp.where(now < warmup_steps, s.learning_rate * now / warmup_steps, decayed(step))
+
+        return rate
+
+    def optimizer(
+        self, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
+    ) -> optax.GradientTransformation:
+        """The optimizer that the settings name (`OPTIMIZERS`), with clipping before it and weight decay inside it.
+
+        Weight decay reaches the leaves that `kernels` marks, or every parameter with `decay_norm_and_bias`. The global
+        norm is clipped first of all, on the gradient as it comes. `layer_factors` multiply the updates last of all,
+        which is to give every part a rate of its own: the rate multiplies all of an update in each of the five.
+
+        Args:
+          schedule: learning rate by number of updates, from `schedule`.
+          depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; only where `by_layer` says so.
+
+        Returns:
+          A transformation whose `update` needs the parameters as its third argument.
+        """
+        s = self.settings
+        optimizer = OPTIMIZERS[s.name](s, schedule, _all if s.decay_norm_and_bias else kernels)
+        if s.clip_norm:
+            optimizer = optax.chain(optax.clip_by_global_norm(s.clip_norm), optimizer)
+        if by_layer(s):
+            if depths is None:
+                raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parameters")
+            optimizer = optax.chain(optimizer, scale_layers(layer_factors(s, depths)))
+        return optimizer
 
 
 # --- Moving average ---------------------------------------------------------------------------------------------------

@@ -20,31 +20,6 @@ from train.config import Optim
 PyTree = Any
 
 
-def trace(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """Shapes of a network's variables, in the order of the calls of its submodules.
-
-    Args:
-      model: the network.
-      image_size: height and width of the images to trace it with.
-
-    Returns:
-      `{"params": ..., "batch_stats": ...}` of `jax.ShapeDtypeStruct`. The keys of `params` are in the order of the
-      calls; JAX's transformations would return them in alphabetical order.
-    """
-    order: list[Path] = []
-
-    def init(key: jax.Array, images: jax.Array) -> PyTree:
-        variables = model.init(key, images)
-        order.extend(flax.traverse_util.flatten_dict(variables["params"]))
-        return variables
-
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, getattr(model, "in_channels", 3)), jnp.float32)
-    shapes = jax.eval_shape(init, jax.random.key(0), images)
-    params = flax.traverse_util.flatten_dict(shapes["params"])
-    in_order = flax.traverse_util.unflatten_dict({path: params[path] for path in order})
-    return {"batch_stats": {}, **shapes, "params": in_order}
-
-
 def declared(model: nn.Module, wanted_by: str) -> Network:
     """The network as a `Network`, which declares the paths of its classifier and blocks.
 
@@ -71,7 +46,7 @@ def layer_depths(model: Network, params: Mapping[str, Any]) -> dict[Path, int]:
 
     Args:
       model: the network.
-      params: its parameters, or their shapes, in the order of the calls (from `trace`).
+      params: its parameters, or their shapes, in the order of the calls (from `train.run.init.trace`).
 
     Returns:
       Depth by path of the parameter: 0 for the classifier, 1 for the last block, and so on to the stem.

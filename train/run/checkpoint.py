@@ -48,6 +48,12 @@ class Restored:
     run: dict[str, Any]
     skipped: tuple[str, ...]
 
+    def lines(self) -> Iterator[str]:
+        """What a person should know about it."""
+        for text in self.skipped:
+            yield f"warning: {text}; an older one is used"
+        yield f"resuming from step {self.step:,}"
+
 
 def _tree(state: State) -> dict[str, PyTree]:
     """The state as a dictionary without the parts it does not have."""
@@ -96,6 +102,11 @@ class Checkpoints:
     def path(self, step: int) -> epath.Path:
         """Where the checkpoint of a step lies."""
         return self.directory / str(step)
+
+    def newest(self) -> str:
+        """Where the newest checkpoint lies; empty without one."""
+        steps = self.steps()
+        return str(self.path(steps[-1])) if steps else ""
 
     def save(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from train.config import Config
-from train.optim import optimizers
+from train.optim.optimizers import Updates
 
 # Steps at which two schedules are compared; they differ over ranges, not at single steps.
 _COMPARED = 64
@@ -23,7 +23,9 @@ def total_steps(steps: int, epochs: float, per_epoch: float) -> int:
     return steps or max(1, round(epochs * per_epoch))
 
 
-def length_change(saved: Mapping[str, Any], config: Config, per_epoch: float, done: int) -> str | None:
+def length_change(
+    saved: Mapping[str, Any], config: Config, updates: Updates, per_epoch: float, done: int
+) -> str | None:
     """Says what a length that was changed at a resume does to the learning rate.
 
     Length is the only setting of the schedule that may change; `train.config.check_same_run` refuses others, such as
@@ -32,6 +34,7 @@ def length_change(saved: Mapping[str, Any], config: Config, per_epoch: float, do
     Args:
       saved: flattened settings of the checkpoint.
       config: the settings now.
+      updates: of its `optim`.
       per_epoch: updates in an epoch, then and now.
       done: updates of the checkpoint.
 
@@ -45,7 +48,7 @@ def length_change(saved: Mapping[str, Any], config: Config, per_epoch: float, do
     said = f"the run is {now:,} steps long now and was {before:,} when the checkpoint was written"
     if done >= now:
         return f"{said}: its {done:,} steps are all that is trained"
-    old, new = (optimizers.schedule(config.optim, per_epoch, total) for total in (before, now))
+    old, new = (updates.schedule(per_epoch, total) for total in (before, now))
     first, last = min(done, before), min(before, now)
     compared = np.unique(np.linspace(first, last, _COMPARED).astype(np.int32))
     name = config.optim.schedule

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import optax
 
 from train.build import build_model, loss_margin
 from train.config import Config
-from train.optim import optimizers
-from train.optim.param_groups import Frozen, declared, frozen_parts, layer_depths, trace
-from train.run.step import TrainState, init_state, make_eval_step, make_train_step
+from train.optim.optimizers import Updates, by_layer
+from train.optim.param_groups import Frozen, declared, frozen_parts, layer_depths
+from train.run.init import TracedNetwork, init_state, trace
+from train.run.step import TrainState, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Program:
     """The parts of a run that do not depend on data or devices.
 
     Attributes:
-      model: the network.
-      optimizer: its optimizer.
+      network: the network with the shapes of its variables.
+      updates: optimizer and schedule, as set.
+      optimizer: the network's optimizer.
       rate: the optimizer's learning rate by number of updates.
       frozen: what training leaves as it is.
       train_step: of one replica, see `train.run.step.make_train_step`.
@@ -29,7 +30,8 @@ class Program:
       init: the state before the first step; takes `variables` to start from, None draws them.
     """
 
-    model: nn.Module
+    network: TracedNetwork
+    updates: Updates
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     frozen: Frozen
@@ -39,7 +41,13 @@ class Program:
 
 
 def make_program(
-    config: Config, num_classes: int, per_epoch: float, total: int, model: nn.Module | None = None
+    config: Config,
+    num_classes: int,
+    per_epoch: float,
+    total: int,
+    *,
+    updates: Updates | None = None,
+    network: TracedNetwork | None = None,
 ) -> Program:
     """Builds the program of a run.
 
@@ -48,7 +56,8 @@ def make_program(
       num_classes: of the data.
       per_epoch: updates per epoch.
       total: updates of the run.
-      model: network to train in place of the settings' own, called like it.
+      updates: of `config.optim`, where they were checked already.
+      network: the settings' own, where it was traced already, or one to train in its place, called like it.
 
     Returns:
       The program.
@@ -56,13 +65,14 @@ def make_program(
     Raises:
       UserError: a setting that a network, an optimizer or a step cannot have.
     """
-    model = build_model(config, num_classes) if model is None else model
-    rate = optimizers.schedule(config.optim, per_epoch, total)
-    shapes = trace(model, config.data.image_size)
+    updates = updates or Updates(config.optim)
+    network = network or trace(build_model(config, num_classes), config.data.image_size)
+    model, shapes = network.model, network.shapes
+    rate = updates.schedule(per_epoch, total)
     frozen = frozen_parts(config.optim, model, shapes)
-    slowed = optimizers.by_layer(config.optim)
+    slowed = by_layer(config.optim)
     depths = layer_depths(declared(model, f"optim.{slowed}"), shapes["params"]) if slowed else None
-    optimizer = optimizers.make_optimizer(config.optim, rate, depths)
+    optimizer = updates.optimizer(rate, depths)
     pixels = {"mean": config.data.mean, "std": config.data.std}
     train_step = make_train_step(
         model,
@@ -77,13 +87,6 @@ def make_program(
         accumulate=config.optim.accumulate,
         frozen=frozen,
     )
-    init = partial(
-        init_state,
-        model,
-        optimizer,
-        config.data.image_size,
-        config.seed,
-        ema=config.optim.ema_decay > 0,
-        frozen=frozen.params,
-    )
-    return Program(model, optimizer, rate, frozen, train_step, make_eval_step(model, **pixels), init)
+    ema = config.optim.ema_decay > 0
+    init = partial(init_state, network, optimizer, config.seed, ema=ema, frozen=frozen.params)
+    return Program(network, updates, optimizer, rate, frozen, train_step, make_eval_step(model, **pixels), init)

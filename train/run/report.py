@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from train.run.curves import CROSS_ENTROPY, draw_curves
+from train.run.evaluate import Result
+
+# Seconds between two progress lines where there is no terminal.
+_LOG_INTERVAL = 20.0
+_LOG_WIDTH = 79
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -27,10 +33,65 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-# Seconds between two progress lines where there is no terminal.
-_LOG_INTERVAL = 20.0
-_LOG_WIDTH = 79
-_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+class Metrics:
+    """A run's `metrics.jsonl`.
+
+    Args:
+      path: of the file.
+      start_step: where the run starts; what an interrupted run wrote of later steps is dropped, so that the file is
+        that of an uninterrupted run.
+    """
+
+    def __init__(self, path: Path, start_step: int):
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, epoch: float, figures: Mapping[str, float | int]) -> None:
+        """Adds one line."""
+        with self._path.open("a") as stream:
+            stream.write(json.dumps({"step": step, "epoch": epoch, **figures}) + "\n")
+
+
+def write_settings(workdir: Path, settings: Mapping[str, Any]) -> None:
+    """Writes `config.json`.
+
+    Args:
+      workdir: of the run.
+      settings: flattened.
+    """
+    (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def epoch_line(epoch: float, r: Result, seconds: float) -> str:
+    """An evaluation in at most 80 columns; the exact counts are in `metrics.jsonl` and at the run's end."""
+    shares = ", ".join(f"{name[:3]}-{name[3:]} {100 * right / r.count:.2f} %" for name, right in r.counts().items())
+    taken = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
+    return f"epoch {epoch:6.2f}: loss {r.loss:.4f}, {shares} of {r.count:,} ({taken} s)"
+
+
+def ending(step: int, seconds: float, checkpoint: str, *, best: str, figures: Iterable[str], completed: bool) -> str:
+    """A run's last words: lines of at most 80 columns, and the checkpoint's path on one of its own.
+
+    Args:
+      step: updates done.
+      seconds: that this process took.
+      checkpoint: where the last one lies.
+      best: the best evaluation, in a few words; empty without one.
+      figures: a line for each set that was evaluated at the end.
+      completed: False when it was asked to stop early; nothing was evaluated then.
+    """
+    taken = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if not completed:
+        lines = [f"stopped at step {step} after {taken}; run the same command to resume"]
+    else:
+        lines = [f"done in {taken}" + (f"; {best}" if best else ""), *figures]
+    return "\n".join([*lines, f"checkpoint: {checkpoint}"])
 
 
 class _Lines:
@@ -82,8 +143,7 @@ class Report:
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._metrics = Metrics(self._path, start_step)
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1 if start_step else None)
 
     def start(self) -> None:
@@ -129,8 +189,7 @@ class Report:
         """Records figures of a step."""
         if not self._primary:
             return
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **figures}) + "\n")
+        self._metrics.write(step, round(epoch, 4), figures)
         for name, value in figures.items():
             self._events.add_scalar(
                 name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}", value, step
@@ -141,7 +200,7 @@ class Report:
         if self._primary and sys.stderr.isatty():
             tqdm.write(text, file=sys.stderr)
         elif self._primary:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def draw(self) -> None:
         """Draws `curves.png` anew."""

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step of one replica: pure functions, which know nothing of settings or files.
+"""One training step and one evaluation step of one replica: pure functions, which know nothing of files or devices.
 
 Both run on every replica with the mapped axis `AXIS` bound (`train.run.parallel`), each on its own part of the batch.
 Randomness is drawn per example from the example's index in the whole batch, so augmentation is the same on one device
@@ -14,13 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from train.config import Augment
 from train.data.augment import augment, example_keys, mix
 from train.optim.losses import cross_entropy, topk_correct
 from train.optim.optimizers import ema_update
-from train.optim.param_groups import NOTHING, Frozen, Path, evaluation_mode, merge, split
+from train.optim.param_groups import NOTHING, Frozen, evaluation_mode, merge, split
 
 AXIS = "replica"
 
@@ -51,71 +50,6 @@ class TrainState(flax.struct.PyTreeNode):
     def variables(self) -> dict[str, PyTree]:
         """What evaluation and deployment use: the moving average where there is one."""
         return {"params": self.params, "batch_stats": self.batch_stats} if self.ema is None else dict(self.ema)
-
-
-def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_size: int,
-    seed: int,
-    *,
-    ema: bool,
-    frozen: frozenset[Path] = NOTHING.params,
-    variables: Mapping[str, PyTree] | None = None,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      model: the network.
-      optimizer: its optimizer.
-      image_size: side of the training images.
-      seed: of parameters and of all later randomness.
-      ema: whether to keep a moving average.
-      frozen: paths of parameters that the optimizer has no part in.
-      variables: float32 `{"params", "batch_stats"}` to start from; None draws them.
-
-    Returns:
-      The state, on the default device.
-    """
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-
-    @jax.jit
-    def build(given: Mapping[str, PyTree]) -> TrainState:
-        params, stats = given["params"], given.get("batch_stats", {})
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=stats,
-            opt_state=optimizer.init(split(params, frozen)[0]),
-            # Copied: the step gives its state's memory away, and may not give one array away twice.
-            ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats}) if ema else None,
-            key=jax.random.key_data(run_key),
-        )
-
-    return build(draw(model, init_key, image_size) if variables is None else variables)
-
-
-def draw(model: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:
-    """A network's first variables, each kind of kernel compiled once.
-
-    What `model.init` does and the variables need is run operation by operation, and the network itself is not. In one
-    program XLA would compile every kernel's draw, half a minute for SE-ResNet-152.
-
-    Args:
-      model: the network.
-      key: of its parameters.
-      image_size: side of the images to trace it with.
-
-    Returns:
-      `{"params": ..., "batch_stats": ...}`, the numbers of `model.init`.
-    """
-    arguments = key, jnp.zeros((1, image_size, image_size, 3))
-    program, shapes = jax.make_jaxpr(model.init, return_shape=True)(*arguments)
-    needed, reads = dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
-    given = [argument for argument, read in zip(arguments, reads, strict=True) if read]
-    variables = jax.core.eval_jaxpr(needed, program.consts, *given)
-    drawn: dict[str, Any] = jax.tree.unflatten(jax.tree.structure(shapes), variables)
-    return drawn
 
 
 def make_train_step(

@@ -1,0 +1,188 @@
+"""What a run needs before its first step: checked settings, data, devices, network, weights and earlier checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.build import training_loss
+from train.config import Config, check_same_run, flatten
+from train.data.loader import BadImages, TrainLoader, eval_batches, steps_per_epoch, train_loader
+from train.data.sources import DataSplits, ImageData
+from train.optim import finetune
+from train.optim.param_groups import split
+from train.run.checkpoint import Checkpoints, Restored
+from train.run.evaluate import Result, evaluate, padded_size
+from train.run.length import length_change, total_steps
+from train.run.parallel import Replicas, make_replicas
+from train.run.program import Program, make_program
+from train.run.report import Report
+from train.run.runtime import prepare_workdir
+from train.run.trainer import Trainer
+from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run, before training.
+
+    Attributes:
+      config: the settings, completed.
+      workdir: where checkpoints and figures go.
+      splits: the data.
+      replicas: the devices.
+      checkpoints: of the work directory.
+      per_epoch: updates per epoch.
+      total: updates of the run.
+      program: network, optimizer and steps.
+      loaded: what a new run starts from (`train.optim.finetune.load`), or None.
+      continued: whether the work directory has a checkpoint to go on from.
+      bad: the images that could not be read.
+      loader: the training batches.
+    """
+
+    config: Config
+    workdir: Path
+    splits: DataSplits
+    replicas: Replicas
+    checkpoints: Checkpoints
+    per_epoch: float
+    total: int
+    program: Program
+    loaded: Any
+    continued: bool
+    bad: BadImages
+    loader: TrainLoader
+
+
+def prepare(given: Config, workdir: str | Path) -> Setup:
+    """Checks the settings and opens, reads and builds what they name.
+
+    Args:
+      given: the settings; what they leave open is taken from the checkpoint that the run goes on or starts from.
+      workdir: where checkpoints and figures go.
+
+    Returns:
+      The parts of the run.
+
+    Raises:
+      UserError: settings, data or work directory are not usable.
+    """
+    checked = check_settings_of_run(given, ImageData.count_classes)
+    check_start(given)
+    workdir = prepare_workdir(workdir)
+    splits = checked.images.open()
+    num_classes = check_classes(given, splits.class_names, given.data.source)
+    replicas = make_replicas(given.parallel.backend, given.parallel.devices)
+    check_batch(given, replicas)
+
+    checkpoints = Checkpoints(workdir, keep_last=given.checkpoint.keep_last, keep_best=given.checkpoint.keep_best)
+    saved = checkpoints.newest_run()
+    # A run that is continued has its weights in the checkpoint: what it once started from need not be there any more.
+    loaded = finetune.load(given, num_classes) if given.init_from and saved is None else None
+    config = finetune.complete(given, saved["config"] if saved else None, loaded)
+    if saved is not None:
+        check_same_run(saved["config"], config, str(workdir))
+        check_same_classes(saved["class_names"], splits.class_names, str(workdir))
+
+    per_epoch = steps_per_epoch(len(splits.train), config.data.batch_size)
+    total = total_steps(config.steps, config.epochs, per_epoch)
+    network = checked.network_of(config.model.name, num_classes)
+    program = make_program(config, num_classes, per_epoch, total, updates=checked.updates, network=network)
+    if loaded is not None:
+        finetune.check_fit(config, program.network.model, program.network.shapes, loaded)
+    bad = BadImages(splits, config.data)
+    loader = train_loader(splits, config.data, seed=config.seed, bad=bad)
+    continued = saved is not None
+    return Setup(
+        config, workdir, splits, replicas, checkpoints, per_epoch, total, program, loaded, continued, bad, loader
+    )
+
+
+def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
+    """Puts the state on the devices, that of the newest whole checkpoint if there is one, and starts the report.
+
+    Args:
+      setup: from `prepare`.
+
+    Returns:
+      The trainer, and the checkpoint that it goes on from.
+
+    Raises:
+      UserError: there are checkpoints, and none is whole, or the data is not that of the run.
+    """
+    config, program, replicas, checkpoints = setup.config, setup.program, setup.replicas, setup.checkpoints
+    state = replicas.replicate(program.init(variables=_variables(setup)))
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = restored.state
+        setup.loader.set_state(restored.data)
+        checkpoints.forget_after(restored.step)
+    step = restored.step if restored else 0
+    report = Report(
+        setup.workdir,
+        setup.total,
+        config.data.batch_size,
+        step,
+        training_loss=training_loss(config),
+        primary=jax.process_index() == 0,
+    )
+    trainer = Trainer(
+        config=config,
+        workdir=setup.workdir,
+        replicas=replicas,
+        loader=setup.loader,
+        train_step=replicas.spread(program.train_step, donate=True),
+        evaluation=partial(_evaluate, setup, replicas.spread(program.eval_step)),
+        checkpoints=checkpoints,
+        report=report,
+        run_info={"config": flatten(config), "class_names": list(setup.splits.class_names)},
+        total=setup.total,
+        per_epoch=setup.per_epoch,
+        state=state,
+        step=step,
+        best_top1=restored.run.get("best_top1", 0.0) if restored else 0.0,
+    )
+    return trainer, restored
+
+
+def _variables(setup: Setup) -> Any:
+    """What the state is made with: None draws them."""
+    if setup.continued:  # a checkpoint fills them in
+        return setup.program.network.zeros()
+    return None if setup.loaded is None else finetune.as_arrays(setup.loaded.variables)
+
+
+def _evaluate(setup: Setup, step: Any, variables: Any) -> Result:
+    """Evaluates variables on the whole held-out split."""
+    data = setup.config.data
+    size = padded_size(data.eval_batch_size or data.batch_size, setup.replicas.count)
+    batches = eval_batches(setup.splits, data, batch_size=size, bad=setup.bad)
+    return evaluate(step, variables, batches, setup.replicas, len(setup.splits.class_names))
+
+
+def introduction(setup: Setup, trainer: Trainer, restored: Restored | None) -> Iterator[str]:
+    """What a person wants to know before the bar starts moving."""
+    config, replicas, splits, loaded = setup.config, setup.replicas, setup.splits, setup.loaded
+    params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    sizes = f"{len(splits.train):,} + {len(splits.eval):,} images"
+    yield f"{config.model.name}: {params:,} parameters; {config.data.source}: {sizes}"
+    kind = replicas.devices[0].device_kind
+    yield (
+        f"{setup.total:,} steps of {config.data.batch_size} images on {replicas.count} x {kind} "
+        f"({replicas.backend}, {config.precision})"
+    )
+    if frozen := setup.program.frozen.params:
+        trained = sum(x.size for x in jax.tree.leaves(split(trainer.state.params, frozen)[0]))
+        yield f"training {trained:,} of the {params:,} parameters"
+    if restored is not None:
+        yield from restored.lines()
+        updates = setup.program.updates
+        if change := length_change(restored.run["config"], config, updates, setup.per_epoch, trainer.step):
+            yield change
+    elif loaded is not None:
+        yield from finetune.describe(config, loaded)
+        yield from finetune.describe_classes(loaded, splits.class_names)
