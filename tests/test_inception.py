@@ -209,13 +209,13 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_training_step(name, monkeypatch):
+def test_a_training_step(name):
     """Of a few modules; SE_FLAX_ALL=1 takes all of them."""
     attributes, side = {"layout": SHORT[name], "smallest": 1}, 16
     if "SE_FLAX_ALL" in os.environ:
         attributes, side = {}, 128
     model = se_flax.create_model(name, **attributes, num_classes=4, drop_rate=0.1)
-    check_training_step(monkeypatch, model, images_of(4, side, seed=1), seed=2)
+    check_training_step(model, images_of(4, side, seed=1), seed=2)
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -107,11 +107,11 @@ def test_logits_are_timms(name):
 @pytest.mark.parametrize(
     ("name", "layout"), [("se_mobilenetv1_100", mobilenetv1.LAYOUT), ("se_mobilenetv2_100", mobilenetv2.LAYOUT)]
 )
-def test_a_training_step(name, layout, monkeypatch):
+def test_a_training_step(name, layout):
     attention = partial(mobilenetv1.SE, reduction=2.0)
     small = scale_width(layout, 0.125)
     model = se_flax.create_model(name, layout=small, attention=attention, num_classes=8, drop_rate=0.1)
-    check_training_step(monkeypatch, model, images_of(4, 32))
+    check_training_step(model, images_of(4, 32))
 
 
 def test_any_attention_goes_to_the_end_of_the_blocks_of_chosen_stages():

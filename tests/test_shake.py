@@ -258,10 +258,10 @@ def test_attention_sits_where_the_placement_says(name, place):
     ("name", "attributes"),
     [("se_shake_shake26_2x96d", SMALL_26), ("se_shake_even29_2x4x64d", {**SMALL_29, "width": 32, "num_classes": 8})],
 )
-def test_a_training_step(name, attributes, monkeypatch):
+def test_a_training_step(name, attributes):
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     model = se_flax.create_model(name, **attributes, attention=attention, drop_rate=0.1)
-    check_training_step(monkeypatch, model, images_of(4, 8), exact=False)
+    check_training_step(model, images_of(4, 8), exact=False)
 
 
 @pytest.mark.parametrize(

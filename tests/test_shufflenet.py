@@ -116,10 +116,10 @@ def test_the_network_is_what_numpy_computes():
     assert [x.shape[1:] for x in maps] == [(17, 17, 24), (9, 9, 24), (5, 5, 56), (3, 3, 112), (2, 2, 224)]
 
 
-def test_a_training_step(monkeypatch):
+def test_a_training_step():
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("shufflenet_g3_100", **SMALL, attention=attention, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, images_of(4, 64))
+    check_training_step(small, images_of(4, 64))
 
 
 @pytest.mark.parametrize(

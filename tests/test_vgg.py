@@ -90,11 +90,11 @@ def test_small_maps_are_stretched_as_pytorch_does():
 PYTORCH = [1.0, 2.5, 6.0, 8.0, 12.0, 40.0, 64.0]
 
 
-def test_a_training_step(monkeypatch):
+def test_a_training_step():
     attention = partial(se_flax.SqueezeExcite, reduction=4)
     widths = (16, 16, 32, 32, 32)
     model = se_flax.create_model("se_vgg16_bn", widths=widths, hidden=16, num_classes=4, attention=attention)
-    check_training_step(monkeypatch, model, images_of(4, 32, seed=1), seed=2)
+    check_training_step(model, images_of(4, 32, seed=1), seed=2)
 
 
 def test_variables_go_to_torch_and_back():

@@ -109,7 +109,7 @@ def test_dropout_sits_between_the_convolutions_and_nowhere_else():
     assert np.ptp(logits, axis=0).max() > 0.01  # nothing was dropped before the classifier
 
 
-def test_a_training_step(monkeypatch):
+def test_a_training_step():
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("wrn16_8", depth=1, width=16, attention=attention, drop_rate=0.1, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, images_of(4, 8))
+    check_training_step(small, images_of(4, 8))

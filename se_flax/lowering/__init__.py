@@ -4,5 +4,6 @@
 - `gated_norm`: norm, activation and gate with a derivative of its own, for blocks that squeeze after the activation
 - `deferred_conv`: batch norm of a 1x1 convolution whose output is not stored (training on a TPU)
 - `sharding`: arrays on explicit mesh axes
-- `dispatch`: memoised functions, arrays that are computed once
+- `dispatch`: the choice by platform, which `dispatch.force` takes over in tests; memoised functions, arrays that are
+  computed once
 """

@@ -1,6 +1,6 @@
 """Convolution by platform: XLA's own on TPU and GPU, a faster form on a CPU.
 
-`jax.lax.platform_dependent` traces the form of every platform, also of those that will not run it. The forms for a CPU
+`dispatch.by_platform` traces the form of every platform, also of those that will not run it. The forms for a CPU
 cut, reshape and loop over maps, which needs heights and widths that are numbers, and images that are not sharded over
 explicit mesh axes; elsewhere every platform gets XLA's own.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from se_flax.lowering.cpu.convolution import convolve_on_cpu
-from se_flax.lowering.dispatch import memoized_partial
+from se_flax.lowering.dispatch import by_platform, memoized_partial
 from se_flax.lowering.sharding import has_explicit_axes, over_images
 from se_flax.lowering.xla import xla_convolution
 
@@ -48,7 +48,7 @@ def convolve(
         return over_images(memoized_partial(xla_convolution, **settings), x, kernel)
     if not _fits_cpu_forms(x):
         return xla_convolution(x, kernel, **settings)
-    return jax.lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         cpu=memoized_partial(convolve_on_cpu, **settings),

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.lowering.dispatch import by_platform
+
 Array = jax.Array
 
 
@@ -27,7 +29,7 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
             x = functools.reduce(jnp.maximum, windows)
         return x
 
-    return jax.lax.platform_dependent(x, cpu=by_axis, default=xla_convolution)
+    return by_platform(x, cpu=by_axis, default=xla_convolution)
 
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.errors import UserError
+from se_flax.lowering.dispatch import by_platform
 from train.config import Augment
 from train.data.randaugment import MAX_MAGNITUDE, blend, luma, randaugment
 
@@ -117,7 +118,7 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
     each = jax.vmap(one)
     if settings.randaugment_layers:
         # A CPU has nothing to gain from a batch, and one image at a time does only the operations that it drew.
-        each = functools.partial(jax.lax.platform_dependent, cpu=_one_by_one(one), default=each)
+        each = functools.partial(by_platform, cpu=_one_by_one(one), default=each)
     return each(images.astype(jnp.float32), keys).astype(images.dtype)
 
 

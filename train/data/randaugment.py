@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from se_flax.lowering.dispatch import by_platform
+
 OPS = (
     "identity",
     "autocontrast",
@@ -214,13 +216,13 @@ def equalize(image: jax.Array) -> jax.Array:
       float32 [H, W, 3], multiples of 1/255; a channel of one level (or nearly so) stays as it is.
     """
     levels = _levels(image)
-    counts = jax.lax.platform_dependent(levels, tpu=_count_by_products, default=_count_by_scatter)
+    counts = by_platform(levels, tpu=_count_by_products, default=_count_by_scatter)
     highest = jnp.max(levels, axis=(0, 1))  # [3]
     last = jnp.take_along_axis(counts, highest[:, None], axis=1)
     step = (levels.shape[0] * levels.shape[1] - last) // 255  # [3, 1]
     below = jnp.cumsum(counts, axis=1) - counts
     table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255).astype(jnp.float32)
-    equalized = jax.lax.platform_dependent(table, levels, tpu=_look_up_by_products, default=_look_up_by_gather)
+    equalized = by_platform(table, levels, tpu=_look_up_by_products, default=_look_up_by_gather)
     return jnp.where(step[:, 0] == 0, image, equalized / 255.0)
 
 
@@ -298,7 +300,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) ->
     x, y = jnp.arange(width) + 0.5, (jnp.arange(height) + 0.5)[:, None]
     x, y = a * x + b * y + c, d * x + e * y + f  # [H, W] each
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    warped = jax.lax.platform_dependent(image, matrix, x, y, tpu=_sample_by_products, default=_sample_by_gather)
+    warped = by_platform(image, matrix, x, y, tpu=_sample_by_products, default=_sample_by_gather)
     return jnp.where(inside[..., None], warped, jnp.asarray(fill, jnp.float32))
 
 
