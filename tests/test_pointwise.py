@@ -143,6 +143,7 @@ def test_replicas_share_their_statistics_in_both_forms(float64):
     np.testing.assert_allclose(updated["batch_stats"]["var"][0], variance, rtol=1e-6)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("attention", [None, SqueezeExcite])
 def test_the_wide_map_is_not_kept(attention):
     """Of maps as wide as the block's input and output, these two alone are kept for the way back."""

@@ -1,4 +1,4 @@
-"""Pooling of maps [N, H, W, C] as PyTorch and timm do it."""
+"""Pooling of float maps [N, H, W, C] as PyTorch and timm do it; others are a `UserError`."""
 
 import functools
 
@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.lowering.dispatch import by_platform
 
 Array = jax.Array
@@ -16,8 +17,9 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
 
     Of equal values in a window the first gets the gradient; on a CPU, where XLA's form is slow, they share it.
     """
+    x = check_array(x, "max_pool", "[N, H, W, C]")
 
-    def xla_convolution(x: Array) -> Array:
+    def xla_pool(x: Array) -> Array:
         return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
 
     def by_axis(x: Array) -> Array:
@@ -29,11 +31,12 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
             x = functools.reduce(jnp.maximum, windows)
         return x
 
-    return by_platform(x, cpu=by_axis, default=xla_convolution)
+    return by_platform(x, cpu=by_axis, default=xla_pool)
 
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:
     """Mean over size x size windows of x [N, H, W, C]; windows that hang over the end average what they hold."""
+    x = check_array(x, "avg_pool", "[N, H, W, C]")
     # A window that starts in the padding is none, so the most that can hang over serves a side of unknown length.
     hang = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
     return nn.avg_pool(x, (size, size), (strides, strides), hang, count_include_pad=False)
@@ -48,6 +51,7 @@ def blur_pool(x: Array) -> Array:
     Returns:
       [N, ceil(H / 2), ceil(W / 2), C]; one pixel of zeros is assumed around the map.
     """
+    x = check_array(x, "blur_pool", "[N, H, W, C]")
     for axis in (1, 2):
         size = x.shape[axis]
         x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])

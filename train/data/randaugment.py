@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.lowering.dispatch import by_platform
 
 OPS = (
@@ -58,7 +59,11 @@ def randaugment(
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "randaugment", "[H, W, 3]")
     for which, direction in jax.random.uniform(key, (layers, 2)):
         op = jnp.floor(which * len(OPS)).astype(jnp.int32)
         sign = jnp.where(direction < 0.5, -1.0, 1.0)
@@ -84,7 +89,11 @@ def apply_op(
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "apply_op", "[H, W, 3]")
     share = magnitude / MAX_MAGNITUDE
 
     # What a colour operation blends the image with.
@@ -133,7 +142,12 @@ def blend(degenerate: jax.Array, image: jax.Array, factor: float | jax.Array) ->
 
     Returns:
       float32 [..., 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "blend", "[..., 3]")
+    degenerate = check_array(degenerate, "the degenerate of blend", "[...]")
     return jnp.clip(degenerate + factor * (image - degenerate), 0.0, 1.0)
 
 
@@ -145,7 +159,11 @@ def luma(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [..., 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "luma", "[..., 3]")
     red, green, blue = (image[..., c : c + 1] for c in range(3))
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
@@ -167,7 +185,11 @@ def autocontrast(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "autocontrast", "[H, W, 3]")
     low, high = jnp.min(image, axis=(0, 1)), jnp.max(image, axis=(0, 1))
     flat = high <= low
     stretched = (image - low) / jnp.where(flat, 1.0, high - low)
@@ -188,7 +210,11 @@ def solarize(image: jax.Array, threshold: int) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "solarize", "[H, W, 3]")
     return jnp.where(_levels(image) < threshold, image, 1.0 - image)
 
 
@@ -201,7 +227,11 @@ def posterize(image: jax.Array, bits: int) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "posterize", "[H, W, 3]")
     mask = 256 - 2 ** (8 - bits)
     return (_levels(image) & mask).astype(jnp.float32) / 255.0
 
@@ -214,7 +244,11 @@ def equalize(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [H, W, 3], multiples of 1/255; a channel of one level (or nearly so) stays as it is.
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "equalize", "[H, W, 3]")
     levels = _levels(image)
     counts = by_platform(levels, tpu=_count_by_products, default=_count_by_scatter)
     highest = jnp.max(levels, axis=(0, 1))  # [3]
@@ -294,7 +328,11 @@ def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) ->
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image, matrix = check_array(image, "warp", "[H, W, 3]"), check_array(matrix, "the matrix of warp", "[6]")
     height, width, _ = image.shape
     a, b, c, d, e, f = matrix
     x, y = jnp.arange(width) + 0.5, (jnp.arange(height) + 0.5)[:, None]

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.errors import UserError
 
 # 1 - cos^2 of a float32 cosine is 0 or at least 6e-8: the root's derivative stays finite at the ends, and nothing else
@@ -36,7 +37,7 @@ def arcface(logits: jax.Array, labels: jax.Array, margin: float = 0.5, scale: fl
       float32 [n, classes]; rows of a label that is no class are unchanged. Gradients are finite everywhere.
 
     Raises:
-      UserError: labels that are not one class index a row.
+      UserError: logits of another rank or dtype, or labels that are not one class index a row.
     """
     cosines, right = _cosines(logits, labels, scale, "arcface")
     sines = jnp.sqrt(jnp.maximum((1.0 - cosines) * (1.0 + cosines), _LEAST_SINE_SQUARED))
@@ -58,7 +59,7 @@ def cosface(logits: jax.Array, labels: jax.Array, margin: float = 0.4, scale: fl
       float32 [n, classes], as `arcface`.
 
     Raises:
-      UserError: labels that are not one class index a row.
+      UserError: logits of another rank or dtype, or labels that are not one class index a row.
     """
     cosines, right = _cosines(logits, labels, scale, "cosface")
     return scale * jnp.where(right, cosines - margin, cosines)
@@ -66,6 +67,7 @@ def cosface(logits: jax.Array, labels: jax.Array, margin: float = 0.4, scale: fl
 
 def _cosines(logits: jax.Array, labels: jax.Array, scale: float, name: str) -> tuple[jax.Array, jax.Array]:
     """The cosines, and where the right class is."""
+    logits = check_array(logits, f"the logits of {name}", "[n, classes]")
     if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UserError(
             f"got labels of shape {labels.shape} and dtype {labels.dtype} for {name}, whose margin belongs to one "
