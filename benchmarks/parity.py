@@ -65,7 +65,7 @@ def measure(name: str, step: bool = True) -> dict[str, Any]:
     """
     start = time.perf_counter()
     reference = compare.fixture(name)
-    variables = compare.check_names_and_count(name)
+    variables = compare.check_names(name)
     model, images = se_flax.create_model(name), compare.nhwc(reference["input_shape"])
     logits, maps = compare.compiled(lambda v, x: model.apply(v, x, return_features=True), variables, images)
     expected = np.asarray(reference["logits"])

@@ -1,7 +1,8 @@
 """Channel attention as Linen modules over `se_flax.functional`, from a feature map to one of the same shape and dtype.
 
 Maps are images [N, H, W, C], signals [N, L, C] or volumes [N, D, H, W, C], in short [N, ..., C]. Another rank raises a
-`UserError`. Parameters do not depend on the rank, except for CBAM's spatial kernel.
+`UserError`. Parameters do not depend on the rank, except for CBAM's spatial kernel. The map of one image, [H, W, C],
+has the rank of a signal [N, L, C], so it needs `batch_axis=False`, as in a call under `jax.vmap`.
 
 Every module is called as `module(x, train=False)` and takes `base_channels`, the channel count that a reduction refers
 to if it is not the map's (in EfficientNet's blocks it is that of the block's input). Thanks to this uniform call any
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
+from se_flax.arrays import check_array
 from se_flax.errors import UserError
 from se_flax.lowering.dispatch import Function
 from se_flax.lowering.gated_norm import squeeze_after_act
@@ -57,8 +59,8 @@ class Attention(nn.Module):
 class ChannelAttention(Attention):
     """Base class of channel attention: x * gates(descriptor(x)).
 
-    Subclasses define `gates`, and `descriptor` if it is not the mean over the spatial axes. `se_flax.analysis.gates`
-    intercepts `gates` to read or replace gates.
+    Subclasses define `gates`, `descriptor` if it is not the mean over the spatial axes, and `attend` if there is more
+    to do. `se_flax.analysis.gates` intercepts `gates` to read or replace gates.
 
     Attributes:
       squeezes_mean: whether the gates depend only on the channels' means, so that norm, activation and gate can be one
@@ -94,20 +96,42 @@ class ChannelAttention(Attention):
         raise NotImplementedError(f"{type(self).__name__} defines no gates")
 
     def __call__(
-        self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        base_channels: int | None = None,
+        mask: Array | None = None,
+        batch_axis: bool = True,
     ) -> Array:
         """Gates a map.
 
         Args:
-          x: [N, ..., C].
-          train: no effect; part of the uniform call.
+          x: [N, ..., C]; [L, C], [H, W, C] or [D, H, W, C] with `batch_axis=False`.
+          train: the batch norm of a `CBAM` uses the batch's statistics.
           base_channels: channel count that a reduction refers to; None for C.
           mask: [N, ...] without the channels, True or 1 where x holds data, 0 where it holds padding; [N, L] for a
             batch of sequences of several lengths. The squeeze leaves padding out; the gates multiply all of x.
+          batch_axis: False for the map, and the mask, of one image, without the batch axis.
 
         Returns:
           The shape and dtype of x.
+
+        Raises:
+          UserError: x is no map.
         """
+        if batch_axis:
+            return self.attend(x, train=train, base_channels=base_channels, mask=mask)
+        what = f"{type(self).__name__} with batch_axis=False, the map of one image"
+        hint = ", map the call over images with jax.vmap, or leave batch_axis out"
+        x = check_array(x, what, "[L, C]", "[H, W, C]", "[D, H, W, C]", hint=hint)
+        mask = None if mask is None else jnp.asarray(mask)[None]
+        return self.attend(x[None], train=train, base_channels=base_channels, mask=mask)[0]
+
+    def attend(
+        self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
+    ) -> Array:
+        """As `__call__`, of a map with the axis of images."""
         del train
         return F.scale(x, self.gates(self.descriptor(x, mask), base_channels=base_channels))
 
@@ -308,7 +332,7 @@ class CBAM(ChannelAttention):
         hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
         return F.excite_mean_max(z, *self.fc1(channels, hidden), *self.fc2(hidden, channels), gate=self.gate)
 
-    def __call__(
+    def attend(
         self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
     ) -> Array:
         """Args: as `ChannelAttention`; train: the spatial batch norm uses the batch's statistics.
@@ -318,7 +342,7 @@ class CBAM(ChannelAttention):
         Returns:
           The shape of x.
         """
-        x = super().__call__(x, base_channels=base_channels, mask=mask)
+        x = super().attend(x, base_channels=base_channels, mask=mask)
         x = x if mask is None else x * F.mask_of(x, mask).astype(x.dtype)
         logits = self.spatial_bn(self.spatial_conv(F.spatial_descriptor(x)), train=train)
         return F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
@@ -364,14 +388,14 @@ class ScSE(ChannelAttention):
         hidden = F.reduced_width(base_channels or channels, reduction=self.reduction, rounding=self.rounding)
         return F.excite(z, *self.fc1(channels, hidden), *self.fc2(hidden, channels), gate=self.gate)
 
-    def __call__(
+    def attend(
         self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
     ) -> Array:
         """Args: as `ChannelAttention`. Returns: the shape and dtype of x."""
         if self.combine not in ("add", "max"):
             raise UserError(f"got combine={self.combine!r} for ScSE; give add or max")
         x = F.check_map(x, "ScSE")
-        by_channel = super().__call__(x, base_channels=base_channels, mask=mask)
+        by_channel = super().attend(x, base_channels=base_channels, mask=mask)
         logits = F.pointwise(x, *self.conv(x.shape[-1], 1))
         by_pixel = F.scale(x, F.lookup(F.GATES, self.gate, "gate")(logits))
         return by_channel + by_pixel if self.combine == "add" else jnp.maximum(by_channel, by_pixel)

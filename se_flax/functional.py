@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from se_flax.arrays import check_array
 from se_flax.errors import UserError, closest
 from se_flax.lowering.sharding import gathered
 
@@ -21,6 +23,7 @@ Array = jax.Array
 Elementwise = Callable[[Array], Array]
 # A gate takes a few thousand multiply-adds per image: full float32 precision costs nothing, also on a TPU.
 _PRECISION = jax.lax.Precision.HIGHEST
+_MAPS = ("[N, L, C]", "[N, H, W, C]", "[N, D, H, W, C]")
 
 
 def hard_sigmoid(x: Array) -> Array:
@@ -31,12 +34,17 @@ def hard_sigmoid(x: Array) -> Array:
 
     Returns:
       Array of the same shape and dtype, in [0, 1].
+
+    Raises:
+      UserError: another dtype.
     """
+    x = check_array(x, "hard_sigmoid", "[...]")
     return jnp.clip(x + 3.0, 0.0, 6.0) / 6.0
 
 
 def hard_swish(x: Array) -> Array:
-    """X * ReLU6(x + 3) / 6 (Howard et al. 2019, section 5.2); shape and dtype of `x`."""
+    """X * ReLU6(x + 3) / 6 (Howard et al. 2019, section 5.2); shape and dtype of `x`, which is float."""
+    x = check_array(x, "hard_swish", "[...]")
     return x * hard_sigmoid(x)
 
 
@@ -59,7 +67,7 @@ ACTIVATIONS: Mapping[str, Elementwise] = {
 
 
 def check_map(x: Array, what: str) -> Array:
-    """Refuses anything but a map with one to three spatial axes.
+    """Refuses anything but a float map with one to three spatial axes.
 
     Args:
       x: the array.
@@ -69,20 +77,16 @@ def check_map(x: Array, what: str) -> Array:
       The map as a JAX array.
 
     Raises:
-      UserError: x has another rank.
+      UserError: another rank or dtype.
     """
-    if x.ndim not in (3, 4, 5):
-        hint = {1: "x[None, None]", 2: "x[:, None]"}.get(x.ndim)
-        raise UserError(
-            f"got an array of shape {tuple(x.shape)}; {what} takes a map [N, L, C], [N, H, W, C] or [N, D, H, W, C]"
-            + (f"; make it a map with {hint}" if hint else "")
-        )
-    return jnp.asarray(x)
+    add_axes = {1: "x[None, None]", 2: "x[:, None] (and a signal without images by x[None])"}.get(np.ndim(x))
+    hint = f", which a descriptor of channels becomes by {add_axes}" if add_axes else ""
+    return check_array(x, what, *_MAPS, hint=hint)
 
 
 def spatial_axes(x: Array) -> tuple[int, ...]:
     """The spatial axes: (1, 2) of a map [N, H, W, C]."""
-    return tuple(range(1, x.ndim - 1))
+    return tuple(range(1, check_array(x, "spatial_axes", *_MAPS, kind="real").ndim - 1))
 
 
 def _squeeze_mean(x: Array) -> Array:
@@ -196,9 +200,9 @@ def mask_of(x: Array, mask: Array) -> Array:
       float32 [N, ..., 1].
 
     Raises:
-      UserError: the mask has another shape.
+      UserError: the mask has another shape or dtype.
     """
-    mask = jnp.asarray(mask)
+    x, mask = check_array(x, "mask_of", "[N, ..., C]"), check_array(mask, "the mask of a map", "[N, ...]", kind="real")
     if mask.shape != x.shape[:-1]:
         raise UserError(
             f"got a mask of shape {tuple(mask.shape)} for a map of shape {tuple(x.shape)}; give one entry per pixel, "
@@ -259,8 +263,11 @@ def excite(
 
     Returns:
       float32 gate [..., C].
+
+    Raises:
+      UserError: an array of another shape or dtype, or an unknown activation or gate.
     """
-    hidden = pointwise(gathered(jnp.asarray(z), -1), reduce_kernel, reduce_bias)
+    hidden = pointwise(gathered(check_array(z, "excite", "[..., C]"), -1), reduce_kernel, reduce_bias)
     hidden = lookup(ACTIVATIONS, activation, "activation")(hidden)
     return lookup(GATES, gate, "gate")(pointwise(hidden, expand_kernel, expand_bias))
 
@@ -277,16 +284,20 @@ def pointwise(z: Array, kernel: Array, bias: Array | None = None) -> Array:
       float32 [..., M].
 
     Raises:
-      UserError: the kernel is not a matrix [C, M] with z's C.
+      UserError: another dtype; the kernel is not a matrix [C, M] with z's C, or the bias not [M].
     """
-    z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    z = check_array(z, "pointwise", "[..., C]").astype(jnp.float32)
+    kernel = check_array(kernel, "the kernel of pointwise", "[...]").astype(jnp.float32)
     if kernel.ndim != 2 or kernel.shape[0] != z.shape[-1]:
         raise UserError(
             f"got a kernel of shape {tuple(kernel.shape)} for {z.shape[-1]} channels; give [{z.shape[-1]}, M] (of a "
             "1x1 convolution's kernel [1, 1, C, M]: kernel[0, 0])"
         )
     y = jnp.matmul(z, gathered(kernel), precision=_PRECISION)
-    return y if bias is None else y + jax.lax.broadcast_to_rank(gathered(jnp.asarray(bias)), y.ndim)
+    if bias is None:
+        return y
+    bias = check_array(bias, "the bias of pointwise", f"[{kernel.shape[1]}]")
+    return y + jax.lax.broadcast_to_rank(gathered(bias), y.ndim)
 
 
 def scale(x: Array, gate: Array) -> Array:
@@ -300,9 +311,9 @@ def scale(x: Array, gate: Array) -> Array:
       The map's shape and dtype.
 
     Raises:
-      UserError: the gate has another rank, and would be broadcast along the wrong axes.
+      UserError: another dtype; the gate has another rank, and would be broadcast along the wrong axes.
     """
-    x, gate = jnp.asarray(x), jnp.asarray(gate)
+    x, gate = check_array(x, "scale", "[N, ..., C]"), check_array(gate, "the gate of scale", "[...]")
     if gate.ndim != x.ndim:
         raise UserError(
             f"got a gate of shape {tuple(gate.shape)} for a map of shape {tuple(x.shape)}; give it the map's rank, "
@@ -340,9 +351,11 @@ def channel_conv(z: Array, kernel: Array, bias: Array | None = None) -> Array:
       float32 [..., C].
 
     Raises:
-      UserError: the kernel has another rank, or an even length.
+      UserError: another dtype; the kernel has another rank, or an even length; the bias is no scalar.
     """
-    z, kernel = jnp.asarray(z, jnp.float32), jnp.asarray(kernel)
+    z = check_array(z, "channel_conv", "[..., C]").astype(jnp.float32)
+    kernel = check_array(kernel, "the kernel of channel_conv", "[...]")
+    bias = None if bias is None else check_array(bias, "the bias of channel_conv", "[]")
     if kernel.ndim != 1 or kernel.shape[0] % 2 == 0:
         raise UserError(
             f"got a kernel of shape {tuple(kernel.shape)} over the channels; give one axis of odd length, [k] (of a "
@@ -367,6 +380,9 @@ def squeeze_mean_max(x: Array, mask: Array | None = None) -> Array:
 
     Returns:
       float32 [2, N, 1, 1, C] of a map [N, H, W, C].
+
+    Raises:
+      UserError: as `squeeze`.
     """
     return jnp.stack([squeeze(x, "mean", mask), squeeze(x, "max", mask)])
 
@@ -392,7 +408,11 @@ def excite_mean_max(
 
     Returns:
       float32 gate [..., C].
+
+    Raises:
+      UserError: as `excite`.
     """
+    z = check_array(z, "excite_mean_max", "[2, ..., C]")
     paths = excite(z, reduce_kernel, reduce_bias, expand_kernel, expand_bias, gate=lambda logits: logits)
     return lookup(GATES, gate, "gate")(jnp.sum(paths, axis=0))
 
@@ -419,7 +439,10 @@ def spatial_descriptor(x: Array) -> Array:
 
     Returns:
       float32 [N, ..., 2]; the maximum comes first, as in the authors' code.
+
+    Raises:
+      UserError: x is no map.
     """
-    x = jnp.asarray(x)
+    x = check_map(x, "spatial_descriptor")
     maximum = jnp.max(x, axis=-1, keepdims=True).astype(jnp.float32)
     return jnp.concatenate([maximum, jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)], axis=-1)

@@ -64,6 +64,34 @@ def squeeze_excite(x, params, **kwargs):
     return x * excite(x.mean((1, 2), keepdims=True), *layers, **kwargs)
 
 
+def squeeze_after_act(u, factor, offset, act):
+    """Means over the pixels of act(factor * u + offset); u [N, H, W, C], factor and offset [C]."""
+    return ACTIVATIONS[act](u * factor + offset).mean((1, 2), keepdims=True)
+
+
+def gate_after_act(u, factor, offset, gates, act):
+    """gates * act(factor * u + offset); gates [N, 1, 1, C]."""
+    return gates * ACTIVATIONS[act](u * factor + offset)
+
+
+def gradients(function, *arrays, step=1e-5):
+    """Gradients of a function to a number by central differences: one array for each of `arrays`, in float64."""
+    arrays = double(*arrays)
+
+    def slope(which, index):
+        ends = []
+        for sign in (1, -1):
+            moved = arrays[which].copy()
+            moved[index] += sign * step
+            ends.append(function(*arrays[:which], moved, *arrays[which + 1 :]))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    return [
+        np.array([slope(which, index) for index in np.ndindex(x.shape)]).reshape(x.shape)
+        for which, x in enumerate(arrays)
+    ]
+
+
 def random_variables(model, *args, seed=0):
     """Variables of a module with nothing at its initial value: every scale, bias and statistic matters."""
     rng = np.random.default_rng(seed)

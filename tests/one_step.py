@@ -5,25 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 from formulas import random_variables
 
-from se_flax.lowering.xla import xla_convolution
-from se_flax.nn import conv
+from se_flax.lowering.dispatch import force
 
 
 def images_of(count, size, seed=0):
     return np.random.default_rng(seed).standard_normal((count, size, size, 3)).astype(np.float32)
 
 
-def check_training_step(monkeypatch, model, images, *, exact=True, seed=0):
+def check_training_step(model, images, *, exact=True, seed=0):
     """Every parameter has a gradient, every statistic changes, and the loss falls as fast as the gradient says.
 
+    In a TPU's form: a CPU's has its tests, also in whole networks (test_parity.py), and takes longer to compile.
+
     Args:
-      monkeypatch: takes XLA's convolution for the CPU's own forms, which have their tests and take longer to compile.
       model: a classifier with as many classes as there are images, or more.
       images: [N, H, W, C]; the labels are 0 to N - 1.
       exact: False for a network whose backward pass draws noise of its own: the loss must fall, at whatever rate.
       seed: of the variables; one that leaves some of every attention's few hidden units above zero.
     """
-    monkeypatch.setattr(conv, "convolve", xla_convolution)
     variables = random_variables(model, images, seed=seed)
 
     def loss(params):
@@ -37,7 +36,8 @@ def check_training_step(monkeypatch, model, images, *, exact=True, seed=0):
         return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits))), new["batch_stats"]
 
     params = variables["params"]
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
+    with force("tpu"):
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
     (before, stats), grads = step(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all() and np.any(leaf != 0), jax.tree_util.keystr(path)

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 from PIL import Image, ImageEnhance
 
 from se_flax.errors import UserError
+from se_flax.lowering.dispatch import force
 from train.config import IMAGENET_MEAN, Augment
 from train.data import augment as aug
-from train.data.randaugment import randaugment
 
 SIZE = 16
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -50,16 +50,14 @@ def test_everything_off_returns_the_images():
     assert not jax.make_jaxpr(lambda x, k: aug.augment(x, k, Augment()))(images, keys_of(2)).jaxpr.eqns
 
 
+@pytest.mark.program
 def test_on_a_cpu_an_image_pays_for_the_operations_it_drew_alone():
     images, keys = pictures(8), keys_of(8)
-    both = {"randaugment_layers": 2, "flip": True}
-
-    def batched(images, keys):
-        drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, aug._RANDAUGMENT)
-        flipped = aug.augment(images, keys, Augment(flip=True))
-        return jax.vmap(functools.partial(randaugment, layers=2, magnitude=9.0))(flipped, drawn)
-
-    forms = [f.lower(images, keys).compile() for f in (jitted(**both), jax.jit(batched))]
+    step = jitted(randaugment_layers=2, flip=True)
+    forms = []
+    for platform in ("cpu", "cuda"):
+        with force(platform):
+            forms.append(step.lower(images, keys).compile())
     np.testing.assert_allclose(*(form(images, keys) for form in forms), atol=2e-6)
     assert [" conditional(" in form.as_text() for form in forms] == [True, False]
 
@@ -118,10 +116,10 @@ def test_keeps_bfloat16_and_refuses_what_is_not_a_picture():
     out = aug.augment(images.astype(jnp.bfloat16), keys, Augment(flip=True))
     assert out.dtype == jnp.bfloat16
     with pytest.raises(
-        ValueError, match=r"must be floating-point \[N, H, W, 3\] in \[0, 1\], not uint8 \[2, 16, 16, 3\]"
+        UserError, match=r"\(2, 16, 16, 3\) and dtype uint8 for augment; give float \[N, .*3\], in \[0, 1\]"
     ):
         aug.augment(jnp.zeros((2, 16, 16, 3), jnp.uint8), keys, Augment())
-    with pytest.raises(ValueError, match=r"not float32 \[2, 16, 16, 1\]"):
+    with pytest.raises(UserError, match=r"shape \(2, 16, 16, 1\) and dtype float32 for augment"):
         aug.augment(images[..., :1], keys, Augment())
 
 

@@ -46,17 +46,17 @@ def bottleneck_count(n, se):
 )  # He et al. 2016, table 6
 def test_counts_of_resnets(layers, millions):
     n = (layers - 2) // 6
-    variables, _ = traced(f"resnet{layers}", 32)
+    variables = traced(f"resnet{layers}", 32)
     assert count(variables["params"]) == basic_count(n, se=False)
     assert round(count(variables["params"]) / 1e6, len(str(millions)) - 2) == millions
     convs = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 4]
     assert len(convs) + 1 == layers
-    assert count(traced(f"seresnet{layers}", 32)[0]["params"]) == basic_count(n, se=True)
+    assert count(traced(f"seresnet{layers}", 32)["params"]) == basic_count(n, se=True)
 
 
 def test_counts_of_pre_activation_networks():
     for name, se in (("preresnet164", False), ("sepreresnet164", True)):
-        variables, _ = traced(name, 32)
+        variables = traced(name, 32)
         assert count(variables["params"]) == bottleneck_count(18, se)
         assert round(bottleneck_count(18, False) / 1e6, 1) == 1.7  # He et al. 2016b
         layers = {k: v for k, v in variables["params"].items() if k.startswith("layer")}
@@ -137,7 +137,7 @@ def test_pre_activation_networks_are_what_numpy_computes():
 
 @pytest.mark.parametrize("stages", [(2,), (3, 4), ()])
 def test_stages_are_2_to_4(stages):
-    variables, _ = traced("resnet20", 32, attention=partial(ECA), stages=stages)
+    variables = traced("resnet20", 32, attention=partial(ECA), stages=stages)
     attending = {block for block, tree in variables["params"].items() if "se" in tree}
     assert attending == {f"layer{stage - 1}_{i}" for stage in stages for i in range(3)}
     with pytest.raises(UserError, match="5 is not a stage of blocks; allowed: 2, 3, 4 "):

@@ -50,6 +50,7 @@ def large(monkeypatch):
     monkeypatch.setattr(dense, "_SMALL_MAPS", 0)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("side", "width", "strides", "form"),
     [(8, 3, 1, "mul"), (8, 16, 1, "conv_general_dilated"), (4, 32, 2, "dot_general")],
@@ -64,6 +65,7 @@ def test_a_dense_one_takes_the_form_that_is_fast(side, width, strides, form):
     check(x, kernel, (strides,) * 2, "SAME", (1, 1), 1)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("side", "rows"), [((7, 7), 52), ((5, 6), 30), ((4, 13), 52), ((2, 30), 60)])
 def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side, rows):
     monkeypatch.setattr(dense, "_MIN_K", 16)
@@ -80,6 +82,7 @@ def test_rows_that_one_core_would_take_are_as_many_as_two_take(monkeypatch, side
     assert multiplied(31) == str(side[0] * side[1])
 
 
+@pytest.mark.program
 def test_a_large_batch_goes_some_images_at_a_time(large, monkeypatch):
     # An image's 8 rows of 6 patches of 3 * 4 values beside 3 * 5 of the gradient: two fit, and six are three times two.
     monkeypatch.setattr(dense, "_PATCHES", 2 * 8 * 6 * (3 * 4 + 3 * 5) * 4)
@@ -97,6 +100,7 @@ def test_a_kernel_gradient_of_rows_of_patches_with_everything_uneven(large, stri
     check(x, kernel, (stride, 2), ((2, 1), (0, 3)), (2, 3), groups, convolution=convolve_on_cpu)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("side", "features", "slow"), [(64, 32, False), (210, 32, True), (64, 65, True)])
 def test_small_maps_of_few_channels_keep_xlas_gradient_of_the_kernel(side, features, slow):
     x = jax.ShapeDtypeStruct((1, side, side, 32), jnp.float32)
@@ -114,6 +118,7 @@ def test_a_depthwise_kernels_gradient_takes_in_every_image(images, stride):
     check(*arrays((images, 6, 5, 3), (3, 3, 1, 3)), (stride, stride), ((1, 1), (1, 1)), (1, 1), 3)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("width", "groups", "dtype", "form"),
     [
@@ -135,6 +140,7 @@ def test_many_groups_of_few_channels_are_a_sum_of_products(width, groups, dtype,
     assert {name for name in ("mul", "conv_general_dilated") if f" {name}" in text or f"{name}[" in text} == {form}
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("width", "groups", "parts"), [(16, 32, 32), (16, 64, 32), (9, 16, 16), (4, 12, 3)])
 def test_wider_groups_are_at_most_32_dense_convolutions(width, groups, parts):
     x = jax.ShapeDtypeStruct((1, 4, 4, width * groups), jnp.float32)
@@ -146,6 +152,7 @@ def test_wider_groups_are_at_most_32_dense_convolutions(width, groups, parts):
     assert len(re.findall(r"= conv_general_dilated\[", str(jax.make_jaxpr(convolution)(x, kernel)))) == parts
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("groups", [16, 32])
 def test_sums_of_shifted_maps_take_a_batch_of_unknown_size(groups):
     (batch,) = jax.export.symbolic_shape("b")
@@ -159,6 +166,7 @@ def test_sums_of_shifted_maps_take_a_batch_of_unknown_size(groups):
     np.testing.assert_allclose(exported.call(x, kernel), reference(x, kernel, *settings), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("groups", [16, 32])
 @pytest.mark.parametrize("strides", [(2, 2), (1, 3)])
 def test_a_strided_gradient_of_shifted_maps_multiplies_no_gaps(groups, strides):
@@ -177,6 +185,7 @@ def test_a_kernels_gradient_takes_in_more_columns_than_a_loop_adds(groups, sides
     check(x, kernel, (stride, stride), ((1, 1), (1, 1)), (1, 1), groups)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("groups", [16, 32])
 def test_the_loops_of_a_kernels_gradient_add_at_most_32_columns(groups):
     # From about 120 products on, XLA's loop becomes twenty times slower.
@@ -189,6 +198,7 @@ def test_the_loops_of_a_kernels_gradient_add_at_most_32_columns(groups):
     assert [loops(columns) - loops(32) for columns in (33, 64, 65)] == [3, 3, 6]
 
 
+@pytest.mark.program
 def test_a_strided_convolutions_gradient_multiplies_no_gaps():
     x, kernel = arrays((2, 9, 8, 16), (3, 3, 16, 24))
 
@@ -201,6 +211,7 @@ def test_a_strided_convolutions_gradient_multiplies_no_gaps():
     check(x, kernel, (2, 1), "SAME", (1, 1), 1)
 
 
+@pytest.mark.program
 def test_parts_of_a_grouped_convolution_are_made_once_for_all_their_readers():
     x, kernel = arrays((2, 9, 9, 64), (3, 3, 16, 64))
 
@@ -211,6 +222,7 @@ def test_parts_of_a_grouped_convolution_are_made_once_for_all_their_readers():
     assert text.count(" maximum(") == 4  # one for every part, whose readers are its value and its kernel's gradient
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("taps", [3, 5])
 def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
     x, kernel = arrays((16, 14, 14, 8), (taps, taps, 1, 8))
@@ -222,6 +234,7 @@ def test_a_depthwise_kernels_gradient_writes_no_window_of_every_image(taps):
     assert memory.temp_size_in_bytes < taps * taps * x.nbytes / 2
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("groups", "channels"), [(1, 16), (16, 16), (16, 32)])
 def test_the_patches_are_not_kept_for_the_gradient(large, groups, channels):
     x, kernel = arrays((4, 8, 8, channels), (3, 3, channels // groups, channels))
@@ -270,6 +283,7 @@ def test_two_groups_of_sixteen_channels_have_gradients():
     np.testing.assert_allclose(got, jax.grad(lambda k: loss(k, xla_convolution))(kernel), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("groups", "size"), [(4, 3), (4, 1), (1, 1), (2, 1), (1, 3), (2, 3)])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_other_platforms_keep_xlas_convolution_alone(platform, groups, size):

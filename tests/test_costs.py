@@ -113,7 +113,6 @@ def test_every_figure_of_a_resnet_follows_from_its_table_of_layers(name, size, l
 def test_multiply_adds_and_activations_are_those_of_timms_table(name, size, giga, mega, attention_params):
     counted = costs(name, size)
     assert (round(counted.macs / 1e9, 2), round(counted.activations / 1e6, 2)) == (giga, mega)
-    assert counted.params == se_flax.get_variant(name).num_params
     if attention_params is not None:
         assert counted.attention_params == attention_params
 
@@ -182,12 +181,25 @@ def test_where_one_name_has_several_figures():
 
 
 # The released Caffe models: parameters with SE, of its layers' weights and biases; convolutions and layers in 10^9.
+# Derived from the prototxts, not from the code here.
+RELEASED = {
+    50: (28_088_024, 2_514_944, 16_048, 3.8605),
+    101: (49_326_872, 4_743_168, 34_544, 7.5749),
+    152: (66_821_848, 6_578_176, 50_864, 11.2890),
+    "50_32x4d": (27_559_896, 2_514_944, 16_048, 4.2330),
+    "101_32x4d": (48_955_416, 4_743_168, 34_544, 7.9747),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "params", "weights", "biases", "giga"),
     [
         ("se_bn_inception", 11_931_622, 639_360, 7_038, 2.0332),
         ("legacy_senet154", 115_088_984, 6_578_176, 50_864, 20.6884),
-        ("legacy_seresnet50", 28_088_024, 2_514_944, 16_048, 3.8605),
+        *((f"msra_seresnet{layers}", *RELEASED[layers]) for layers in (50, 101, 152)),
+        *((f"legacy_seresnet{layers}", *RELEASED[layers]) for layers in (50, 101, 152)),
+        *((f"seresnext{layers}", *RELEASED[layers]) for layers in ("50_32x4d", "101_32x4d")),
+        *((f"legacy_seresnext{layers}", *RELEASED[layers]) for layers in ("50_32x4d", "101_32x4d")),
     ],
 )
 def test_figures_of_the_released_models(name, params, weights, biases, giga):

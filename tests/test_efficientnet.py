@@ -55,11 +55,6 @@ def shapes_of(model, size=32):
     return {torch_key(path): value.shape for path, value in variable_shapes(model, size).items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names_shapes_and_count_are_timms(name):
-    compare.check_layout(name)
-
-
 def test_every_published_checkpoint_is_known():
     assert [w.tag for w in se_flax.get_variant("efficientnet_b0").weights] == ["ra4_e3600_r224_in1k", "ra_in1k"]
     for name in NAMES:

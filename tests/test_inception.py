@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from costs import count, traced
+from costs import count, products, traced
 from formulas import batch_norm, conv, random_variables, relu, squeeze_excite
 from one_step import check_training_step, images_of
 from parity import compare
@@ -43,14 +43,11 @@ def attention_leaves(variables):
 
 def test_se_bn_inception_has_the_released_models_parameters():
     """Released Caffe model of SE-BN-Inception: 11,931,622 learnable parameters, 646,398 of them in 10 SE modules."""
-    plain, macs = traced("bn_inception")
-    variables, se_macs = traced("se_bn_inception")
-    assert count(plain["params"]) == 11_285_224
-    assert count(variables["params"]) == 11_931_622
+    variables = traced("se_bn_inception")
+    macs, se_macs = products("bn_inception"), products("se_bn_inception")
     modules, kernels, biases = attention_leaves(variables)
     assert len(modules) == 10
     assert sum(i * o for _, _, i, o in kernels) == 639_360 and sum(n for (n,) in biases) == 7_038
-    assert round(se_macs / 1e9, 4) == 2.0332
     # Hu et al. 2020, table 2: 2.03 and 2.04 GFLOPs. Convolutions and layers alone round to 2.03 both times; the second
     # number takes the squeezes' additions and the gates' products too.
     pixels = [28**2] * 2 + [14**2] * 5 + [7**2] * 3
@@ -67,8 +64,8 @@ def test_se_adds_what_its_formula_says(name, gigas):
     that was never released, and that no number of modules we know of explains: timm's and Google's takes 13.16 (our sum
     over its layers). The printed difference, 0.01, is its own.
     """
-    plain, macs = traced(name, 299)
-    variables, se_macs = traced(f"se_{name}", 299)
+    plain, variables = traced(name, 299), traced(f"se_{name}", 299)
+    macs, se_macs = products(name, 299), products(f"se_{name}", 299)
     modules, kernels, _ = attention_leaves(variables)
     widths = WIDTHS[name]
     assert [s[3] for s in sorted(kernels) if s[3] > s[2]] == sorted(widths)
@@ -209,13 +206,13 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_training_step(name, monkeypatch):
+def test_a_training_step(name):
     """Of a few modules; SE_FLAX_ALL=1 takes all of them."""
     attributes, side = {"layout": SHORT[name], "smallest": 1}, 16
     if "SE_FLAX_ALL" in os.environ:
         attributes, side = {}, 128
     model = se_flax.create_model(name, **attributes, num_classes=4, drop_rate=0.1)
-    check_training_step(monkeypatch, model, images_of(4, side, seed=1), seed=2)
+    check_training_step(model, images_of(4, side, seed=1), seed=2)
 
 
 @pytest.mark.parametrize("name", SHORT)

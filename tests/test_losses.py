@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from se_flax import UserError
 from train.optim.losses import cross_entropy, one_hot_smoothed, topk_correct
 
 SHAPES = st.sampled_from([(4, 3), (3, 7), (2, 1)])  # few, since each compiles anew
@@ -152,13 +153,17 @@ def test_works_under_jit_and_strict_promotion():
     assert bool(correct[0])
 
 
-def test_shapes_that_do_not_fit_raise():
+def test_shapes_that_do_not_fit_are_refused():
     logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(ValueError, match=r"logits have shape \(3,\); expected \[n, classes\]"):
+    with pytest.raises(
+        UserError, match=r"shape \(3,\) and .* for the logits of cross_entropy; give float \[n, classes\]"
+    ):
         cross_entropy(jnp.zeros(3), labels)
-    with pytest.raises(ValueError, match=r"labels have shape \(3,\); expected \(2,\) or \(2, 3\)"):
+    with pytest.raises(UserError, match=r"shape \(3,\) and .* for the labels of cross_entropy; give integer \[2\]"):
         cross_entropy(logits, jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match=r"k is 0 and labels have shape \(2,\); expected k >= 1 and one class index"):
+    with pytest.raises(UserError, match=r"got k=0 for topk_correct; give 1 or more"):
         topk_correct(logits, labels, 0)
-    with pytest.raises(ValueError, match=r"k is 1 and labels have shape \(2, 3\); expected k >= 1 and one class index"):
+    with pytest.raises(
+        UserError, match=r"shape \(2, 3\) and dtype float32 for the labels of topk_correct; give integer"
+    ):
         topk_correct(logits, logits, 1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from se_flax.attention import ECA, SqueezeExcite
 from se_flax.lowering import deferred_conv
+from se_flax.lowering.dispatch import force
 from se_flax.nn.conv import Conv
 from se_flax.nn.norm import BatchNorm
 from se_flax.nn.norm_attention import norm_act_attend
@@ -20,19 +21,7 @@ from se_flax.nn.residual import Bottleneck, project
 LEAN = partial(BatchNorm, defer_conv=True)
 
 
-@pytest.fixture
-def as_on_tpu(monkeypatch):
-    """Lets a function take the TPU's form here."""
-
-    def form(f):
-        def call(*args):
-            with monkeypatch.context() as patch:
-                patch.setattr(deferred_conv, "_pick", lambda *operands, tpu, default: tpu(*operands))
-                return f(*args)
-
-        return call
-
-    return form
+as_on_tpu = force("tpu")  # of a function: traces it in the TPU's form
 
 
 @pytest.fixture
@@ -59,12 +48,13 @@ def assert_close(got, wanted, tolerance):
 def test_statistics_of_a_product_from_its_input(n, h, w, narrow, features):
     x, kernel = (np.asarray(drawn(s, i, np.float32)) for i, s in enumerate([(n, h, w, narrow), (narrow, features)]))
     y = x.astype(np.float64) @ kernel
-    mean, square = deferred_conv._moments_through(x, kernel)
+    with force("tpu"):
+        deferred = deferred_conv.defer_conv(x, kernel)
+        (mean, square), means = deferred_conv.moments(deferred), deferred_conv.image_means(deferred)
+    assert not np.any(deferred.output)
     np.testing.assert_allclose(mean, y.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(square, (y**2).mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        deferred_conv._means_through(x, kernel), y.mean((1, 2), keepdims=True), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(means, y.mean((1, 2), keepdims=True), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -79,7 +69,11 @@ def test_the_affine_map_has_the_gradients_of_its_formula(float64, per_image):
     def plain(x, kernel, factor, offset):
         return x @ kernel * factor + offset
 
-    operands, through = (x, kernel, factor, offset), partial(deferred_conv._affine_through, jnp.float64)
+    @as_on_tpu
+    def through(x, kernel, factor, offset):
+        return deferred_conv.affine(deferred_conv.defer_conv(x, kernel), factor, offset, jnp.float64)
+
+    operands = (x, kernel, factor, offset)
     for derivative in (jax.value_and_grad, lambda f, *a: jax.grad(lambda *x: jnp.sum(jax.grad(f)(*x) ** 2), *a)):
         got, wanted = (derivative(value(f), (0, 1, 2, 3))(*operands) for f in (through, plain))
         assert_close(got, wanted, 1e-10)
@@ -110,7 +104,7 @@ def gradients(model, x, weights, dtype, variables):
 
 @pytest.mark.parametrize("attention", [None, SqueezeExcite, ECA, partial(SqueezeExcite, gate="hard_sigmoid")])
 @pytest.mark.parametrize("average", [False, True])
-def test_blocks_give_the_same_numbers_in_both_forms(as_on_tpu, float64, attention, average):
+def test_blocks_give_the_same_numbers_in_both_forms(float64, attention, average):
     x, model = drawn((3, 6, 5, 8), 0), network(attention, average)
     variables = model.init(jax.random.key(0), x)
     variables = jax.tree.map(lambda v: v.astype(jnp.float64), variables)
@@ -120,7 +114,7 @@ def test_blocks_give_the_same_numbers_in_both_forms(as_on_tpu, float64, attentio
 
 
 @pytest.mark.parametrize("attention", [None, SqueezeExcite])
-def test_in_bfloat16_the_form_errs_no_more_than_the_plain_one(as_on_tpu, attention):
+def test_in_bfloat16_the_form_errs_no_more_than_the_plain_one(attention):
     x, model, weights = drawn((8, 12, 12, 8), 0, np.float32), network(attention), drawn((8, 12, 12, 32), 1, np.float32)
     variables = model.init(jax.random.key(0), x)
     exact, plain = (jax.tree.leaves(gradients(model, x, weights, d, variables)[1][0]) for d in ("f4", jnp.bfloat16))
@@ -132,7 +126,7 @@ def test_in_bfloat16_the_form_errs_no_more_than_the_plain_one(as_on_tpu, attenti
     assert 0 < error(ours) < 1.2 * error(plain)
 
 
-def test_replicas_share_their_statistics_in_both_forms(as_on_tpu, float64):
+def test_replicas_share_their_statistics_in_both_forms(float64):
     x, kernel = drawn((2, 3, 4, 4, 6), 0), drawn((6, 12), 1)
     norm = BatchNorm(axis_name="replicas")
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 12)))
@@ -149,8 +143,9 @@ def test_replicas_share_their_statistics_in_both_forms(as_on_tpu, float64):
     np.testing.assert_allclose(updated["batch_stats"]["var"][0], variance, rtol=1e-6)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("attention", [None, SqueezeExcite])
-def test_the_wide_map_is_not_kept(as_on_tpu, attention):
+def test_the_wide_map_is_not_kept(attention):
     """Of maps as wide as the block's input and output, these two alone are kept for the way back."""
     x = jnp.zeros((2, 6, 6, 32))
     block = Bottleneck(8, conv=Conv, norm=LEAN, attention=attention)
@@ -166,7 +161,7 @@ def test_the_wide_map_is_not_kept(as_on_tpu, attention):
     assert as_on_tpu(wide_maps)() == 2 < wide_maps()
 
 
-def test_an_activation_before_the_gate_gets_the_written_map(as_on_tpu):
+def test_an_activation_before_the_gate_gets_the_written_map():
     x, kernel = drawn((2, 4, 4, 3), 0, np.float32), drawn((3, 6), 1, np.float32)
 
     class NormActAttend(nn.Module):

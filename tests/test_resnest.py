@@ -6,20 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import compare
 
 import se_flax
-from se_flax.backbones import resnest
 from se_flax.backbones.resnest import SplitAttention, SplitAttentionBottleneck
 from se_flax.nn.residual import average_by_2, project
 
 RNG = np.random.default_rng(4)
 PARTS = {"conv": se_flax.Conv, "norm": se_flax.BatchNorm, "downsample": project}
-
-
-@pytest.mark.parametrize("name", resnest.VARIANTS)
-def test_layout_of_timm(name):
-    compare.check_layout(name)
 
 
 @pytest.mark.parametrize(

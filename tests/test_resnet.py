@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from costs import count, traced
+from costs import count, products, traced
 from formulas import batch_norm, conv, random_variables, relu
-from parity import compare
 
 import se_flax
 from se_flax import CBAM, ECA, BatchNorm, Conv, EffectiveSE, Placement, SqueezeExcite, UserError
@@ -24,7 +23,7 @@ STAGES = {2: (3, 256), 3: (4, 512), 4: (6, 1024), 5: (3, 2048)}
 
 
 def shapes(name, **attributes):
-    variables, _ = traced(name, 32, **attributes)
+    variables = traced(name, 32, **attributes)
     return {"/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables["params"]).items()}
 
 
@@ -58,73 +57,36 @@ def added(name="resnet50", **attributes):
     ),
 )
 def test_weights_and_biases_of_the_ablations(attributes, weights, biases):
-    variables, _ = traced("resnet50", 32, **attributes)
+    variables = traced("resnet50", 32, **attributes)
     assert added(**attributes) == (weights, biases)
     assert count(variables["params"]) == RESNET50 + weights + biases
 
 
-@pytest.mark.parametrize("reduction", [2, 8, 16])
-def test_weights_follow_equation_5(reduction):
-    expected = 2 * sum(n * c**2 for n, c in STAGES.values()) // reduction
-    assert added(attention=partial(SqueezeExcite, reduction=reduction))[0] == expected
-
-
 def test_counts_with_and_without_biases_and_running_statistics():
-    plain, _ = traced("resnet50", 32)
+    plain = traced("resnet50", 32)
     assert count(plain["params"]) == RESNET50
     assert count(plain) == 25_610_152
     for bias, learnable, with_statistics in ((True, 28_088_024, 28.141), (False, 28_071_976, 28.125)):
-        variables, _ = traced("resnet50", 32, attention=partial(SqueezeExcite, use_bias=bias))
+        variables = traced("resnet50", 32, attention=partial(SqueezeExcite, use_bias=bias))
         assert count(variables["params"]) == learnable
         assert count(variables) == learnable + 53_120
         assert round(count(variables) / 1e6, 3) == with_statistics
 
 
 def test_eca_adds_a_kernel_per_block():
-    variables, _ = traced("ecaresnet50", 32)
+    variables = traced("ecaresnet50", 32)
     # By the rule 5, 5, 5, 7 weights a block; the authors' released network has 3, 5, 5, 7.
     assert count(variables["params"]) - RESNET50 == 5 * 3 + 5 * 4 + 5 * 6 + 7 * 3 == 86
     kernels = {key: shape for key, shape in shapes("ecaresnet50").items() if "/se/" in key}
     assert len(kernels) == 16 and kernels["layer4_2/se/conv/kernel"] == (7, 1, 1)
 
 
-# The released Caffe models, and the same networks without SE: learnable parameters.
-@pytest.mark.parametrize(
-    ("name", "with_se", "without"),
-    [
-        ("msra_seresnet50", 28_088_024, 25_557_032),
-        ("msra_seresnet101", 49_326_872, 44_549_160),
-        ("msra_seresnet152", 66_821_848, 60_192_808),
-        ("seresnext50_32x4d", 27_559_896, 25_028_904),
-        ("seresnext101_32x4d", 48_955_416, 44_177_704),
-    ],
-)
-def test_counts_of_the_released_models(name, with_se, without):
-    assert count(traced(name)[0]["params"]) == with_se
-    assert count(traced(name, attention=None)[0]["params"]) == without
-
-
-# Convolutions and fully connected layers, those of SE included, in units of 10^9 multiply-adds at 224 pixels.
-@pytest.mark.parametrize(
-    ("name", "giga"),
-    [
-        ("msra_seresnet50", 3.8605),
-        ("msra_seresnet101", 7.5749),
-        ("msra_seresnet152", 11.2890),
-        ("seresnext50_32x4d", 4.2330),
-        ("seresnext101_32x4d", 7.9747),
-    ],
-)
-def test_multiply_adds_of_the_released_models(name, giga):
-    assert round(traced(name)[1] / 1e9, 4) == giga
-
-
 def test_multiply_adds_without_se_with_the_later_stride_and_without_the_squeeze():
-    se, plain = traced("msra_seresnet50")[1], traced("msra_seresnet50", attention=None)[1]
+    se, plain = products("msra_seresnet50"), products("msra_seresnet50", attention=None)
     assert se - plain == 2_514_944  # one product per weight and image
-    assert round(traced("resnet50")[1] / 1e9, 2) == 4.09  # the stride in the 3x3 costs 0.23
+    assert round(products("resnet50") / 1e9, 2) == 4.09  # the stride in the 3x3 costs 0.23
     # Table 16: both layers on every pixel. The paper has 4.27 in all.
-    full = traced("msra_seresnet50", attention=partial(SqueezeExcite, squeeze="none"))[1]
+    full = products("msra_seresnet50", attention=partial(SqueezeExcite, squeeze="none"))
     pixels = {2: 56**2, 3: 28**2, 4: 14**2, 5: 7**2}
     assert full - plain == sum(2 * n * c**2 // 16 * pixels[stage] for stage, (n, c) in STAGES.items())
     assert round((full - plain) / 1e9, 3) == 0.411
@@ -307,8 +269,3 @@ def test_stochastic_depth_grows_with_depth_and_leaves_the_shortcut():
 
     jax.eval_shape(TINY(block=Spy, drop_path_rate=0.2).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.15, 0.2])
-
-
-@pytest.mark.parametrize("name", ["seresnet18", "seresnext50_32x4d"])
-def test_names_and_shapes_are_timms(name):
-    compare.check_names_and_count(name)

@@ -194,11 +194,6 @@ HAVE_FIXTURES = [
 ]
 
 
-@pytest.mark.parametrize("name", HAVE_FIXTURES)
-def test_layout_of_timm(name):
-    compare.check_layout(name)
-
-
 def test_input_size_is_that_of_the_first_published_checkpoint():
     for family in (resnet, senet, sknet, resnest):
         for name in family.VARIANTS.keys() - (resnet.VARIANTS.keys() - set(HAVE_FIXTURES)):

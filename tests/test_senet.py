@@ -6,41 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from costs import count, traced
 from parity import compare
 
 import se_flax
 from se_flax.backbones import senet
 from se_flax.backbones.senet import CaffeBasicBlock, caffe_max_pooling
-
-
-@pytest.mark.parametrize("name", senet.VARIANTS)
-def test_layout_of_timm(name):
-    compare.check_layout(name)
-
-
-# Parameters with and without attention of the released prototxts, multiply-adds of convolutions and the classifier in
-# units of 10^9 at 224 pixels; derived from the prototxts, not from the code here.
-@pytest.mark.parametrize(
-    ("name", "with_se", "without", "giga"),
-    [
-        ("legacy_seresnet50", 28_088_024, 25_557_032, 3.8605),
-        ("legacy_seresnet101", 49_326_872, 44_549_160, 7.5749),
-        ("legacy_seresnet152", 66_821_848, 60_192_808, 11.2890),
-        ("legacy_seresnext50_32x4d", 27_559_896, 25_028_904, 4.2330),
-        ("legacy_seresnext101_32x4d", 48_955_416, 44_177_704, 7.9747),
-        ("legacy_senet154", 115_088_984, 108_459_944, 20.6884),
-    ],
-)
-def test_costs_of_the_released_models_with_and_without_attention(name, with_se, without, giga):
-    variables, macs = traced(name)
-    plain, plain_macs = traced(name, attention=None)
-    assert (count(variables["params"]), count(plain["params"])) == (with_se, without)
-    assert round(macs / 1e9, 4) == giga
-    # A gate's layers are one product per weight; the rest of the parameters are their biases.
-    biases = {50: 16_048, 101: 34_544, 152: 50_864, 154: 50_864}
-    layers = int("".join(filter(str.isdigit, name.removeprefix("legacy_").split("_")[0])))
-    assert macs - plain_macs == with_se - without - biases[layers]
 
 
 def test_only_the_resnets_stride_in_their_first_1x1():

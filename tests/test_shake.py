@@ -177,7 +177,7 @@ def bottleneck_count(classes, se):
 
 
 def test_counts():
-    found = {name: count(traced(name, 32)[0]["params"]) for name in shake.VARIANTS}
+    found = {name: count(traced(name, 32)["params"]) for name in shake.VARIANTS}
     assert found == {
         "shake_shake26_2x96d": basic_count(96, 4, 10, se=False),
         "se_shake_shake26_2x96d": basic_count(96, 4, 10, se=True),
@@ -248,7 +248,7 @@ def test_the_networks_are_what_numpy_computes(name, attributes, forward, widths)
 @pytest.mark.parametrize("name", ["shake_shake26_2x96d", "shake_even29_2x4x64d"])
 @pytest.mark.parametrize("place", Placement)
 def test_attention_sits_where_the_placement_says(name, place):
-    variables, _ = traced(name, 32, depth=1, attention=se_flax.ECA, placement=place)
+    variables = traced(name, 32, depth=1, attention=se_flax.ECA, placement=place)
     block = variables["params"]["layer2_0"]
     branches = {branch for branch in ("branch1", "branch2") if "se" in block[branch]}
     assert ("se" in block, branches) == ((False, {"branch1", "branch2"}) if place == "3x3" else (True, set()))
@@ -258,10 +258,10 @@ def test_attention_sits_where_the_placement_says(name, place):
     ("name", "attributes"),
     [("se_shake_shake26_2x96d", SMALL_26), ("se_shake_even29_2x4x64d", {**SMALL_29, "width": 32, "num_classes": 8})],
 )
-def test_a_training_step(name, attributes, monkeypatch):
+def test_a_training_step(name, attributes):
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     model = se_flax.create_model(name, **attributes, attention=attention, drop_rate=0.1)
-    check_training_step(monkeypatch, model, images_of(4, 8), exact=False)
+    check_training_step(model, images_of(4, 8), exact=False)
 
 
 @pytest.mark.parametrize(

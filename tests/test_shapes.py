@@ -1,5 +1,7 @@
 """Shapes that users meet outside image batches: other ranks, no images, sides of unknown length, strict promotion."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +141,7 @@ def test_a_mask_has_an_entry_per_pixel_and_an_empty_one_gives_zero():
     [((32,), r"by x\[None, None\]"), ((2, 32), r"by x\[:, None\]"), ((1, 2, 3, 4, 5, 32), r"H, W, C\]")],
 )
 def test_another_rank_is_refused(module, shape, hint):
-    message = rf"got an array of shape \({', '.join(map(str, shape))},?\); .* takes a map \[N, L, C\].*{hint}"
+    message = rf"got an array of shape \({', '.join(map(str, shape))},?\) .*; give float \[N, L, C\].*{hint}"
     with pytest.raises(UserError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
 
@@ -164,7 +166,7 @@ def test_a_convolution_takes_signals_and_volumes(shape):
 
 
 def test_a_convolution_says_which_ranks_it_takes():
-    with pytest.raises(UserError, match=r"of shape \(2, 32\); a convolution takes a map \[N, L, C\]"):
+    with pytest.raises(UserError, match=r"of shape \(2, 32\) .* for a convolution; give float \[N, L, C\]"):
         se_flax.Conv(8).init(jax.random.key(0), jnp.zeros((2, 32)))
     with pytest.raises(UserError, match=r"kernel_size=\(3, 3\) for a map of shape \(2, 9, 4\); give one"):
         se_flax.Conv(8, (3, 3)).init(jax.random.key(0), jnp.zeros((2, 9, 4)))
@@ -173,7 +175,7 @@ def test_a_convolution_says_which_ranks_it_takes():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: functional.squeeze(jnp.zeros((2, 8))), r"got an array of shape \(2, 8\); a squeeze takes a map"),
+        (lambda: functional.squeeze(jnp.zeros((2, 8))), r"got an array of shape \(2, 8\) .* for a squeeze; give float"),
         (
             lambda: functional.scale(jnp.zeros((2, 8, 2, 8)), jnp.zeros((2, 8))),
             r"gate of shape \(2, 8\) for a map of shape \(2, 8, 2, 8\); give it the map's rank, such as \(2, 1, 1, 8\)",
@@ -260,3 +262,36 @@ def test_every_attention_works_without_rank_promotion(module):
     with jax.numpy_rank_promotion("raise"):
         variables = jax.jit(module.init)(jax.random.key(0), x)
         jax.jit(jax.grad(lambda v, x: module.apply(v, x).sum())).trace(variables, x)
+
+
+@EVERY
+@MAPS
+def test_batch_axis_false_takes_one_image_as_the_batch_has_it(module, shape):
+    rng = np.random.default_rng(2)
+    x, mask = rng.standard_normal(shape).astype(np.float32), rng.random(shape[:-1]) < 0.7
+    variables = random_variables(module, x)
+    alone = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, batch_axis=False), x[0])
+    assert alone == jax.eval_shape(lambda: variables)
+
+    def one(x, mask):
+        return module.apply(variables, x, mask=mask, batch_axis=False)
+
+    for given in (None, mask):
+        whole = module.apply(variables, x, mask=given)
+        np.testing.assert_allclose(one(x[1], None if given is None else given[1]), whole[1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(jax.vmap(one)(x, given), whole, rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(16,), (1, 1, 1, 1, 16)])
+def test_batch_axis_false_refuses_what_is_no_map_of_one_image(module, shape):
+    message = f"{shape} and dtype float32 for {type(module).__name__} with batch_axis=False, the map of one image; give"
+    with pytest.raises(UserError, match=re.escape(message) + r" .*, map the call over images with jax\.vmap, or leave"):
+        jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), batch_axis=False))
+
+
+@EVERY
+def test_a_descriptor_or_a_signal_without_a_batch_axis_says_what_to_add(module):
+    message = r"got an array of shape \(9, 16\) .* by x\[:, None\] \(and a signal without images by x\[None\]\)"
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((9, 16)))

@@ -7,7 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from costs import count, traced
+from costs import count, products, traced
 from formulas import batch_norm, conv, double, random_variables, relu, squeeze_excite
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,19 +42,20 @@ def parameters(groups, width, se=False):
 
 @pytest.mark.parametrize(("groups", "width", "mflops"), TABLE_1)
 def test_costs_of_every_number_of_groups(groups, width, mflops):
-    variables, macs = traced("shufflenet_g3_100", groups=groups, widths=(width, 2 * width, 4 * width))
-    assert count(variables["params"]) == parameters(groups, width)
+    attributes = {"groups": groups, "widths": (width, 2 * width, 4 * width)}
+    assert count(traced("shufflenet_g3_100", **attributes)["params"]) == parameters(groups, width)
+    macs = products("shufflenet_g3_100", **attributes)
     assert round((macs - 4 * width * 1000) / 1e6) == mflops  # convolutions alone
 
 
 def test_the_table_of_the_squeeze_and_excitation_paper():
     """Hu et al. 2020, table 3; digits of the parameters cut off, as the text of the module says."""
-    (plain, macs), (se, se_macs) = traced("shufflenet_g3_100"), traced("se_shufflenet_g3_100")
-    plain, se = count(plain["params"]), count(se["params"])
+    names = "shufflenet_g3_100", "se_shufflenet_g3_100"
+    (plain, se), (macs, se_macs) = (count(traced(name)["params"]) for name in names), map(products, names)
     assert (plain, se) == (parameters(3, 240), parameters(3, 240, se=True))
     assert [math.floor(n / 1e5) / 10 for n in (plain, se)] == [1.8, 2.4]
     assert [round(n / 2**20, 1) for n in (plain, se)] == [1.8, 2.4]
-    after = count(traced("se_shufflenet_g3_100", placement="post")[0]["params"])
+    after = count(traced("se_shufflenet_g3_100", placement="post")["params"])
     assert round(after / 1e6, 1) == 2.6
 
     shortcuts = sum(
@@ -116,10 +117,10 @@ def test_the_network_is_what_numpy_computes():
     assert [x.shape[1:] for x in maps] == [(17, 17, 24), (9, 9, 24), (5, 5, 56), (3, 3, 112), (2, 2, 224)]
 
 
-def test_a_training_step(monkeypatch):
+def test_a_training_step():
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("shufflenet_g3_100", **SMALL, attention=attention, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, images_of(4, 64))
+    check_training_step(small, images_of(4, 64))
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from parity import compare
 
 import se_flax
-from se_flax.backbones import sknet
 from se_flax.backbones.sknet import SelectiveKernel
 from se_flax.nn.branches import weigh_branches
 
 RNG = np.random.default_rng(3)
-
-
-@pytest.mark.parametrize("name", sknet.VARIANTS)
-def test_layout_of_timm(name):
-    compare.check_layout(name)
 
 
 class Weigh(nn.Module):

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from costs import count, traced
+from costs import count, products, traced
 from formulas import batch_norm, conv, double, random_variables, relu, squeeze_excite
 from one_step import check_training_step, images_of
 
@@ -36,11 +36,11 @@ def costs(layers, widen, se):
 )  # Zagoruyko & Komodakis 2016, tables 4 and 5
 def test_counts(name, layers, widen, millions):
     for se, prefix in ((False, ""), (True, "se_")):
-        variables, macs = traced(prefix + name, 32)
-        assert (count(variables["params"]), macs) == costs(layers, widen, se)
+        found = count(traced(prefix + name, 32)["params"]), products(prefix + name, 32)
+        assert found == costs(layers, widen, se)
     assert round(costs(layers, widen, False)[0] / 1e6, 1) == millions
     # Their depth counts the projections of the shortcuts.
-    convs = [leaf for leaf in jax.tree.leaves(traced(name, 32)[0]["params"]) if leaf.ndim == 4]
+    convs = [leaf for leaf in jax.tree.leaves(traced(name, 32)["params"]) if leaf.ndim == 4]
     assert len(convs) == layers
     assert VARIANTS.keys() == {"wrn16_8", "wrn28_10", "se_wrn16_8", "se_wrn28_10"}
 
@@ -109,7 +109,7 @@ def test_dropout_sits_between_the_convolutions_and_nowhere_else():
     assert np.ptp(logits, axis=0).max() > 0.01  # nothing was dropped before the classifier
 
 
-def test_a_training_step(monkeypatch):
+def test_a_training_step():
     attention = partial(se_flax.SqueezeExcite, reduction=4.0)
     small = se_flax.create_model("wrn16_8", depth=1, width=16, attention=attention, drop_rate=0.1, drop_path_rate=0.1)
-    check_training_step(monkeypatch, small, images_of(4, 8))
+    check_training_step(small, images_of(4, 8))

@@ -47,10 +47,12 @@ def products(*arguments):
     return str(jax.make_jaxpr(lambda x, kernel: convolve_on_cpu(x, kernel, *arguments))(*GIVEN)).count("dot_general")
 
 
+@pytest.mark.program
 def test_many_channels_take_it_and_a_transforms_four_products_are_one():
     assert products((1, 1), SAME, (1, 1), 1) == 4  # one for every row of factors
 
 
+@pytest.mark.program
 def test_its_gradients_leave_no_gaps_between_pixels():
     def loss(x, kernel):
         return winograd.convolve(x, kernel, SAME).sum()
@@ -59,11 +61,13 @@ def test_its_gradients_leave_no_gaps_between_pixels():
     assert set(", ".join(re.findall(r"interior = \[(.*?)\]", text)).split(", ")) == {"0"}
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("arguments", [((2, 2), SAME, (1, 1), 1), ((1, 1), SAME, (2, 2), 1)])
 def test_strides_and_dilation_keep_their_forms(arguments):
     assert products(*arguments) == 0
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("change", [{"_CHANNELS": 65}, {"_TILES": 129}])
 def test_few_channels_and_few_pixels_keep_their_form(monkeypatch, change):
     for name, value in change.items():
@@ -71,6 +75,7 @@ def test_few_channels_and_few_pixels_keep_their_form(monkeypatch, change):
     assert products((1, 1), SAME, (1, 1), 1) == 0
 
 
+@pytest.mark.program
 def test_parts_of_grouped_convolutions_and_half_precision_keep_their_form():
     x, kernel = arrays((2, 16, 16, 128), (3, 3, 64, 128))
     grouped = jax.make_jaxpr(lambda x, k: convolve_on_cpu(x, k, (1, 1), SAME, (1, 1), 2))(x, kernel)
@@ -81,6 +86,7 @@ def test_parts_of_grouped_convolutions_and_half_precision_keep_their_form():
     )
 
 
+@pytest.mark.program
 def test_a_batch_of_unknown_size_takes_it_where_one_image_would():
     (batch,) = jax.export.symbolic_shape("b")
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 24, 24, 64), (3, 3, 64, 64)))

@@ -1,8 +1,8 @@
 """Convolution by platform: XLA's own on TPU and GPU, a faster implementation on a CPU.
 
-`jax.lax.platform_dependent` traces the implementations of all platforms, also of those that will not run. The
-implementations for a CPU slice, reshape and loop over feature maps. They need a concrete height and width, and images
-that are not sharded over explicit mesh axes; otherwise every platform gets XLA's convolution.
+`dispatch.by_platform` traces the implementations of all platforms, also of those that will not run. The implementations
+for a CPU slice, reshape and loop over feature maps. They need a concrete height and width, and images that are not
+sharded over explicit mesh axes; otherwise every platform gets XLA's convolution.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from se_flax.lowering.cpu.convolution import convolve_on_cpu
-from se_flax.lowering.dispatch import memoized_partial
+from se_flax.lowering.dispatch import by_platform, memoized_partial
 from se_flax.lowering.sharding import has_explicit_axes, over_images
 from se_flax.lowering.xla import xla_convolution
 
@@ -47,7 +47,7 @@ def convolve(
         return over_images(memoized_partial(xla_convolution, **settings), x, kernel)
     if not _fits_cpu_forms(x):
         return xla_convolution(x, kernel, **settings)
-    return jax.lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         cpu=memoized_partial(convolve_on_cpu, **settings),

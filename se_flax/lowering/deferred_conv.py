@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.lax import broadcast_to_rank
 
 from se_flax.lowering.convolution import convolve
+from se_flax.lowering.dispatch import by_platform
 
 Array = jax.Array
 
@@ -75,7 +76,7 @@ def defer_conv(x: Array, kernel: Array) -> DeferredConv:
     def absent(x: Array, kernel: Array) -> Array:
         return jnp.zeros((*x.shape[:-1], kernel.shape[-1]), x.dtype)
 
-    return DeferredConv(_pick(x, kernel, tpu=absent, default=_convolved), x, kernel)
+    return DeferredConv(by_platform(x, kernel, tpu=absent, default=_convolved), x, kernel)
 
 
 def _convolved(x: Array, kernel: Array) -> Array:
@@ -84,7 +85,7 @@ def _convolved(x: Array, kernel: Array) -> Array:
 
 def image_means(y: Array | DeferredConv) -> Array:
     """Means of y [N, H, W, C] over the spatial axes, float32 [N, 1, 1, C]."""
-    return _by_platform(y, _means_through, _image_means)
+    return _by_form(y, _means_through, _image_means)
 
 
 def moments(y: Array | DeferredConv, means: Array | None = None) -> tuple[Array, Array]:
@@ -99,9 +100,9 @@ def moments(y: Array | DeferredConv, means: Array | None = None) -> tuple[Array,
     """
     if means is not None:
         axes = tuple(range(means.ndim - 1))
-        squares = _by_platform(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_to_float32(y))), axes))
+        squares = _by_form(y, _squares_through, lambda y: jnp.mean(_image_means(jnp.square(_to_float32(y))), axes))
         return jnp.mean(means, axes), squares
-    return _by_platform(y, _moments_through, _moments)
+    return _by_form(y, _moments_through, _moments)
 
 
 def affine(y: Array | DeferredConv, factor: Array | None, offset: Array | None, dtype: Any) -> Array:
@@ -122,22 +123,18 @@ def affine(y: Array | DeferredConv, factor: Array | None, offset: Array | None, 
     def plain(y: Array, factor: Array, offset: Array) -> Array:
         return _affine(_to_float32(y), factor, offset).astype(dtype)
 
-    return _by_platform(y, partial(_affine_through, dtype), plain, factor, offset)
+    return _by_form(y, partial(_affine_through, dtype), plain, factor, offset)
 
 
-def _by_platform(y: Array | DeferredConv, through: Callable[..., Any], plain: Callable[..., Any], *rest: Array) -> Any:
+def _by_form(y: Array | DeferredConv, through: Callable[..., Any], plain: Callable[..., Any], *rest: Array) -> Any:
     if not isinstance(y, DeferredConv):
         return plain(y, *rest)
-    return _pick(
+    return by_platform(
         *y,
         *rest,
         tpu=lambda _, x, kernel, *rest: through(x, kernel, *rest),
         default=lambda output, x, kernel, *rest: plain(output, *rest),
     )
-
-
-def _pick(*operands: Any, tpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    return jax.lax.platform_dependent(*operands, tpu=tpu, default=default)
 
 
 def _to_float32(x: Array) -> Array:

@@ -1,6 +1,7 @@
-"""Memoised partial functions (JAX's trace cache hits), and arrays that XLA may not recompute."""
+"""Choice by platform, memoised partial functions (JAX's trace cache hits), and arrays that XLA may not recompute."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -8,7 +9,56 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from se_flax.errors import UserError
+
 Array = jax.Array
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+# A context of JAX's own: its value is part of the key of every cache of traces and compiled programs.
+_forced = jax.make_user_context(default_value=None)
+
+
+def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """Calls the form of a function that is made for the platform on which the program will run.
+
+    All forms are traced and the compiler keeps one, as with `jax.lax.platform_dependent`. Within `force` the forced
+    platform's alone is traced.
+
+    Args:
+      *operands: arrays.
+      default: for platforms without a form of their own.
+      **forms: by platform, such as `cpu=` and `tpu=`; results of the same shapes and dtypes.
+
+    Returns:
+      What the form returns.
+    """
+    if _forced.value is None:
+        return jax.lax.platform_dependent(*operands, default=default, **forms)
+    return forms.get(_forced.value, default)(*operands)
+
+
+@contextlib.contextmanager
+def force(platform: str) -> Iterator[None]:
+    """Context in which functions are traced in the form of one platform on any machine, for tests and inspection.
+
+        with force("tpu"):
+            text = jax.make_jaxpr(step)(state, batch)
+
+    What `jax.jit`, `jax.grad`, `jax.lax.scan` and the like trace inside is not reused outside, nor the other way round:
+    JAX looks for cached traces and programs by this context too. A result of `jax.jit(f).lower`, `jax.make_jaxpr` or
+    `jax.vjp` keeps the form in which it was traced. Threads that start inside do not see the context.
+
+    Args:
+      platform: one of `PLATFORMS`.
+
+    Raises:
+      UserError: another platform.
+    """
+    if platform not in PLATFORMS:
+        raise UserError(f"got platform={platform!r}; give one of {', '.join(PLATFORMS)}")
+    with _forced(platform):
+        yield
 
 
 @lru_cache(maxsize=1024)
@@ -74,7 +124,7 @@ def share_computation(x: Array) -> Array:
     Returns:
       The same.
     """
-    return jax.lax.platform_dependent(x, cpu=materialize, default=_as_it_is)
+    return by_platform(x, cpu=materialize, default=_as_it_is)
 
 
 def _as_it_is(x: Array) -> Array:

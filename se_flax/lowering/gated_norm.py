@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import broadcast_to_rank
 
-from se_flax.lowering.dispatch import memoized_partial
+from se_flax.lowering.dispatch import by_platform, memoized_partial
 from se_flax.lowering.sharding import matched
 
 Array = jax.Array
@@ -41,7 +41,7 @@ def squeeze_after_act(u: Array, factor: Array, offset: Array, act: Activation) -
     Returns:
       float32 [N, 1, 1, C].
     """
-    return jax.lax.platform_dependent(
+    return by_platform(
         u, factor, offset, cpu=memoized_partial(_plain_squeeze, act), default=memoized_partial(_squeeze, act)
     )
 
@@ -62,7 +62,7 @@ def gate_after_act(u: Array, factor: Array, offset: Array, gates: Array, act: Ac
     """
     # Broadcast per image: the backward pass then sums over H and W only, and over the images afterwards.
     factor, offset = (jnp.broadcast_to(x, gates.shape) for x in (factor, offset))
-    return jax.lax.platform_dependent(
+    return by_platform(
         u,
         factor,
         offset,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.lowering.sharding import gathered
 
 Array = jax.Array
@@ -23,8 +24,8 @@ class Dense(nn.Dense):
         return gathered(super().param(*args, **kwargs))
 
     def __call__(self, inputs: Array) -> Array:
-        """Args: inputs [..., C]. Returns: [..., features]."""
-        return super().__call__(gathered(inputs, -1))
+        """Args: inputs float [..., C]. Returns: [..., features]."""
+        return super().__call__(gathered(check_array(inputs, "Dense", "[..., C]"), -1))
 
 
 def own_dense(classifier: Any) -> Any:
@@ -108,7 +109,8 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Args: x [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
+        """Args: x float [N, features]. Returns: float32 [N, classes], in [-scale, scale] up to rounding."""
+        x = check_array(x, "CosineClassifier", "[N, features]")
         kernel = gathered(self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32))
         # A margin is a few degrees; a TPU's default of bfloat16 would be too coarse.
         cosines = jnp.matmul(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import broadcast_to_rank
 
+from se_flax.arrays import check_array
 from se_flax.errors import UserError
 from se_flax.lowering.deferred_conv import DeferredConv, affine, image_means, moments
 from se_flax.lowering.sharding import gathered
@@ -87,15 +88,15 @@ class BatchNorm(nn.Module):
         """Normalises.
 
         Args:
-          x: [..., C], or a convolution's deferred output.
+          x: float [N, ..., C], or a convolution's deferred output.
           train: use and record the batch's statistics.
 
         Returns:
           The shape of x.
 
         Raises:
-          UserError: training with a single value per channel (one image of one pixel over all devices that share the
-            statistics).
+          UserError: another rank or dtype; training with a single value per channel (one image of one pixel over all
+            devices that share the statistics).
         """
         x, factor, offset, _ = self.coefficients(x, train=train)
         return self.affine(x, factor, offset)
@@ -116,7 +117,7 @@ class BatchNorm(nn.Module):
         Returns:
           The coefficients, with x.
         """
-        x = x if isinstance(x, DeferredConv) else jnp.asarray(x)
+        x = x if isinstance(x, DeferredConv) else check_array(x, "BatchNorm", "[N, ..., C]")
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
@@ -175,9 +176,9 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
       float32 mean and variance [N, 1, 1, C], the same within a group.
 
     Raises:
-      UserError: `group_size` does not divide C.
+      UserError: x has another rank or dtype, or `group_size` does not divide C.
     """
-    x = jnp.asarray(x)
+    x = check_array(x, "group_moments", "[N, H, W, C]")
     n, h, w, channels = x.shape
     if group_size < 1 or channels % group_size:
         raise UserError(f"got group_size={group_size} for {channels} channels; it must divide them")
@@ -222,10 +223,11 @@ class GroupNorm(nn.Module):
           The shape of x.
 
         Raises:
-          UserError: `group_size` does not divide C, or a group holds a single value (one channel of one pixel).
+          UserError: x has another rank or dtype; `group_size` does not divide C, or a group holds a single value (one
+            channel of one pixel).
         """
         del train
-        x = jnp.asarray(x)
+        x = check_array(x, "GroupNorm", "[N, H, W, C]")
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
@@ -260,10 +262,10 @@ class LayerNorm(nn.Module):
           The shape of x.
 
         Raises:
-          UserError: x has a single channel.
+          UserError: x has another dtype or a single channel.
         """
         del train
-        x = jnp.asarray(x)
+        x = check_array(x, "LayerNorm", "[..., C]")
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
@@ -310,7 +312,7 @@ class EvoNormS0(nn.Module):
           UserError: as `GroupNorm`.
         """
         del train
-        x = jnp.asarray(x)
+        x = check_array(x, "EvoNormS0", "[N, H, W, C]")
         shape = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)

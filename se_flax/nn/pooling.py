@@ -1,10 +1,13 @@
-"""Pooling of maps [N, H, W, C] as PyTorch and timm do it."""
+"""Pooling of float maps [N, H, W, C] as PyTorch and timm do it; others are a `UserError`."""
 
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from se_flax.arrays import check_array
+from se_flax.lowering.dispatch import by_platform
 
 Array = jax.Array
 
@@ -15,6 +18,7 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
     Among equal maxima of a window the first gets the gradient. On a CPU, where XLA's pooling is slow and another
     implementation runs, they share it.
     """
+    x = check_array(x, "max_pool", "[N, H, W, C]")
 
     def xla_pool(x: Array) -> Array:
         return nn.max_pool(x, (size, size), (strides, strides), [(padding, padding)] * 2)
@@ -28,11 +32,12 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
             x = functools.reduce(jnp.maximum, windows)
         return x
 
-    return jax.lax.platform_dependent(x, cpu=by_axis, default=xla_pool)
+    return by_platform(x, cpu=by_axis, default=xla_pool)
 
 
 def avg_pool(x: Array, size: int, strides: int) -> Array:
     """Mean over size x size windows of x [N, H, W, C]; windows beyond the edge average their pixels inside the map."""
+    x = check_array(x, "avg_pool", "[N, H, W, C]")
     # For a symbolic size the greatest padding serves: no window can start inside it.
     padding = [(0, -(dim - size) % strides if isinstance(dim, int) else strides - 1) for dim in x.shape[1:3]]
     return nn.avg_pool(x, (size, size), (strides, strides), padding, count_include_pad=False)
@@ -47,6 +52,7 @@ def blur_pool(x: Array) -> Array:
     Returns:
       [N, ceil(H / 2), ceil(W / 2), C]; the map is padded by one pixel of zeros on every side.
     """
+    x = check_array(x, "blur_pool", "[N, H, W, C]")
     for axis in (1, 2):
         size = x.shape[axis]
         x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])

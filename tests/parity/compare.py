@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gzip
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -36,13 +35,10 @@ def nhwc(shape):
     return synthetic.images(shape).transpose(0, 2, 3, 1)
 
 
-def check_names_and_count(name):
-    """timm's entries are exactly ours (`from_timm` is strict) and come back bit for bit; the counts are timm's."""
-    reference = fixture(name)
+def check_names(name):
+    """timm's entries are exactly ours (`from_timm` is strict) and come back bit for bit."""
     given = state_dict(name)
     variables = se_flax.from_timm(name, given)
-    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    assert count == reference["num_params"] == se_flax.get_variant(name).num_params
     back = se_flax.to_timm(name, variables)
     assert back.keys() == given.keys()
     for key, value in given.items():
@@ -52,15 +48,13 @@ def check_names_and_count(name):
 
 
 def check_layout(name):
-    """Names, shapes and counts are timm's, without computing a weight (`from_timm` needs nothing else)."""
+    """Names and shapes are timm's, without computing a weight (`from_timm` needs nothing else)."""
     reference = fixture(name)
     size = reference["input_shape"][-1] if "input_shape" in reference else 64
     shapes = variable_shapes(se_flax.create_model(name), size)
     ours = {torch_key(path): torch_shape(path, leaf.shape) for path, leaf in shapes.items()}
     theirs = {key: tuple(shape) for key, shape in reference["entries"] if not key.endswith("num_batches_tracked")}
     assert ours == theirs
-    count = sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path[0] == "params")
-    assert count == reference["num_params"] == se_flax.get_variant(name).num_params
 
 
 def compiled(function, *arguments):
@@ -127,7 +121,12 @@ def train_step(name, variables, dtype):
 
 @contextlib.contextmanager
 def double_precision(monkeypatch):
-    """Within it our networks compute in float64: what they compute "in float32" too."""
+    """Within it our networks compute in float64: what they compute "in float32" too.
+
+    A patch, since that gates, statistics and logits are float32 is part of what every layer and
+    network promises, written where it is done; a setting for it would be in all of them, for this test alone.
+    What is traced here is not used outside: `enable_x64` is part of the key of JAX's caches.
+    """
     with jax.enable_x64(True), monkeypatch.context() as patch:
         patch.setattr(jnp, "float32", jnp.float64)
         yield

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.errors import UserError
+from se_flax.lowering.dispatch import by_platform
 from train.config import Augment
 from train.data.randaugment import MAX_MAGNITUDE, blend, luma, randaugment
 
@@ -83,7 +85,11 @@ def example_keys(key: jax.Array, global_index: jax.Array) -> jax.Array:
 
     Returns:
       n keys.
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    global_index = check_array(global_index, "the indexes of example_keys", "[n]", kind="integer")
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
 
 
@@ -104,11 +110,9 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
       [N, H, W, 3] in [0, 1], of the images' dtype; computed in float32.
 
     Raises:
-      ValueError: the images are not floating-point RGB.
+      UserError: the images are not floating-point RGB.
     """
-    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
-        given = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"images must be floating-point [N, H, W, 3] in [0, 1], not {given}")
+    images = check_array(images, "augment", "[N, H, W, 3]", hint=", in [0, 1]")
     jitter = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
 
     def one(image, key):
@@ -130,7 +134,7 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
     each = jax.vmap(one)
     if settings.randaugment_layers:
         # On a CPU batching gains nothing, and one image at a time computes only the operations that it drew.
-        each = functools.partial(jax.lax.platform_dependent, cpu=_one_by_one(one), default=each)
+        each = functools.partial(by_platform, cpu=_one_by_one(one), default=each)
     return each(images.astype(jnp.float32), keys).astype(images.dtype)
 
 
@@ -149,7 +153,11 @@ def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, 
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "pad_and_crop", "[H, W, 3]")
     height, width, _ = image.shape
     canvas = jnp.broadcast_to(jnp.asarray(fill, image.dtype), (height + 2 * pad, width + 2 * pad, 3))
     canvas = canvas.at[pad : pad + height, pad : pad + width].set(image)
@@ -166,7 +174,11 @@ def flip(image: jax.Array, key: jax.Array) -> jax.Array:
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "flip", "[H, W, 3]")
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
@@ -188,7 +200,11 @@ def colour_jitter(
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "colour_jitter", "[H, W, 3]")
     draws = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)
     if brightness:
         image = blend(jnp.zeros_like(image), image, 1.0 + brightness * draws[0])
@@ -210,7 +226,11 @@ def shift_hue(image: jax.Array, turns: float | jax.Array) -> jax.Array:
 
     Returns:
       float32 [..., 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "shift_hue", "[..., 3]")
     red, green, blue = jnp.moveaxis(image, -1, 0)
     value = jnp.max(image, axis=-1)
     chroma = value - jnp.min(image, axis=-1)
@@ -242,7 +262,11 @@ def random_erase(image: jax.Array, key: jax.Array, probability: float, fill: tup
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "random_erase", "[H, W, 3]")
     height, width, _ = image.shape
     draws = jax.random.uniform(key, (3 + 2 * _ERASE_TRIES,))
     chance, down, along = draws[:3]
@@ -273,7 +297,11 @@ def cutout(image: jax.Array, key: jax.Array, side: int, fill: tuple[float, ...] 
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "cutout", "[H, W, 3]")
     height, width, _ = image.shape
     top, left = _whole(jax.random.uniform(key, (2,)), jnp.array([height, width])) - side // 2
     box = _box(height, width, top, left, top + side, left + side)
@@ -301,8 +329,10 @@ def mix(
       images [N, H, W, 3] and labels [N, classes] of the dtypes given; computed in float32.
 
     Raises:
-      UserError: N is odd.
+      UserError: N is odd, or an array of another shape or dtype.
     """
+    images = check_array(images, "mix", "[N, H, W, 3]")
+    labels = check_array(labels, "the labels of mix", f"[{images.shape[0]}, classes]")
     if not (mixup_alpha or cutmix_alpha):
         return images, labels
     count, height, width, _ = images.shape

@@ -19,6 +19,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
+from se_flax.lowering.dispatch import by_platform
+
 OPS = (
     "identity",
     "autocontrast",
@@ -56,7 +59,11 @@ def randaugment(
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "randaugment", "[H, W, 3]")
     for which, direction in jax.random.uniform(key, (layers, 2)):
         op = jnp.floor(which * len(OPS)).astype(jnp.int32)
         sign = jnp.where(direction < 0.5, -1.0, 1.0)
@@ -82,7 +89,11 @@ def apply_op(
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "apply_op", "[H, W, 3]")
     share = magnitude / MAX_MAGNITUDE
 
     # The degenerate image that each colour operation blends with.
@@ -131,7 +142,12 @@ def blend(degenerate: jax.Array, image: jax.Array, factor: float | jax.Array) ->
 
     Returns:
       float32 [..., 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "blend", "[..., 3]")
+    degenerate = check_array(degenerate, "the degenerate of blend", "[...]")
     return jnp.clip(degenerate + factor * (image - degenerate), 0.0, 1.0)
 
 
@@ -143,7 +159,11 @@ def luma(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [..., 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "luma", "[..., 3]")
     red, green, blue = (image[..., c : c + 1] for c in range(3))
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
@@ -165,7 +185,11 @@ def autocontrast(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "autocontrast", "[H, W, 3]")
     low, high = jnp.min(image, axis=(0, 1)), jnp.max(image, axis=(0, 1))
     flat = high <= low
     stretched = (image - low) / jnp.where(flat, 1.0, high - low)
@@ -186,7 +210,11 @@ def solarize(image: jax.Array, threshold: int) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "solarize", "[H, W, 3]")
     return jnp.where(_levels(image) < threshold, image, 1.0 - image)
 
 
@@ -199,7 +227,11 @@ def posterize(image: jax.Array, bits: int) -> jax.Array:
 
     Returns:
       float32 [H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "posterize", "[H, W, 3]")
     mask = 256 - 2 ** (8 - bits)
     return (_levels(image) & mask).astype(jnp.float32) / 255.0
 
@@ -212,15 +244,19 @@ def equalize(image: jax.Array) -> jax.Array:
 
     Returns:
       float32 [H, W, 3], multiples of 1/255; a channel with (nearly) all pixels at one level is unchanged.
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image = check_array(image, "equalize", "[H, W, 3]")
     levels = _levels(image)
-    counts = jax.lax.platform_dependent(levels, tpu=_count_by_products, default=_count_by_scatter)
+    counts = by_platform(levels, tpu=_count_by_products, default=_count_by_scatter)
     highest = jnp.max(levels, axis=(0, 1))  # [3]
     last = jnp.take_along_axis(counts, highest[:, None], axis=1)
     step = (levels.shape[0] * levels.shape[1] - last) // 255  # [3, 1]
     below = jnp.cumsum(counts, axis=1) - counts
     table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255).astype(jnp.float32)
-    equalized = jax.lax.platform_dependent(table, levels, tpu=_look_up_by_products, default=_look_up_by_gather)
+    equalized = by_platform(table, levels, tpu=_look_up_by_products, default=_look_up_by_gather)
     return jnp.where(step[:, 0] == 0, image, equalized / 255.0)
 
 
@@ -292,13 +328,17 @@ def warp(image: jax.Array, matrix: jax.Array, fill: tuple[float, ...] = GREY) ->
 
     Returns:
       float32 [H, W, 3].
+
+    Raises:
+      UserError: an array of another shape or dtype.
     """
+    image, matrix = check_array(image, "warp", "[H, W, 3]"), check_array(matrix, "the matrix of warp", "[6]")
     height, width, _ = image.shape
     a, b, c, d, e, f = matrix
     x, y = jnp.arange(width) + 0.5, (jnp.arange(height) + 0.5)[:, None]
     x, y = a * x + b * y + c, d * x + e * y + f  # [H, W] each
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    warped = jax.lax.platform_dependent(image, matrix, x, y, tpu=_sample_by_products, default=_sample_by_gather)
+    warped = by_platform(image, matrix, x, y, tpu=_sample_by_products, default=_sample_by_gather)
     return jnp.where(inside[..., None], warped, jnp.asarray(fill, jnp.float32))
 
 

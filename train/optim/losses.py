@@ -7,12 +7,16 @@ float32 whatever the logits' dtype, so that a step or an evaluation can sum them
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
+from se_flax.errors import UserError
 
-def _check_shapes(logits: jax.Array, labels: jax.Array) -> None:
-    if logits.ndim != 2:
-        raise ValueError(f"logits have shape {logits.shape}; expected [n, classes]")
-    if labels.shape not in ((logits.shape[0],), logits.shape):
-        raise ValueError(f"labels have shape {labels.shape}; expected {logits.shape[:1]} or {logits.shape}")
+
+def _checked(name: str, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = check_array(logits, f"the logits of {name}", "[n, classes]")
+    n, classes = logits.shape
+    soft = jnp.ndim(labels) == 2
+    shape = f"[{n}, {classes}]" if soft else f"[{n}]"
+    return logits, check_array(labels, f"the labels of {name}", shape, kind="float" if soft else "integer")
 
 
 def _smoothed(targets: jax.Array, label_smoothing: float) -> jax.Array:
@@ -33,7 +37,11 @@ def one_hot_smoothed(labels: jax.Array, num_classes: int, label_smoothing: float
     Returns:
       float32 [n, num_classes]. The row of a label outside 0 ... num_classes - 1 is NaN: with a row of zeros, a data set
       with more classes than the network would just have a small loss.
+
+    Raises:
+      UserError: labels of another rank or dtype.
     """
+    labels = check_array(labels, "one_hot_smoothed", "[n]", kind="integer")
     labels = labels.astype(jnp.int32)  # uint8 could not be compared with 1000 classes
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     valid = (labels >= 0) & (labels < num_classes)
@@ -55,9 +63,11 @@ def cross_entropy(
       float32 [n]. Padding has loss 0 and gradient 0, even where its logits are NaN or its label is not a class.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      UserError: other dtypes, or shapes that do not fit each other.
     """
-    _check_shapes(logits, labels)
+    logits, labels = _checked("cross_entropy", logits, labels)
+    if mask is not None:
+        mask = check_array(mask, "the mask of cross_entropy", f"[{logits.shape[0]}]", kind="real")
     logits = logits.astype(jnp.float32)
     if labels.ndim == 1:
         targets = one_hot_smoothed(labels, logits.shape[-1], label_smoothing)
@@ -87,11 +97,12 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
       bool [n]; its integer sum over a split is an exact count.
 
     Raises:
-      ValueError: k below 1, or shapes that do not fit each other.
+      UserError: k below 1, other dtypes, or shapes that do not fit each other.
     """
-    _check_shapes(logits, labels)
-    if k < 1 or labels.ndim != 1:
-        raise ValueError(f"k is {k} and labels have shape {labels.shape}; expected k >= 1 and one class index a row")
+    if k < 1:
+        raise UserError(f"got k={k} for topk_correct; give 1 or more")
+    logits = check_array(logits, "the logits of topk_correct", "[n, classes]")
+    labels = check_array(labels, "the labels of topk_correct", f"[{logits.shape[0]}]", kind="integer")
     labels = labels.astype(jnp.int32)
     classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     is_label = classes == labels[:, None]

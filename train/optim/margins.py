@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from se_flax.arrays import check_array
 from se_flax.errors import UserError
 
 # 1 - cos^2 of a float32 cosine is 0 or at least 6e-8, so this bound only keeps the root's derivative finite at 0.
@@ -34,7 +35,7 @@ def arcface(logits: jax.Array, labels: jax.Array, margin: float = 0.5, scale: fl
       float32 [n, classes]; rows with a label that is not a class are unchanged. Gradients are finite everywhere.
 
     Raises:
-      UserError: the labels are not one class index per row.
+      UserError: logits of another rank or dtype, or labels that are not one class index per row.
     """
     cosines, right = _cosines(logits, labels, scale, "arcface")
     sines = jnp.sqrt(jnp.maximum((1.0 - cosines) * (1.0 + cosines), _LEAST_SINE_SQUARED))
@@ -56,7 +57,7 @@ def cosface(logits: jax.Array, labels: jax.Array, margin: float = 0.4, scale: fl
       float32 [n, classes], as `arcface`.
 
     Raises:
-      UserError: the labels are not one class index per row.
+      UserError: logits of another rank or dtype, or labels that are not one class index per row.
     """
     cosines, right = _cosines(logits, labels, scale, "cosface")
     return scale * jnp.where(right, cosines - margin, cosines)
@@ -64,6 +65,7 @@ def cosface(logits: jax.Array, labels: jax.Array, margin: float = 0.4, scale: fl
 
 def _cosines(logits: jax.Array, labels: jax.Array, scale: float, name: str) -> tuple[jax.Array, jax.Array]:
     """The cosines, and the mask of the true class."""
+    logits = check_array(logits, f"the logits of {name}", "[n, classes]")
     if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UserError(
             f"got labels of shape {labels.shape} and dtype {labels.dtype} for {name}, whose margin needs a "
