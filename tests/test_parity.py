@@ -50,7 +50,7 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 12}
+    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 11}
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
     assert len(STEPS) == 92
     assert set(FIXTURES) <= set(se_flax.list_models())

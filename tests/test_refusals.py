@@ -193,7 +193,7 @@ def test_the_table_has_every_public_function_of_arrays():
     assert public(functional) - NOT_OF_ARRAYS == FUNCTIONAL.keys()
     bases = {"Attention", "ChannelAttention", "PointwiseParams"}
     assert public(attention, [is_layer]) - bases == ATTENTION.keys()
-    settings = {"check_spread", "own_dense", "classify", "Coefficients"}
+    settings = {"check_spread", "own_dense", "classify", "Coefficients", "NestedClassifier"}
     ours = set().union(*(public(m, [inspect.isfunction, is_layer]) for m in (norm, pooling, head)))
     assert ours - settings - {"ConvNorm"} <= NN.keys() | {"Conv"}
     assert public(losses) | public(margins) == {name for name in TRAIN if " " not in name}
