@@ -204,7 +204,7 @@ def test_the_table_has_every_public_function_of_arrays():
 @pytest.mark.parametrize("name", TABLE)
 def test_what_is_right_is_taken(name):
     case = TABLE[name]
-    case.call(*case.arrays().values())
+    jax.eval_shape(case.call, *case.arrays().values())
 
 
 WRONG = [

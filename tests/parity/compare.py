@@ -123,9 +123,9 @@ def train_step(name, variables, dtype):
 def double_precision(monkeypatch):
     """Within it our networks compute in float64: what they compute "in float32" too.
 
-    A patch, since that gates, statistics and logits are float32 is part of what every layer and
-    network promises, written where it is done; a setting for it would be in all of them, for this test alone.
-    What is traced here is not used outside: `enable_x64` is part of the key of JAX's caches.
+    A patch: float32 for gates, statistics and logits is what every layer and network promises, written where it is
+    done, and a setting for it would be in all of them, for this test alone. What is traced here is not used outside,
+    since `enable_x64` is part of the key of JAX's caches.
     """
     with jax.enable_x64(True), monkeypatch.context() as patch:
         patch.setattr(jnp, "float32", jnp.float64)
