@@ -22,7 +22,7 @@ from se_flax.images.decode import open_image, orientation, to_rgb
 from train.config import Data
 from train.data.images import eval_image, random_box, train_image
 from train.data.loader import DataSplits, eval_batches, open_data, train_loader
-from train.data.sources import TfdsSource
+from train.data.tfds_source import TfdsSource
 
 PACKAGES = pytest.mark.parametrize(
     "packages", [(), *((name,) for name in FAST), FAST], ids=lambda names: "+".join(names)

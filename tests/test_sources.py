@@ -14,7 +14,7 @@ from PIL import Image
 
 from se_flax.errors import UserError
 from train.config import Data
-from train.data.sources import open_data, stratified_split
+from train.data.sources import ImageData, open_data, stratified_split
 
 
 def write(path, value=0, size=4):
@@ -67,6 +67,21 @@ def test_digits_have_two_splits():
 
 
 # ---- folders
+
+
+def test_classes_are_counted_without_a_look_at_images(tmp_path, prepared, monkeypatch):
+    for part in ("train", "val"):
+        class_folders(tmp_path / "halves" / part, classes=("cat", "cow", "dog"))
+    class_folders(tmp_path / "whole")
+    monkeypatch.setattr("train.data.sources.pictures_by_class", lambda root: pytest.fail("looked for images"))
+
+    def count(source, **changes):
+        return ImageData(Data(source=source, **changes)).count_classes()
+
+    assert count("digits") == 10
+    assert (count(f"folder:{tmp_path}/halves"), count(f"folder:{tmp_path}/whole")) == (3, 2)
+    assert count("tfds:tiny_shapes", data_dir=str(prepared)) == 2
+    assert [count(source) for source in (f"folder:{tmp_path}/none", "folder:", "digit")] == [0, 0, 0]
 
 
 def test_one_folder_is_split_by_fraction(tmp_path):

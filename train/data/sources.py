@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,10 +25,10 @@ from se_flax.images.class_folders import (
 )
 from train.config import Data
 from train.data.images import INTERPOLATIONS, TRAIN_CROPS
+from train.data.tfds_source import listed, open_tfds, tfds_features
 
 KINDS = ("digits", "folder:<path>", "tfds:<name>")
 EVAL_FOLDERS = SPLITS[1:]
-EVAL_SPLITS = ("test", "validation")
 
 
 class Source(Protocol):
@@ -86,7 +86,7 @@ class ImageData:
             kind, rest = self._kind()
             if kind == "folder":
                 return len(class_folders(_split_folders(Path(rest).expanduser(), self.settings)[0]))
-            return len(_tfds_features(rest, self.settings).class_names) if kind == "tfds" else 10
+            return len(tfds_features(rest, self.settings).class_names) if kind == "tfds" else 10
         except UserError:
             return 0
 
@@ -99,7 +99,7 @@ class ImageData:
         kind, rest = self._kind()
         if kind == "folder":
             return _open_folder(Path(rest).expanduser(), self.settings)
-        return _open_tfds(rest, self.settings) if kind == "tfds" else _open_digits(self.settings)
+        return DataSplits(*open_tfds(rest, self.settings)) if kind == "tfds" else _open_digits(self.settings)
 
     def _kind(self) -> tuple[str, str]:
         source = self.settings.source
@@ -320,7 +320,7 @@ def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[Folde
         raise UserError(f"{root} has no class folders; put the images of each class into a folder named after it.")
     if class_names is not None and (unknown := sorted(folders.keys() - set(class_names))):
         raise UserError(
-            f"{root} has class folders that training does not have: {_listed(unknown)}; "
+            f"{root} has class folders that training does not have: {listed(unknown)}; "
             "remove them or add them to the training images."
         )
     found = pictures_by_class(root)
@@ -328,7 +328,7 @@ def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[Folde
     if class_names is None:
         if empty := [name for name, files in images.items() if not files]:
             raise UserError(
-                f"empty class: no image ({', '.join(SUFFIXES)}) in {_listed(str(root / name) for name in empty)}; "
+                f"empty class: no image ({', '.join(SUFFIXES)}) in {listed(str(root / name) for name in empty)}; "
                 "add images or remove the folder."
             )
         if len(folders) < 2:
@@ -347,123 +347,3 @@ def _scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[Folde
     labels = {name: label for label, name in enumerate(names)}
     rows = [(f"{folders[name]}/{file}", labels[name]) for name, files in images.items() for file in files]
     return FolderSource(str(root), tuple(file for file, _ in rows), tuple(label for _, label in rows)), names
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    given = list(names)
-    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
-
-
-@dataclass(frozen=True)
-class TfdsSource:
-    """A split prepared by TensorFlow Datasets as ArrayRecord, read without TensorFlow.
-
-    Attributes:
-      records: `tfds.data_source` of the split, images undecoded.
-      image_key: name of the image feature.
-      label_key: name of the label feature.
-      num_classes: upper bound of the labels, excluded.
-      title: name of the split, for messages.
-    """
-
-    records: Any
-    image_key: str
-    label_key: str
-    num_classes: int
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        label = int(record[self.label_key])
-        if not 0 <= label < self.num_classes:
-            raise UserError(
-                f"{self.name(index)} has the label {label}, but the data has the classes 0 ... {self.num_classes - 1}; "
-                "-1 marks a split without labels: choose others with data.train_split and data.eval_split."
-            )
-        return {"image": record[self.image_key], "label": label}
-
-    def name(self, index: int) -> str:
-        """Data set, split and number."""
-        return f"{self.title} example {index}"
-
-
-class _TfdsFeatures(NamedTuple):
-    """A prepared data set, and what its metadata say of images and labels."""
-
-    builder: Any
-    image_key: str
-    label_key: str
-    class_names: tuple[str, ...]
-
-
-def _tfds_features(name: str, data: Data) -> _TfdsFeatures:
-    import tensorflow_datasets as tfds  # imported here because it takes a second and only this source needs it
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
-
-    try:
-        # Reads only the files; the data set's own code may need TensorFlow or the network.
-        builder = builder_from_files(name, data_dir=data.data_dir or None)
-    except ValueError as error:  # includes "not found"
-        raise UserError(_why_no_tfds(name, data.data_dir, tfds)) from error
-
-    image_key, label_key = builder.info.supervised_keys or ("image", "label")
-    features = dict(builder.info.features.items())
-    label = features.get(label_key)
-    if not isinstance(features.get(image_key), tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"tfds:{name} is not image classification: it needs an image and a class label, and has "
-            f"{_listed(sorted(features))}; choose another data set."
-        )
-    return _TfdsFeatures(builder, image_key, label_key, tuple(label.names or map(str, range(label.num_classes))))
-
-
-def _open_tfds(name: str, data: Data) -> DataSplits:
-    import tensorflow_datasets as tfds
-
-    builder, image_key, label_key, class_names = _tfds_features(name, data)
-    available = list(builder.info.splits)
-    train_split = data.train_split or "train"
-    eval_split = data.eval_split or next((split for split in EVAL_SPLITS if split in available), "")
-    if not eval_split:
-        raise UserError(
-            f"tfds:{name} has no test or validation split (only {', '.join(available)}); name one in "
-            "data.eval_split or divide: --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'."
-        )
-
-    def open_split(setting: str, split: str) -> TfdsSource:
-        try:
-            records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
-        except NotImplementedError as error:
-            raise UserError(
-                f"tfds:{name} in {builder.data_dir} is stored without random access; prepare it again in another "
-                f"data_dir: {_preparing(name, '<folder>')}"
-            ) from error
-        except ValueError as error:
-            hint = closest(split, available)
-            raise UserError(f"data.{setting}={split!r} is not a split of tfds:{name}; {hint}.") from error
-        return TfdsSource(records, image_key, label_key, len(class_names), f"tfds:{name} {split}")
-
-    return DataSplits(open_split("train_split", train_split), open_split("eval_split", eval_split), class_names)
-
-
-def _preparing(name: str, data_dir: str) -> str:
-    where = f", data_dir={data_dir!r}" if data_dir else ""
-    return (
-        "pip install 'se-flax[tfds]' && python -c \"import tensorflow_datasets as tfds; "
-        f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\""
-    )
-
-
-def _why_no_tfds(name: str, data_dir: str, tfds: Any) -> str:
-    """The message for a data set that is not on disk: not prepared, or unknown."""
-    where = data_dir or "the default folder of TensorFlow Datasets"
-    known = set(tfds.list_builders(with_community_datasets=False))
-    base = name.partition(":")[0].partition("/")[0]
-    if base in known:
-        return (
-            f"tfds:{name} is not prepared in {where}; prepare it once (needs TensorFlow): {_preparing(name, data_dir)}"
-        )
-    return f"tfds:{name} is neither in {where} nor a data set of TensorFlow Datasets; {closest(base, known)}."
