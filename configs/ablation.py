@@ -67,12 +67,13 @@ AXES: dict[str, tuple[Cell, ...]] = {
     ),
     "3x3": (NONE, SE, AFTER_3X3),
     "nosqueeze": (NONE, SE, NO_SQUEEZE),
-    # ECA and CBAM are not in the paper; they keep the forms of their own papers.
+    # ECA, CBAM and global context are not in the paper; they keep the forms of their own papers.
     "attention": (
         NONE,
         SE,
         Cell("eca", Attention(kind="eca")),
         Cell("cbam", Attention(kind="cbam")),
+        Cell("gc", Attention(kind="gc")),
     ),
 }
 

@@ -63,7 +63,7 @@ def test_every_axis_starts_without_attention_and_all_is_every_network_once():
         assert cells[0].attention.kind == "none" and (cells[0].paper.top1, cells[0].paper.top5) == (23.30, 6.55)
         assert len({cell.name for cell in cells}) == len({cell.key for cell in cells}) == len(cells)
     one_by_one = {cell.key for axis, cells in AXES.items() if axis != "all" for cell in cells}
-    assert {cell.key for cell in AXES["all"]} == one_by_one and len(one_by_one) == 19
+    assert {cell.key for cell in AXES["all"]} == one_by_one and len(one_by_one) == 20
 
 
 def test_the_recipe_and_the_cell_make_the_settings():
@@ -75,7 +75,7 @@ def test_the_recipe_and_the_cell_make_the_settings():
     for cell in AXES["attention"]:
         model = build_model(get_config(f"attention={cell.name}"), 10)
         given = getattr(model.attention, "func", model.attention)
-        expected = {"none": None, "se": "SqueezeExcite", "eca": "ECA", "cbam": "CBAM"}[cell.name]
+        expected = {"none": None, "se": "SqueezeExcite", "eca": "ECA", "cbam": "CBAM", "gc": "GlobalContext"}[cell.name]
         assert getattr(given, "__name__", None) == expected
 
 

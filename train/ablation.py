@@ -15,7 +15,8 @@ from typing import Any
 from se_flax.cli.layout import reflowed
 from se_flax.errors import UserError, closest
 from train.cli import exit_code, parse
-from train.config import RESUMABLE, Config, flatten
+from train.config import SAME_NUMBERS, Config, changed_settings, flatten
+from train.tools import results_file
 from train.tools.ablation_table import Cell, Results, write_tables
 
 USAGE = """\
@@ -30,6 +31,8 @@ Train every cell of an ablation with several seeds, and write one table.
   --workdir=DIR              table.md, table.csv and one folder per run, DIR/<cell>/seed<n>
   --seeds=N                  so many seeds, 0 to N - 1; or the seeds themselves: --seeds=0,3,7 (default: 3)
   --cells=A,B                only these cells of the axis (default: all)
+  --results=FILE             a file of finished runs, to which every run adds a line; runs that are in it are not run
+                             again. Concatenate the files of several machines to merge them
   --config.A.B=VALUE         overrides one setting of every cell; python -m train --help lists them
   --help                     this text
 
@@ -39,7 +42,7 @@ difference from the cell `none`, seed by seed. It is written anew after every ru
 """
 
 RESULT = "result.json"
-_OWN = ("--config", "--workdir", "--seeds", "--cells")
+_OWN = ("--config", "--workdir", "--seeds", "--cells", "--results")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Study:
       seeds: of each.
       workdir: where everything goes.
       words: of the command line that every run gets.
+      results: file of finished runs of any machine, or None.
     """
 
     title: str
@@ -63,6 +67,12 @@ class Study:
     seeds: tuple[int, ...]
     workdir: Path
     words: tuple[str, ...]
+    results: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Axis and recipe, by which a file of results tells studies apart."""
+        return self.title + self.suffix
 
     def folder(self, cell: Cell, seed: int) -> Path:
         """Where a run leaves its files."""
@@ -125,6 +135,7 @@ def read_study(words: Sequence[str]) -> Study:
         seeds=_seeds(own.get("--seeds", "3")),
         workdir=Path(own["--workdir"]).expanduser().absolute(),
         words=tuple(rest),
+        results=Path(own["--results"]).expanduser().absolute() if own.get("--results") else None,
     )
     for cell in cells:
         if not study.config(cell, 0).model.name:
@@ -158,7 +169,10 @@ def run_study(study: Study, run: Callable[[Config, Path], Any], say: Callable[[s
       UserError: settings or data are not usable, or the folder holds another study.
     """
     runs = [(cell, seed) for seed in study.seeds for cell in study.cells]
-    results = {(cell.name, seed): read_result(study, cell, seed) for cell, seed in runs}
+    elsewhere = results_of(study)
+    results = {
+        (cell.name, seed): read_result(study, cell, seed) or elsewhere.get((cell.name, seed)) for cell, seed in runs
+    }
     done = sum(result is not None for result in results.values())
     if done:
         say(f"{done} of {len(runs)} runs are finished already")
@@ -191,6 +205,8 @@ def run_study(study: Study, run: Callable[[Config, Path], Any], say: Callable[[s
         partial.write_text(json.dumps(result, indent=2) + "\n")
         partial.replace(folder / RESULT)
         results[cell.name, seed] = json.loads(json.dumps(result))
+        if study.results is not None:
+            results_file.append(study.results, study.name, (cell.name, seed), result, folder)
         _write(study, results)
     _write(study, results)
     return True
@@ -224,22 +240,31 @@ def read_result(study: Study, cell: Cell, seed: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    # A setting that came after the result has a default that changes nothing.
-    there = {**flatten(Config()), **result["config"]}
     here = json.loads(json.dumps(flatten(study.config(cell, seed))))
-    # How long a run lasts may change when it is resumed, but not between the cells of a table.
-    free = tuple(name for name in RESUMABLE if name not in ("epochs", "steps"))
-    changed = [
-        f"{key}={there.get(key)!r} there and {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and not key.startswith(free)
-    ]
+    changed = changed_settings(result["config"], here, Config, SAME_NUMBERS)
     if changed:
         raise UserError(
             f"{path.parent} holds a result of another study ({'; '.join(changed[:3])}); use another --workdir, or the "
             "settings of that study"
         )
     return result
+
+
+def results_of(study: Study) -> dict[tuple[str, int], dict[str, Any]]:
+    """The finished runs in the study's file of results.
+
+    Raises:
+      UserError: the file has runs of the study with other settings.
+    """
+    if study.results is None:
+        return {}
+    found = results_file.runs_of(results_file.read(study.results), study.name, str(study.results))
+    cells = {cell.name: cell for cell in study.cells}
+    for (cell, seed), row in found.items():
+        if cell in cells:
+            here = json.loads(json.dumps(flatten(study.config(cells[cell], seed))))
+            results_file.check_same_study(row, here, str(study.results))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,11 @@ def _effective_se(a: Attention, axis: str | None) -> Callable[..., nn.Module]:
     return se_flax.EffectiveSE
 
 
+def _global_context(a: Attention, axis: str | None) -> Callable[..., nn.Module]:
+    del axis
+    return partial(se_flax.attention.GlobalContext, reduction=a.reduction)
+
+
 def _scse(a: Attention, axis: str | None) -> Callable[..., nn.Module]:
     del axis
     return partial(se_flax.ScSE, reduction=a.reduction)
@@ -51,6 +56,7 @@ ATTENTIONS: dict[str, Callable[[Attention, str | None], Any]] = {
     "cbam": _cbam,
     "ese": _effective_se,
     "scse": _scse,
+    "gc": _global_context,
 }
 
 

@@ -7,6 +7,7 @@ module takes one section, or plain values; a test keeps it so.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ CHECKPOINT = "<checkpoint>"  # stands in `init_from` of a recipe that makes no s
 class Attention:
     """Which attention the network carries, and where. `kind="default"` keeps what the architecture's name says."""
 
-    kind: str = "default"  # default | none | se | eca | cbam | ese | scse
+    kind: str = "default"  # default | none | se | eca | cbam | ese | scse | gc
     placement: str = "standard"  # standard | pre | post | identity | 3x3
     stages: tuple[int, ...] = ()  # the paper's numbers (2 = conv2_x ...); empty: every stage
     reduction: float = 16.0  # se, cbam, scse: hidden width = channels / reduction
@@ -183,10 +184,8 @@ class Config(Settings):
     compilation_cache: str = "~/.cache/se-flax/xla"  # empty: off
 
 
-# What may differ when a run is resumed: where and how fast it runs and what is recorded, or how long it lasts.
-RESUMABLE = (
-    "epochs",
-    "steps",
+# What may differ between two runs that compute the same: where and how fast they run, and what is recorded.
+SAME_NUMBERS = (
     "eval_every_epochs",
     "log_every_steps",
     "profile",
@@ -199,6 +198,8 @@ RESUMABLE = (
     "data.eval_batch_size",
     "data.data_dir",
 )
+# What may differ when a run is resumed: how long it lasts, too.
+RESUMABLE = ("epochs", "steps", *SAME_NUMBERS)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -212,6 +213,26 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changed_settings(
+    saved: Mapping[str, Any], now: Mapping[str, Any], kind: type, free: tuple[str, ...] = RESUMABLE
+) -> list[str]:
+    """Settings that make two runs different ones, in words.
+
+    Args:
+      saved: flattened settings of a run. Settings that were added to the program later have their defaults.
+      now: flattened settings of another run.
+      kind: class of the settings.
+      free: settings, or beginnings of their names, that may differ.
+    """
+    defaults = flatten(kind())
+    saved, now = {**defaults, **saved}, {**defaults, **now}
+    return [
+        f"{key}={saved.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(free)
+    ]
+
+
 def check_same_run(saved: dict[str, Any], config: Any, workdir: str) -> None:
     """Refuses to continue a run under settings that make it another one.
 
@@ -223,14 +244,7 @@ def check_same_run(saved: dict[str, Any], config: Any, workdir: str) -> None:
     Raises:
       UserError: they differ in more than `RESUMABLE`.
     """
-    now = flatten(config)
-    # A setting that came after the checkpoint has a default that changes nothing.
-    saved = {**flatten(type(config)()), **saved}
-    changed = [
-        f"{key}={saved.get(key)!r} there and {now.get(key)!r} here"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and not key.startswith(RESUMABLE)
-    ]
+    changed = changed_settings(saved, flatten(config), type(config))
     if changed:
         shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise UserError(
