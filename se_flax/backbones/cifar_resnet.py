@@ -1,7 +1,7 @@
 """Residual networks for 32-pixel images (He et al. 2016, section 4.2; pre-activation: He et al. 2016b).
 
 SE-ResNet-110 and SE-ResNet-164 are the CIFAR networks of Hu et al. 2020, tables 4 and 5. Wide and Shake-Shake networks
-are the same frame around other blocks (`wide_resnet`, `shake`).
+are the same network with other blocks (`wide_resnet`, `shake`).
 """
 
 from collections.abc import Callable

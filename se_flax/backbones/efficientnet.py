@@ -1,6 +1,6 @@
 """EfficientNet V1 and V2, with the variants that timm publishes (Tan and Le 2019 and 2021).
 
-The network class also carries MnasNet, MixNet and TinyNet (`mnasnet.py`) and, with another head, MobileNetV3.
+MnasNet, MixNet and TinyNet (`mnasnet.py`) are the same network class; MobileNetV3 has another head.
 """
 
 import dataclasses

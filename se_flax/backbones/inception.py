@@ -1,7 +1,7 @@
 """BN-Inception (Ioffe and Szegedy 2015, figure 5) and SE-BN-Inception, as the authors of SENet released it (Caffe).
 
-The network class is that of Inception-v3 and Inception-ResNet-v2 too (`inception_v3.py`, `inception_resnet_v2.py`):
-what tells them apart is a table.
+Inception-v3 and Inception-ResNet-v2 (`inception_v3.py`, `inception_resnet_v2.py`) are the same network class with other
+tables.
 """
 
 from functools import partial
@@ -88,8 +88,8 @@ class Inception(Network, kw_only=True):
 def max_pooling_to_half(x: Array) -> Array:
     """3x3 max-pooling at stride 2 without padding at the start, [N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), C].
 
-    On even sides it is Caffe's. On odd ones Caffe's is a pixel smaller than the strided convolutions beside it, and the
-    network refuses such images; here the last window hangs over by two pixels instead of one.
+    On even sides it is Caffe's. On odd sides Caffe's result is a pixel smaller than that of the strided convolutions in
+    the other branches, so that Caffe's network refuses such images; here the padding is two pixels instead of one.
     """
     return nn.max_pool(x, (3, 3), (2, 2), [(0, 1 + dim % 2 if isinstance(dim, int) else 2) for dim in x.shape[1:3]])
 

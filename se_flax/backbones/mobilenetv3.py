@@ -24,7 +24,7 @@ RELU = jax.nn.relu
 
 
 class MobileNetV3(EfficientNet, kw_only=True):
-    """`EfficientNet` with the head moved behind the pooling (Howard et al. 2019, section 5.1 and figure 5).
+    """`EfficientNet` whose last convolution follows the pooling (Howard et al. 2019, section 5.1 and figure 5).
 
     Mean, 1x1 convolution without norm, activation, classifier. With `num_classes=0` the call returns the activations
     of that convolution.

@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class SplitAttention(Attention):
-    """3x3 convolution into `radix` splits per group, weighed against each other (Zhang et al. 2022, section 3.1).
+    """3x3 convolution into `radix` splits per group, and their softmax-weighted sum (Zhang et al. 2022, section 3.1).
 
     Attributes:
       features: output channels; the convolution has `radix` times as many.

@@ -1,8 +1,8 @@
 """ResNet, ResNeXt, SENet and their variants (He et al. 2016; Xie et al. 2017; Hu et al. 2020, table 1).
 
-The later members change the edges, not the middle: deep and tiered stems and a pooled shortcut (He et al. 2019:
-ResNet-D), anti-aliasing (Zhang 2019), a convolution for the max-pooling (Bello et al. 2021: ResNet-RS), another
-attention (Wang et al. 2020: ECA), pruned channels. Each of these is one attribute here.
+Later variants are attributes of the same network: deep and tiered stems and a pooled shortcut (He et al. 2019:
+ResNet-D), anti-aliasing (Zhang 2019), a convolution in place of the max-pooling (Bello et al. 2021: ResNet-RS), another
+attention (Wang et al. 2020: ECA), pruned channels.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def deep_stem(
 
 
 def max_pooling(x: Array, **parts: Any) -> Array:
-    """3x3 max-pooling at stride 2 (He et al. 2016, table 1); it has no use for the `parts` of a network."""
+    """3x3 max-pooling at stride 2 (He et al. 2016, table 1); `parts` of the network are ignored."""
     del parts
     return max_pool(x)
 

@@ -1,8 +1,8 @@
 """SENet's original release (Hu et al. 2020, appendix; Caffe), in the layout of timm's `legacy_` networks.
 
-They are the networks of `resnet.py` with Caffe's habits: the stem's layers nest under `layer0`, pooling windows hang
-over the end instead of starting with padding, a bottleneck strides in its first 1x1, and the submodules are called
-`se_module` and `last_linear`.
+They are the networks of `resnet.py` with Caffe's conventions: the stem's layers nest under `layer0`, max-pooling pads
+after the last pixel only, the stride of a bottleneck is in its first 1x1, and the submodules are called `se_module` and
+`last_linear`.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def caffe_stem(
 
 
 def caffe_max_pooling(x: Array, **parts: Any) -> Array:
-    """3x3 max-pooling at stride 2 whose last window hangs over the end; no padding at the start, as Caffe rounds.
+    """3x3 max-pooling at stride 2, padded after the last row and column only, as in Caffe.
 
     Args:
       x: [N, H, W, C].

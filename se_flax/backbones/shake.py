@@ -32,7 +32,7 @@ LEVELS = ("image", "batch")
 
 @jax.custom_vjp
 def mix(first: Array, second: Array, forward: Array, backward: Array) -> Array:
-    """Weighs two branches by one number and their gradients by another (Gastaldi 2017, figure 1).
+    """Mixes two branches with one weight, and their gradients with another (Gastaldi 2017, figure 1).
 
     Args:
       first: [N, H, W, C].
@@ -81,7 +81,7 @@ def draw_weights(key: Array, forward: str, backward: str, level: str, batch: int
 
 
 class ShakeBlock(Block):
-    """What both blocks share: the mixture of two branches.
+    """Base class of both blocks: a mixture of two branches.
 
     Attention at `standard` is on the mixture, at `3x3` in each branch.
 
@@ -107,7 +107,7 @@ class ShakeBlock(Block):
 
     @nn.nowrap
     def residual(self, branch: type[Block], x: Array, train: bool) -> Array:
-        """What is added to the shortcut: `branch1` and `branch2` of x, mixed, with attention and stochastic depth."""
+        """The residual: `branch1` and `branch2` of x, mixed, with attention and stochastic depth."""
         names = ("conv", "norm", "act", "strides", "groups", "base_width", "attention_name", "placement")
         parts = {name: getattr(self, name) for name in names}
         inside = self.attention if self.placement is Placement.AFTER_3X3 else None

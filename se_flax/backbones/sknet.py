@@ -1,8 +1,8 @@
 """Selective kernel networks (Li et al. 2019), in the layouts of timm's SK-ResNets.
 
-A convolution with two receptive fields, 3x3 and a dilated 3x3 in place of 5x5, between which every image and channel
-chooses. Only `skresnext50_32x4d` is the paper's SKNet-50; the others let each branch see half of the input channels,
-which keeps their size near a plain ResNet's.
+A selective kernel convolution has two branches, a 3x3 and a dilated 3x3 in place of a 5x5, weighed per image and
+channel. Only `skresnext50_32x4d` is the paper's SKNet-50; in the others each branch reads half of the input channels,
+so that their size is close to a plain ResNet's.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class SelectiveKernel(nn.Module):
 
 
 class SelectiveBlock(Block):
-    """What blocks with a selective kernel share.
+    """Base class of blocks with a selective kernel.
 
     Attributes:
       kernel: `SelectiveKernel` or a partial of it.

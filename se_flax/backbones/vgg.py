@@ -21,10 +21,9 @@ WINDOW = 7
 
 
 def at_least(x: Array, side: int) -> Array:
-    """Stretches a map that is smaller than the window after it, by means over shares of pixels.
+    """Adaptive average-pooling of maps that are smaller than `side`, as in PyTorch; others are unchanged.
 
-    As PyTorch's adaptive average-pooling: pixel i of the result is the mean of the pixels that [i, i + 1) of `side`
-    equal shares touches.
+    Pixel i of the result is the mean of the pixels that the i-th of `side` equal intervals touches.
 
     Args:
       x: [N, H, W, C].
@@ -56,7 +55,7 @@ def at_least(x: Array, side: int) -> Array:
 
 
 class HiddenLayers(nn.Module):
-    """The two layers before the classifier, as convolutions: they slide over maps larger than their window.
+    """The two layers before the classifier, as convolutions over maps of 7x7 pixels or more.
 
     Attributes:
       features: of both.

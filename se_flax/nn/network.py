@@ -129,7 +129,7 @@ class Network(nn.Module, kw_only=True):
 
     @nn.nowrap
     def parts(self) -> dict[str, Any]:
-        """What a network hands to its blocks: `conv` and `norm` of its dtype, and `act`."""
+        """The attributes of every block: `conv` and `norm` with the network's dtype, and `act`."""
         conv, norm = partial(self.conv, dtype=self.dtype), partial(self.norm, dtype=self.dtype)
         return {"conv": conv, "norm": norm, "act": self.act}
 
@@ -209,7 +209,7 @@ def numbered_blocks(depths: Sequence[int], name: str = "layer{}_{}", first: int 
 
 
 def reads_images(*path: str) -> Callable[[Stem], Stem]:
-    """Declares of a function that makes a network's first layers which of them the images go to.
+    """Decorator of a stem function that declares which of its layers reads the images.
 
     Args:
       *path: of that convolution, from the network down.
@@ -226,13 +226,13 @@ def reads_images(*path: str) -> Callable[[Stem], Stem]:
 
 
 def first_layer(stem: Any) -> Path:
-    """Path of the convolution that a stem hands the images to.
+    """Path of the convolution of a stem that reads the images.
 
     Args:
-      stem: a function that `reads_images` was put before, or a partial of one.
+      stem: a function with the decorator `reads_images`, or a partial of one.
 
     Raises:
-      UserError: it declares nothing.
+      UserError: the function has no such decorator.
     """
     while isinstance(stem, partial):
         stem = stem.func
@@ -287,17 +287,17 @@ def check_images(images: Array, channels: int) -> Array:
 
 
 def check_side(images: Array, smallest: int) -> None:
-    """Refuses images of which a network would leave nothing.
+    """Refuses images that are too small for a network.
 
     Args:
       images: [N, H, W, C].
-      smallest: side that it takes.
+      smallest: smallest height and width that leave a pixel for the classifier.
 
     Raises:
-      UserError: a side below that.
+      UserError: the height or width is below `smallest`.
     """
     height, width = images.shape[1:3]
-    # A side of unknown length (jax.export) is compared when it is known: XLA refuses a map of no pixels.
+    # A symbolic height or width (jax.export) is compared when it is known: XLA refuses a map of no pixels.
     if any(isinstance(side, int) and side < smallest for side in (height, width)):
         raise UserError(
             f"got images of {height} x {width} pixels, of which this network would leave no pixel for its classifier; "
