@@ -314,7 +314,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_still_the_same_run():
         ({"train_only": "haed"}, r"optim\.train_only is 'haed'; it must be 'head', or empty to train every parameter"),
         ({"layer_decay": 0.0}, r"optim\.layer_decay is 0\.0; it must be above 0 and at most 1 \(0\.8 is usual"),
         ({"layer_decay": 1.1}, r"optim\.layer_decay is 1\.1; it must be above 0 and at most 1"),
-        ({"backbone_multiplier": 0.0}, r"optim\.backbone_multiplier is 0\.0; .* optim\.train_only='head' stops the"),
+        ({"backbone_multiplier": 0.0}, r"optim\.backbone_multiplier is 0\.0; .* optim\.train_only='head' freezes the"),
         (
             {"train_only": "head", "layer_decay": 0.8},
             r"optim\.train_only is 'head' and optim\.layer_decay is 0\.8, which slows .*; leave one of the two out",

@@ -134,7 +134,7 @@ def test_a_run_passes_over_a_strip(tmp_path, size):
     data = folder(tmp_path, strip(*size))
     passed_over(data, f"{size[0]} x {size[1]} pixels would take ")
     splits = open_data(data)
-    with pytest.raises(UserError, match=r"bad.png could not be read \(.* pixels are allowed\); mend or remove it"):
+    with pytest.raises(UserError, match=r"bad.png could not be read \(.* pixels are allowed\); replace or remove it"):
         data.bad_images = "error"
         list(eval_batches(splits, data, process_index=0, process_count=1))
 
