@@ -216,7 +216,7 @@ def test_what_was_not_asked_for_is_not_adapted(seresnet20):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "backbone.", "model._orig_mod.", "net.module."])
 def test_a_prefix_of_all_keys_is_taken_off_and_said(seresnet20, prefix):
     variables, given = seresnet20
-    with pytest.warns(UserWarning, match=f"^the prefix '{prefix}' of all names in the checkpoint was taken"):
+    with pytest.warns(UserWarning, match=f"^the prefix '{prefix}' of all names in the checkpoint was removed"):
         found = se_flax.from_timm("seresnet20", {prefix + key: value for key, value in given.items()})
     jax.tree.map(np.testing.assert_array_equal, found, variables)
 
