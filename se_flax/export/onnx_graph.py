@@ -50,6 +50,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     _known: dict[Any, str] = field(default_factory=dict)
+    _transposed: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
 
     def add(self, op: str, *inputs: Stored, **attributes: Any) -> str:
         """Adds an operation with one output, unless it is there; returns the output's name."""
@@ -96,9 +97,17 @@ class Graph:
         return self.add("Reshape", value, np.asarray(sides, np.int64))
 
     def transpose(self, value: Stored, axes: Sequence[int]) -> Stored:
-        """A tensor with its axes in another order."""
+        """A tensor with its axes in another order; of two transposes in a row one is left, or none."""
         order = [int(axis) for axis in axes]
-        return value.transpose(order) if isinstance(value, np.ndarray) else self.add("Transpose", value, perm=order)
+        if isinstance(value, np.ndarray):
+            return value.transpose(order)
+        source, before = self._transposed.get(value, (value, list(range(len(order)))))
+        order = [before[axis] for axis in order]
+        if order == sorted(order):
+            return source
+        name = self.add("Transpose", source, perm=order)
+        self._transposed[name] = source, order
+        return name
 
     def protos(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         """Operations and constants as ONNX stores them."""

@@ -1,4 +1,4 @@
-"""Tensors as views: which axis is stored where, so that axes are moved and repeated only where an operation asks for it.
+"""Tensors as views: which axis is stored where, so that axes are moved and repeated only where an operation asks.
 
 The networks compute on maps [N, H, W, C]; ONNX's convolutions and pools take and give [N, C, H, W]. A convolution's
 result is a view whose tensor stays [N, C, H, W], elementwise operations and reductions take the order that they find,
@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from se_flax.errors import UserError
 from se_flax.export.onnx_graph import Graph, Shape, Stored, symbolic
@@ -82,9 +80,14 @@ def arrange(graph: Graph, view: View, order: Order, *, full: bool = False) -> St
 
 def filled(graph: Graph, view: View, *axes: int) -> View:
     """A view that repeats nothing and stores the given axes, in its own order if that has a place for all of them."""
-    order = view.order
-    if any(axis not in order for axis in range(len(view.shape)) if axis in axes or view.repeats(axis)):
-        order = tuple(range(len(view.shape)))
+    order: Order = view.order
+    for axis in range(len(view.shape)):
+        if axis not in order and (axis in axes or view.repeats(axis)):
+            if None not in order:
+                order = tuple(range(len(view.shape)))
+                break
+            place = order.index(None)
+            order = (*order[:place], axis, *order[place + 1 :])
     sides = tuple(1 if axis is None else view.shape[axis] for axis in order)
     return replace(view, stored=arrange(graph, view, order, full=True), sides=sides, order=order)
 
@@ -169,4 +172,3 @@ def without(view: View, stored: Stored, axes: Sequence[int]) -> View:
     order = tuple(kept.index(axis) if axis in kept else None for axis in view.order)  # type: ignore[arg-type]
     sides = tuple(1 if axis in axes else side for axis, side in zip(view.order, view.sides, strict=True))
     return View(stored, sides, order, tuple(view.shape[axis] for axis in kept))
-

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -253,7 +252,10 @@ def _matrix_product(graph: Graph, equation: Any, left: View, right: View) -> Vie
         order += tuple(axis for axis in range(len(x.shape)) if axis not in order)
         terms.append("".join(at[axis] for axis in order))
         operands.append(arrange(graph, x, order))
-    return plain(graph.add("Einsum", *operands, equation=",".join(terms) + "->" + "".join(kept)), shape)
+    # Images first, as all maps are stored.
+    order = tuple(sorted(range(len(shape)), key=lambda axis: not symbolic(shape[axis])))
+    formula = ",".join(terms) + "->" + "".join(kept[axis] for axis in order)
+    return View(graph.add("Einsum", *operands, equation=formula), tuple(shape[a] for a in order), order, shape)
 
 
 def _convolution(graph: Graph, equation: Any, x: View, kernel: View) -> View:

@@ -4,8 +4,8 @@ A program is traced with a batch of symbolic size. What depends on weights alone
 functions within the program are inlined; where it differs by platform, the form for accelerators is taken (XLA's own
 convolutions). An operation that is missing here is refused by name.
 
-Why not jax2onnx (0.17.1): it refuses `platform_index`, which every convolution here has, and transposes around each
-convolution; docs/export.md has the measurements.
+Why not jax2onnx (0.17.1): it refuses `platform_index`, which every convolution here has, loses a max pool's padding and
+transposes around each convolution; docs/export.md has the measurements.
 """
 
 import json
@@ -55,18 +55,22 @@ def to_onnx(
     (batch,) = jax.export.symbolic_shape("batch")
     program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
     graph = Graph(inputs)
-    (result,) = _run(graph, program.jaxpr, program.consts, [plain(inputs, (batch, *shape))])
+    # The one transpose of a convolutional network: what is done to the images is done in the order of its maps.
+    maps = (0, len(shape), *range(1, len(shape)))
+    sides = (batch, *shape)
+    images = View(graph.transpose(inputs, maps), tuple(sides[axis] for axis in maps), maps, sides)
+    (result,) = _run(graph, program.jaxpr, program.consts, [images])
     (described,) = program.out_avals
     last = arrange(graph, _view(result), tuple(range(len(described.shape))), full=True)
     graph.nodes.append(Node("Identity", (graph.name(last),), (outputs,), {}))
     nodes, constants = simplify(graph).protos()
-    sides = ["batch" if symbolic(side) else side for side in described.shape]
+    result_sides = ["batch" if symbolic(side) else side for side in described.shape]
     model = helper.make_model(
         helper.make_graph(
             nodes,
             "se_flax",
             [helper.make_tensor_value_info(inputs, onnx.TensorProto.FLOAT, ["batch", *shape])],
-            [helper.make_tensor_value_info(outputs, helper.np_dtype_to_tensor_dtype(described.dtype), sides)],
+            [helper.make_tensor_value_info(outputs, helper.np_dtype_to_tensor_dtype(described.dtype), result_sides)],
             constants,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],

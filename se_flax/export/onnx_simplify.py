@@ -123,7 +123,7 @@ def _hard_sigmoid(known: _Known, node: Node) -> Node | None:
 
 
 def _hard_swish(known: _Known, node: Node) -> Node | None:
-    """x * hard sigmoid(x), with the slope of 1/6 that ONNX fixes."""
+    """Product of x and its hard sigmoid, with the slope of 1/6 that ONNX fixes."""
     for x, gate in (node.inputs, node.inputs[::-1]):
         made = known.by(gate, "HardSigmoid")
         if made is not None and made.inputs == (x,) and made.attributes == {"alpha": 1 / 6, "beta": 0.5}:
