@@ -118,8 +118,8 @@ def reshape(graph: Graph, view: View, after: Shape) -> View:
     long = [axis for axis, side in enumerate(before) if side != 1]
     new = [axis for axis, side in enumerate(after) if side != 1]
     if [before[axis] for axis in long] == [after[axis] for axis in new]:
-        order = tuple(new[long.index(axis)] if axis in long else None for axis in view.order)  # type: ignore[arg-type]
-        return View(view.stored, view.sides, order, after)
+        moved = dict(zip(long, new, strict=True))
+        return View(view.stored, view.sides, tuple(None if a is None else moved.get(a) for a in view.order), after)
     groups = _groups(before, after)
     if groups is None:
         if sum(map(symbolic, after)) > 1:
@@ -129,9 +129,9 @@ def reshape(graph: Graph, view: View, after: Shape) -> View:
     view = filled(graph, view)
     groups.sort(key=lambda group: min(view.order.index(axis) for axis in group[0]))
     stored, sides = _transposed(graph, view, tuple(axis for group in groups for axis in group[0]))
-    order = tuple(axis for group in groups for axis in group[1])
-    split = tuple(after[axis] for axis in order)
-    return View(graph.reshape(stored, sides, split), split, order, after)
+    axes = tuple(axis for group in groups for axis in group[1])
+    split = tuple(after[axis] for axis in axes)
+    return View(graph.reshape(stored, sides, split), split, axes, after)
 
 
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]] | None:
@@ -169,6 +169,6 @@ def transpose(view: View, axes: Sequence[int]) -> View:
 def without(view: View, stored: Stored, axes: Sequence[int]) -> View:
     """A view of `stored`, which is the view's tensor with the program's axes `axes` reduced to length 1."""
     kept = [axis for axis in range(len(view.shape)) if axis not in axes]
-    order = tuple(kept.index(axis) if axis in kept else None for axis in view.order)  # type: ignore[arg-type]
+    order = tuple(kept.index(axis) if axis in kept else None for axis in view.order)
     sides = tuple(1 if axis in axes else side for axis, side in zip(view.order, view.sides, strict=True))
     return View(stored, sides, order, tuple(view.shape[axis] for axis in kept))

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import helper
 
 from se_flax.errors import UserError
-from se_flax.export.onnx_graph import Graph, Stored, symbolic
+from se_flax.export.onnx_graph import Graph, Shape, Stored, symbolic
 from se_flax.export.onnx_layout import (
     View,
     arrange,
@@ -24,7 +24,7 @@ from se_flax.export.onnx_layout import (
 Emit = Callable[..., str]
 
 
-def _shape(equation: Any, output: int = 0) -> tuple[Any, ...]:
+def _shape(equation: Any, output: int = 0) -> Shape:
     return tuple(equation.outvars[output].aval.shape)
 
 
@@ -197,9 +197,11 @@ def _split(graph: Graph, equation: Any, x: View) -> list[View]:
     axis, sizes = equation.params["axis"], equation.params["sizes"]
     x = filled(graph, x, axis)
     names = graph.add_many("Split", len(sizes), x.stored, np.asarray(sizes, np.int64), axis=x.order.index(axis))
-    shapes = [_shape(equation, i) for i in range(len(sizes))]
-    cut = [tuple(1 if a is None else shape[a] for a in x.order) for shape in shapes]
-    return [View(*part, x.order, shape) for *part, shape in zip(names, cut, shapes, strict=True)]
+
+    def part(name: str, shape: Shape) -> View:
+        return View(name, tuple(1 if a is None else shape[a] for a in x.order), x.order, shape)
+
+    return [part(name, _shape(equation, i)) for i, name in enumerate(names)]
 
 
 # --- Sums, products, convolutions -------------------------------------------------------------------------------------
