@@ -108,6 +108,9 @@ def test_onnx_of_every_family(name):
     loaded = trained(name)
     apply = partial(loaded.model.apply, loaded.variables)
     program = onnx_program.to_onnx(apply, (32, 32, 3))
+    # Maps are [N, C, H, W] from the images to the end.
+    assert [list(node.input) for node in program.graph.node if node.op_type == "Transpose"] == [["images"]]
+    assert "GlobalAveragePool" in [node.op_type for node in program.graph.node]
     session = onnxruntime.InferenceSession(program.SerializeToString(), providers=["CPUExecutionProvider"])
     (takes,), (gives,) = session.get_inputs(), session.get_outputs()
     assert (takes.name, takes.shape, gives.name, gives.shape) == (
