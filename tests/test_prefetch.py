@@ -10,6 +10,7 @@ import pytest
 import train.run.trainer
 from train.config import Config, Data
 from train.run.evaluate import Result
+from train.run.feed import Feed
 
 STEPS, LAG = 6, train.run.trainer.LAG
 
@@ -66,7 +67,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         state=SimpleNamespace(variables=lambda: None),
         total=STEPS,
         per_epoch=100.0,
-        loader=Batches(loader),
+        feed=Feed(Batches(loader)),
         train_step=SimpleNamespace(lower=lambda state, batch: compiled),
         evaluation=lambda variables: Result(count=1, top1=1, top5=None, loss=0.0),
         replicas=SimpleNamespace(shard=shard),

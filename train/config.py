@@ -68,6 +68,7 @@ class Data:
     batch_size: int = 128  # global: over all devices and hosts
     eval_batch_size: int = 0  # 0: batch_size
     workers: int = 0  # processes that decode; 0: in this process, with threads
+    place: str = "auto"  # host | device (decoded once, kept there) | auto: an accelerator, if they fit
     mean: tuple[float, ...] = ()  # of images in [0, 1], red, green, blue; empty: that of init_from, or ImageNet's
     std: tuple[float, ...] = ()  # likewise
 
@@ -197,6 +198,7 @@ SAME_NUMBERS = (
     "data.workers",
     "data.eval_batch_size",
     "data.data_dir",
+    "data.place",
 )
 # What may differ when a run is resumed: how long it lasts, too.
 RESUMABLE = ("epochs", "steps", *SAME_NUMBERS)

@@ -29,7 +29,7 @@ from se_flax.images.decode import (
     to_rgb,
 )
 
-__all__ = ["INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "random_box", "train_image"]
+__all__ = ["FIXED_CROPS", "INTERPOLATIONS", "TRAIN_CROPS", "UnreadableImage", "eval_image", "random_box", "train_image"]
 
 
 def _optional(name: str) -> Any:
@@ -43,6 +43,7 @@ def _optional(name: str) -> Any:
 simplejpeg, cykooz_resizer = _optional("simplejpeg"), _optional("cykooz_resizer")
 
 TRAIN_CROPS = ("resize", "random_resized", "center")
+FIXED_CROPS = ("resize", "center")  # which draw nothing: an image is the same in every epoch
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 Frame = tuple[int, int, int]  # of a JPEG: position of the number of rows in its header, width, height

@@ -29,6 +29,7 @@ __all__ = [
     "eval_batches",
     "open_data",
     "steps_per_epoch",
+    "train_examples",
     "train_loader",
 ]
 
@@ -36,6 +37,8 @@ Batch = dict[str, np.ndarray]
 
 _MOST_NAMED = 10
 _BUFFER_BYTES = 2**30  # decoded batches waiting in this process
+_INDICES_AHEAD = 128  # batches of indices waiting in this process
+_READ_AT_ONCE = 256  # images of a piece, where the whole split is read
 _EVAL_IMAGES_PER_WORKER = 5000  # for fewer images, starting a process costs more than it saves
 
 
@@ -105,6 +108,7 @@ def train_loader(
     process_index: int | None = None,
     process_count: int | None = None,
     bad: BadImages | None = None,
+    indices: bool = False,
 ) -> "TrainLoader":
     """The endless stream of training batches.
 
@@ -117,9 +121,11 @@ def train_loader(
       process_index: index of this host; None takes JAX's.
       process_count: number of hosts; None takes JAX's.
       bad: collects images that could not be read.
+      indices: leave the images where they are (`train_examples`) and say which ones make a batch.
 
     Returns:
-      An iterator over `{"image": uint8 [b, S, S, 3], "label": int32 [b]}` with b = batch_size / micro / process_count.
+      An iterator over `{"image": uint8 [b, S, S, 3], "label": int32 [b]}` with b = batch_size / micro / process_count;
+      with `indices`, over `{"index": int32 [b]}`, the same examples by their place in the training split.
       The concatenation of the hosts' blocks is the batch of a single host.
 
     Raises:
@@ -134,14 +140,49 @@ def train_loader(
             f"data.batch_size={data.batch_size} does not divide into {micro} micro-batches on {count} hosts; "
             f"choose a multiple of {max(micro, 1) * count}."
         )
-    return TrainLoader(splits, data, seed, data.batch_size // micro, start, index, count, bad)
+    return TrainLoader(splits, data, seed, data.batch_size // micro, start, index, count, bad, indices)
+
+
+def train_examples(splits: DataSplits, data: Data, bad: BadImages | None = None) -> Batch:
+    """The whole training split, every image as the training batches have it.
+
+    Args:
+      splits: from `open_data`.
+      data: the settings; a `train_crop` of `train.data.images.FIXED_CROPS`.
+      bad: collects images that could not be read.
+
+    Returns:
+      `{"image": uint8 [N, S, S, 3], "label": int32 [N]}`, on every host.
+
+    Raises:
+      UserError: an image could not be read and `data.bad_images` is `error`.
+    """
+    total, size = len(splits.train), data.image_size
+    whole: Batch = {"image": np.empty((total, size, size, 3), np.uint8), "label": np.empty(total, np.int32)}
+    examples = grain.MapDataset.range(total).seed(0).random_map(PrepareTrain(splits.train, data))
+    workers = min(data.workers, total // _EVAL_IMAGES_PER_WORKER)
+    pieces = _read_ahead(examples.batch(_READ_AT_ONCE), _READ_AT_ONCE * size**2 * 3, workers)
+    first = 0
+    try:
+        for element in pieces:
+            piece = dict(element)
+            _collect(piece, total, bad.train if bad else None)
+            for name, rows in whole.items():
+                rows[first : first + len(piece["label"])] = piece[name]
+            first += len(piece["label"])
+    finally:
+        pieces.close()
+    return whole
 
 
 class TrainLoader(grain.DatasetIterator[Batch]):
     """Iterator over training batches, with a position that can be saved and restored; see `train_loader`.
 
     The state is plain JSON and the same on every host, so one host can save it, with `grain.checkpoint.CheckpointSave`
-    or otherwise. It does not depend on batch size, hosts or workers.
+    or otherwise. It does not depend on batch size, hosts or workers, nor on whether images or indices are given.
+
+    Attributes:
+      indices: whether it gives the indices of images instead of the images.
     """
 
     def __init__(
@@ -154,6 +195,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         process_index: int,
         process_count: int,
         bad: BadImages | None,
+        indices: bool,
     ):
         super().__init__()
         self._source = splits.train
@@ -163,6 +205,7 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self._position = position
         self._process = (process_index, process_count)
         self._bad = bad
+        self.indices = indices
         self._batches: grain.DatasetIterator[Batch] | None = None
 
     def __next__(self) -> Batch:
@@ -171,7 +214,8 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         batch = dict(next(self._batches))
         # Grain's own state depends on the number of workers, so the position is counted here.
         self._position += self._batch_size
-        _collect(batch, len(self._source), self._bad.train if self._bad else None)
+        if not self.indices:
+            _collect(batch, len(self._source), self._bad.train if self._bad else None)
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -202,13 +246,19 @@ class TrainLoader(grain.DatasetIterator[Batch]):
         self._assert_not_closed()
         if self._batches is not None:
             return
-        self._batches = _read_ahead(self.by_number(), self._batch_bytes(), self._data.workers)
+        if self.indices:
+            self._batches = iter(self.by_number().to_iter_dataset(grain.ReadOptions(1, _INDICES_AHEAD)))
+        else:
+            self._batches = _read_ahead(self.by_number(), self._batch_bytes(), self._data.workers)
         self._batches.start_prefetch()
 
     def by_number(self) -> grain.MapDataset:
         """The batches from the current position on, each made on demand in the caller's thread."""
-        prepare = PrepareTrain(self._source, self._data)
-        stream = grain.MapDataset.range(len(self._source)).seed(self._seed).shuffle().repeat().random_map(prepare)
+        stream = grain.MapDataset.range(len(self._source)).seed(self._seed).shuffle().repeat()
+        if self.indices:
+            stream = stream.map(_as_example)
+        else:
+            stream = stream.random_map(PrepareTrain(self._source, self._data))
         return _host_batches(stream[self._position :], self._batch_size, *self._process)
 
     def close(self) -> None:
@@ -312,6 +362,10 @@ def _read_ahead(batches: grain.MapDataset, batch_bytes: int, workers: int) -> gr
         threads = min(16, os.cpu_count() or 1, fitting)
         dataset = batches.to_iter_dataset(grain.ReadOptions(threads, min(2 * threads, fitting)))
     return iter(dataset)
+
+
+def _as_example(index: int) -> dict[str, Any]:
+    return {"index": np.int32(index)}
 
 
 def _collect(batch: Batch, num_examples: int, found: set[int] | None) -> None:

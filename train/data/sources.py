@@ -24,11 +24,12 @@ from se_flax.images.class_folders import (
     pictures_by_class,
 )
 from train.config import Data
-from train.data.images import INTERPOLATIONS, TRAIN_CROPS
+from train.data.images import FIXED_CROPS, INTERPOLATIONS, TRAIN_CROPS
 from train.data.tfds_source import listed, open_tfds, tfds_features
 
 KINDS = ("digits", "folder:<path>", "tfds:<name>")
 EVAL_FOLDERS = SPLITS[1:]
+PLACES = ("auto", "host", "device")
 
 
 class Source(Protocol):
@@ -136,13 +137,24 @@ def check_settings(data: Data) -> None:
     Raises:
       UserError: a setting is unknown or out of range.
     """
-    choices = {"train_crop": TRAIN_CROPS, "interpolation": tuple(INTERPOLATIONS), "bad_images": ("error", "skip")}
+    choices = {
+        "train_crop": TRAIN_CROPS,
+        "interpolation": tuple(INTERPOLATIONS),
+        "bad_images": ("error", "skip"),
+        "place": PLACES,
+    }
     for name, allowed in choices.items():
         value = getattr(data, name)
         if name == "interpolation" and not value:  # left to `init_from`
             continue
         if value not in allowed:
             raise UserError(f"data.{name}={value!r} is not known; {closest(str(value), allowed)}.")
+    if data.place == "device" and data.train_crop not in FIXED_CROPS:
+        raise UserError(
+            "data.place='device' keeps images that are the same in every epoch, but "
+            f"data.train_crop={data.train_crop!r} crops each one anew on the host; use data.place='host', or "
+            "data.train_crop='resize' (augment.pad crops at random on the device)."
+        )
     ranges = {
         "image_size": (data.image_size >= 1, "at least 1"),
         "batch_size": (data.batch_size >= 1, "at least 1"),

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.run.parallel import Replicas
-
 
 @dataclass(frozen=True)
 class Result:
@@ -56,8 +54,7 @@ def padded_size(batch_size: int, replicas: int) -> int:
 def evaluate(
     step: Callable[[Any, Any], Mapping[str, jax.Array]],
     variables: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    replicas: Replicas,
+    batches: Iterable[Mapping[str, jax.Array]],
     num_classes: int,
 ) -> Result:
     """Runs a spread evaluation step over a split.
@@ -65,15 +62,13 @@ def evaluate(
     Args:
       step: `replicas.spread(make_eval_step(...))`.
       variables: replicated `{"params", "batch_stats"}`.
-      batches: this host's batches of `image`, `label`, `mask`; the same number on every host, each a multiple of the
-        host's devices.
-      replicas: where it runs.
+      batches: of `image`, `label`, `mask`, on the devices (`replicas.shard`); the same number on every host.
       num_classes: of the data.
 
     Returns:
       The counts over all hosts.
     """
-    results = [step(variables, replicas.shard(batch)) for batch in batches]
+    results = [step(variables, batch) for batch in batches]
     # Summed on the host, where integers do not overflow and a mean over the split has float64's precision.
     totals = {k: sum(np.asarray(r[k]).item() for r in results) for k in ("count", "top1", "top5", "loss")}
     count = int(totals["count"])

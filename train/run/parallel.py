@@ -39,27 +39,29 @@ class Replicas:
     def _mesh(self) -> Mesh:
         return Mesh(np.asarray(self.devices), (AXIS,))
 
-    def spread(self, step: Callable[[PyTree, PyTree], PyTree], *, donate: bool = False) -> Callable[..., PyTree]:
-        """Compiles `step(replicated, batch)` for these devices.
+    def spread(self, step: Callable[..., PyTree], *, donate: bool = False, shared: int = 0) -> Callable[..., PyTree]:
+        """Compiles `step(replicated, batch, *shared)` for these devices.
 
         Args:
           step: function of one replica; the axis `train.run.step.AXIS` is bound, its results are equal on all replicas.
           donate: the first argument's memory may be reused for the result.
+          shared: number of further arguments, replicated like the first.
 
         Returns:
-          Function of the replicated argument (see `replicate`) and of a global batch (see `shard`).
+          Function of the replicated argument (see `replicate`), of a global batch (see `shard`) and of what is shared.
         """
         donated = (0,) if donate else ()
         if self.backend == "pmap":
+            in_axes = (None, 0, *[None] * shared)
             return jax.pmap(
-                step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=self.devices, donate_argnums=donated
+                step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=self.devices, donate_argnums=donated
             )
         # check_vma=False keeps the collectives where the step writes them; with it on, the transpose of a replicated
         # parameter would sum gradients a second time.
         spread = jax.shard_map(
             step,
             mesh=self._mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * shared),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
@@ -68,6 +70,11 @@ class Replicas:
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts one copy of every array on each device; arrays keep their shape."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def copy(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Like `replicate`, for arrays that every host has, and without comparing them between the hosts."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+        return {k: jax.make_array_from_process_local_data(sharding, v, v.shape) for k, v in arrays.items()}
 
     def shard(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts a host's part of a batch on its devices.

@@ -66,10 +66,11 @@ def prepare_workdir(workdir: str | Path) -> Path:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each step; the second one interrupts.
+    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each call; the second one interrupts.
 
     A step runs on all hosts or on none. So where there are several, all of them are told and stop at the same step,
-    whichever host got the signal: JAX listens for SIGTERM itself then and agrees on the step.
+    whichever host got the signal: JAX listens for SIGTERM itself then and agrees on the call. It agrees on the number
+    after the highest that it was asked with, so the question takes the number of the call: 1, 2, ..., none left out.
     """
     several = jax.process_count() > 1
     seen: list[int] = []
@@ -90,7 +91,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
         except ValueError:
             break
     try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(seen)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda call: bool(seen)
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)

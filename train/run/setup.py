@@ -16,6 +16,7 @@ from train.optim import finetune
 from train.optim.param_groups import split
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.evaluate import Result, evaluate, padded_size
+from train.run.feed import lives_on_devices, make_feed
 from train.run.length import length_change, total_steps
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
@@ -41,7 +42,7 @@ class Setup:
       loaded: what a new run starts from (`train.optim.finetune.load`), or None.
       continued: whether the work directory has a checkpoint to go on from.
       bad: the images that could not be read.
-      loader: the training batches.
+      loader: the training batches, or their indices where the data lives on the devices.
     """
 
     config: Config
@@ -95,7 +96,8 @@ def prepare(given: Config, workdir: str | Path) -> Setup:
     if loaded is not None:
         finetune.check_fit(config, program.network.model, program.network.shapes, loaded)
     bad = BadImages(splits, config.data)
-    loader = train_loader(splits, config.data, seed=config.seed, bad=bad)
+    on_devices = lives_on_devices(config.data, splits, replicas, total / per_epoch)
+    loader = train_loader(splits, config.data, seed=config.seed, bad=bad, indices=on_devices)
     continued = saved is not None
     return Setup(
         config, workdir, splits, replicas, checkpoints, per_epoch, total, program, loaded, continued, bad, loader
@@ -130,13 +132,16 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         training_loss=training_loss(config),
         primary=jax.process_index() == 0,
     )
+    if setup.loader.indices:
+        report.say(f"reading {len(setup.splits.train):,} images, which stay on the device ...")
+    feed = make_feed(setup.loader, setup.splits, config.data, replicas, setup.bad)
     trainer = Trainer(
         config=config,
         workdir=setup.workdir,
         replicas=replicas,
-        loader=setup.loader,
-        train_step=replicas.spread(program.train_step, donate=True),
-        evaluation=partial(_evaluate, setup, replicas.spread(program.eval_step)),
+        feed=feed,
+        train_step=feed.spread(program.train_step, replicas, config.data.image_size),
+        evaluation=partial(_evaluate, setup, replicas.spread(program.eval_step), []),
         checkpoints=checkpoints,
         report=report,
         run_info={"config": flatten(config), "class_names": list(setup.splits.class_names)},
@@ -156,12 +161,14 @@ def _variables(setup: Setup) -> Any:
     return None if setup.loaded is None else finetune.as_arrays(setup.loaded.variables)
 
 
-def _evaluate(setup: Setup, step: Any, variables: Any) -> Result:
-    """Evaluates variables on the whole held-out split."""
+def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any) -> Result:
+    """Evaluates variables on the whole held-out split, which stays in `kept` where the data lives on the devices."""
     data = setup.config.data
     size = padded_size(data.eval_batch_size or data.batch_size, setup.replicas.count)
-    batches = eval_batches(setup.splits, data, batch_size=size, bad=setup.bad)
-    return evaluate(step, variables, batches, setup.replicas, len(setup.splits.class_names))
+    batches = kept or map(setup.replicas.shard, eval_batches(setup.splits, data, batch_size=size, bad=setup.bad))
+    if setup.loader.indices:
+        batches = kept[:] = list(batches)
+    return evaluate(step, variables, batches, len(setup.splits.class_names))
 
 
 def introduction(setup: Setup, trainer: Trainer, restored: Restored | None) -> Iterator[str]:

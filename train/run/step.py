@@ -155,6 +155,48 @@ def make_train_step(
     return train_step
 
 
+def make_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]], image_size: int
+) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Builds a call that runs several steps of one replica on data that lies on its device.
+
+    The number of steps is a value, not a shape: one program does calls of every length, so the bits do not depend on
+    how a run was divided into calls. XLA compiles the body of a loop otherwise than a program of its own, and no
+    barrier or layout constraint prevents it: against the plain step, sums differ by rounding.
+
+    Args:
+      step: from `make_train_step`.
+      image_size: S below.
+
+    Returns:
+      `steps(state, batch, data)` for `{"index": int32 [n, k]}`, of which column i says which examples make the i-th
+      batch of this replica and columns of -1 at the end are no steps, and for
+      `{"image": uint8 [N, S * S * 3], "label": int32 [N]}`. Gives the state after these steps and every metric as
+      float32 [k], zeros where there was no step.
+    """
+
+    def steps(state: TrainState, batch: Batch, data: Batch) -> tuple[TrainState, dict[str, Array]]:
+        index = batch["index"]
+        length, most = index.shape
+
+        def one(number: Array, carry: tuple[TrainState, dict[str, Array]]) -> tuple[TrainState, dict[str, Array]]:
+            state, rows = carry
+            at = jax.lax.dynamic_index_in_dim(index, number, axis=1, keepdims=False)
+            chosen = {name: jnp.take(values, at, axis=0, mode="clip") for name, values in data.items()}
+            chosen["image"] = chosen["image"].reshape(length, image_size, image_size, 3)
+            state, metrics = step(state, chosen)
+            return state, {name: rows[name].at[number].set(value) for name, value in metrics.items()}
+
+        shapes = {
+            "image": jax.ShapeDtypeStruct((length, image_size, image_size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((length,), jnp.int32),
+        }
+        rows = {name: jnp.zeros((most,), x.dtype) for name, x in jax.eval_shape(step, state, shapes)[1].items()}
+        return jax.lax.fori_loop(0, jnp.sum(index[0] >= 0), one, (state, rows))
+
+    return steps
+
+
 def _mean_scan(part_step: Callable[..., Any], stats: PyTree, parts: Batch, count: int) -> tuple[PyTree, PyTree]:
     """Runs the micro-batches one after another and averages what they return, holding one gradient at a time."""
     first = jax.eval_shape(partial(part_step, stats), jax.tree.map(lambda x: x[0], parts))[1]

@@ -1,5 +1,6 @@
 """The loop over training steps: batches in, figures out, evaluation and checkpoints when they are due."""
 
+import itertools
 import math
 import time
 from collections import deque
@@ -9,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from se_flax.errors import UserError
 from train.config import Config
 from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Result
+from train.run.feed import Feed
 from train.run.parallel import Replicas
 from train.run.report import Report, epoch_line
 from train.run.runtime import stop_signals
 from train.run.step import TrainState
 
-# Losses are looked at this many steps late, so that the host does not wait for a step it has only just started.
+# Losses are looked at this many calls late, so that the host does not wait for a step it has only just started.
 LAG = 2
 # A profile skips the compilation and the first steps, and stays small enough for a browser.
 _PROFILE_STEPS = (10, 15)
@@ -62,8 +65,8 @@ class Trainer:
       config: the completed settings.
       workdir: for a profile.
       replicas: where steps run.
-      loader: iterator over this host's training batches, with `get_state`.
-      train_step: spread over the replicas: from state and batch to the next state and the step's figures.
+      feed: the training data.
+      train_step: `feed.spread` of the step: from state and what a call reads to the next state and the steps' figures.
       evaluation: from the state's variables to a result.
       checkpoints: of the run.
       report: of the run.
@@ -79,7 +82,7 @@ class Trainer:
     config: Config
     workdir: Path
     replicas: Replicas
-    loader: Any
+    feed: Feed
     train_step: Any
     evaluation: Callable[[Any], Result]
     checkpoints: Checkpoints
@@ -91,7 +94,7 @@ class Trainer:
     step: int = 0
     best_top1: float = 0.0
     result: Result | None = None
-    _pending: deque[tuple[int, dict[str, jax.Array]]] = field(default_factory=deque, init=False)
+    _pending: deque[tuple[int, int, dict[str, jax.Array]]] = field(default_factory=deque, init=False)
     _window: _Window = field(default_factory=_Window, init=False)
 
     def train(self) -> bool:
@@ -99,28 +102,50 @@ class Trainer:
         if self.step >= self.total:
             self.evaluate(record=False)  # the run itself recorded this step
             return True
-        settings = self.config.checkpoint
-        save_every = settings.every_steps or settings.every_epochs * self.per_epoch
-        evaluate_every = self.config.eval_every_epochs * self.per_epoch
-        first, compiled = self.step, None
+        first, calls, compiled = self.step, itertools.count(1), None
         with stop_signals() as stop:
             while self.step < self.total:
                 before = self.step
                 self._profile(before - first)
-                batch = self._next_batch()
+                steps = self._steps_of_call(first)
+                batch = self._next_batch(steps)
                 if compiled is None:
                     compiled = self.compile(batch)
-                self._advance(compiled, batch)
+                self._advance(compiled, batch, steps)
                 last = self.step == self.total
-                stopping = stop(self.step) and not last
-                evaluating = (last or self._passed(evaluate_every, before)) and not stopping
+                stopping = stop(next(calls)) and not last
+                evaluating = (last or self._passed(self._evaluate_every, before, self.step)) and not stopping
                 if evaluating:
                     self.evaluate()
-                if last or stopping or self._passed(save_every, before):
+                if last or stopping or self._passed(self._save_every, before, self.step):
                     self.save(self.result if evaluating else None)
                 if stopping:
                     return False
         return True
+
+    @property
+    def _evaluate_every(self) -> float:
+        return self.config.eval_every_epochs * self.per_epoch
+
+    @property
+    def _save_every(self) -> float:
+        settings = self.config.checkpoint
+        return settings.every_steps or settings.every_epochs * self.per_epoch
+
+    def _steps_of_call(self, first: int) -> int:
+        """Steps to the next one after which the host has something to do, or as many as a call may do."""
+        before, most = self.step, self.feed.most_steps
+
+        def ends(step: int) -> bool:
+            return (
+                step == self.total
+                or step % self.config.log_every_steps == 0
+                or (self.config.profile and step - first in _PROFILE_STEPS)
+                or self._passed(self._evaluate_every, before, step)
+                or self._passed(self._save_every, before, step)
+            )
+
+        return next((steps for steps in range(1, most) if ends(before + steps)), most)
 
     def compile(self, batch: Any) -> Callable[..., Any]:
         """Compiles the training step and says what the first wait is for.
@@ -133,7 +158,7 @@ class Trainer:
         """
         begun = time.monotonic()
         self.report.say("compiling the training step ...")
-        compiled: Callable[..., Any] = self.train_step.lower(self.state, batch).compile()
+        compiled: Callable[..., Any] = self.train_step.lower(self.state, batch, *self.feed.shared).compile()
         self.report.say(f"compiled in {time.monotonic() - begun:.1f} s")
         self.report.start()
         self._window.restart_clock()
@@ -161,29 +186,29 @@ class Trainer:
             self.checkpoints.save(
                 self.step,
                 self.state,
-                data=self.loader.get_state(),
+                data=self.feed.loader.get_state(),
                 run={**self.run_info, "best_top1": self.best_top1},
                 metrics=result.metrics() if result else None,
             )
         self._window.restart_clock()
 
-    def _advance(self, compiled: Callable[..., Any], batch: Any) -> None:
+    def _advance(self, compiled: Callable[..., Any], batch: Any, steps: int) -> None:
         """One call of the compiled step, and figures of earlier ones."""
-        self.state, metrics = compiled(self.state, batch)
-        self.step += 1
-        self._pending.append((self.step, metrics))
+        self.state, metrics = compiled(self.state, batch, *self.feed.shared)
+        self._pending.append((self.step, steps, metrics))
+        self.step += steps
         self._look_at_losses(keep=LAG)
 
-    def _next_batch(self) -> Any:
-        """The next batch, on the devices."""
+    def _next_batch(self, steps: int) -> Any:
+        """What the next call reads, on the devices."""
         asked = time.monotonic()
-        batch: Mapping[str, Any] = next(self.loader)
+        batch = self.feed.fetch(steps)
         self._window.waited += time.monotonic() - asked
         return self.replicas.shard(batch)
 
-    def _passed(self, every: float, before: int) -> bool:
-        """Whether a multiple of `every` steps (a fraction when epochs are) was reached since `before`."""
-        return every > 0 and math.floor(self.step / every + 1e-9) > math.floor(before / every + 1e-9)
+    def _passed(self, every: float, before: int, step: int) -> bool:
+        """Whether a multiple of `every` steps (a fraction when epochs are) is reached after `before`, by `step`."""
+        return every > 0 and math.floor(step / every + 1e-9) > math.floor(before / every + 1e-9)
 
     def _epoch(self, step: int) -> float:
         return step / self.per_epoch
@@ -200,16 +225,18 @@ class Trainer:
             self.report.say(f"profile of steps {_PROFILE_STEPS[0]} to {_PROFILE_STEPS[1]}: {folder}")
 
     def _look_at_losses(self, keep: int) -> None:
-        """Fetches the metrics of all steps but the last `keep`, and refuses to go on from a loss that is not finite."""
+        """Fetches the metrics of all calls but the last `keep`, and refuses to go on from a loss that is not finite."""
         while len(self._pending) > keep:
-            step, metrics = self._pending.popleft()
-            figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
-                self._refuse(step, figures)
-            self._window.figures.append(figures)
-            self.report.advance(figures["loss"], figures["accuracy"])
-            if step % self.config.log_every_steps == 0:
-                self._record(step)
+            before, steps, metrics = self._pending.popleft()
+            rows = {name: np.atleast_1d(values) for name, values in jax.device_get(metrics).items()}
+            for row in range(steps):
+                step, figures = before + row + 1, {name: float(values[row]) for name, values in rows.items()}
+                if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
+                    self._refuse(step, figures)
+                self._window.figures.append(figures)
+                self.report.advance(figures["loss"], figures["accuracy"])
+                if step % self.config.log_every_steps == 0:
+                    self._record(step)
 
     def _record(self, step: int) -> None:
         """Writes the mean figures since the last record, if there are any."""
