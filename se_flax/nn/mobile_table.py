@@ -150,8 +150,8 @@ def start_with_space_to_depth(layout: NetworkTable) -> NetworkTable:
     rows = [dataclasses.replace(row, features=4 * row.features) for row in (start, first)]
     rows[1] = dataclasses.replace(rows[1], repeats=first.repeats - 1)
     expand = second.block.keywords["expand"] / 4  # type: ignore[attr-defined]
-    start = dataclasses.replace(second, block=partial(second.block, expand=expand), strides=1, repeats=1)
+    entry = dataclasses.replace(second, block=partial(second.block, expand=expand), strides=1, repeats=1)
     others = [dataclasses.replace(second, strides=1, repeats=second.repeats - 1)]
     stage0 = tuple(row for row in rows if row.repeats)
-    stage1 = (start, *(row for row in others if row.repeats), *rest)
+    stage1 = (entry, *(row for row in others if row.repeats), *rest)
     return (stage0, stage1, *layout[2:])
