@@ -13,6 +13,7 @@ import pytest
 from se_flax.errors import UserError
 from train.config import Optim
 from train.optim.optimizers import OPTIMIZERS, Updates, check, ema_update, kernels, muon_labels
+from train.optim.schedules import SCHEDULES
 
 
 def rates(settings, steps_per_epoch, total_steps, steps):
@@ -81,7 +82,7 @@ def test_the_decays_clock_runs_during_the_warmup():
     assert rates(cosine, 10, 100, [20])[0] == rates(dataclasses.replace(cosine, warmup_epochs=0), 10, 100, [20])[0]
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine", "exponential"])
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_schedules_take_python_integers_and_return_float32_scalars(name):
     rate = Updates(Optim(schedule=name, boundaries=(1,), warmup_epochs=1.0)).schedule(2.5, 10)(3)
     assert rate.shape == ()
@@ -124,6 +125,9 @@ def test_the_defaults_and_every_optimizer_pass():
         ({"decay_factor": 0.0}, r"optim\.decay_factor is 0\.0; it must be a positive number \(the paper's is 0\.1"),
         ({"decay_every_epochs": 0.0}, r"optim\.decay_every_epochs is 0\.0; .* \(EfficientNet's is 2\.4\)"),
         ({"final_learning_rate": -1.0}, r"optim\.final_learning_rate is -1\.0; it must be 0 or a positive number"),
+        ({"first_learning_rate": -1.0}, r"optim\.first_learning_rate is -1\.0; it must be 0 or a positive number"),
+        ({"peak": 0.0}, r"optim\.peak is 0\.0; it must be above 0 and below 1 \(it is a share of the run"),
+        ({"norm_bias_multiplier": 0.0}, r"optim\.norm_bias_multiplier is 0\.0; it must be a positive number \(64 is"),
         ({"momentum": 1.0}, r"optim\.momentum is 1\.0; it must be at least 0 and below 1 \(0\.9 is usual"),
         ({"b1": -0.1}, r"optim\.b1 is -0\.1; it must be at least 0 and below 1"),
         ({"b2": 1.0}, r"optim\.b2 is 1\.0; it must be at least 0 and below 1"),

@@ -13,7 +13,7 @@ import se_flax
 from se_flax import UserError, attention, functional
 from se_flax.nn import head, norm, pooling
 from train.config import Augment
-from train.data import augment, randaugment
+from train.data import alternate_flip, augment, randaugment
 from train.optim import losses, margins
 
 KEY = jax.random.key(0)
@@ -156,6 +156,15 @@ AUGMENT = {
         {"images": [(4, 4, 3), (2, 4, 4, 1)], "labels": [(2,), (3, 5)]},
     ),
 }
+ALTERNATE_FLIP = {
+    "mirrored": Case(
+        lambda images, epoch: alternate_flip.mirrored(images, KEY, epoch),
+        {"images": IMAGES, "epoch": (2,)},
+        {"images": [(4, 4, 3)], "epoch": [(), (3,)]},
+        images="integer",
+        epoch="integer",
+    ),
+}
 RANDAUGMENT = {
     "randaugment": of_image(lambda x: randaugment.randaugment(x, KEY, 1, 5.0)),
     "apply_op": of_image(lambda x: randaugment.apply_op(x, 0, 5.0)),
@@ -171,7 +180,7 @@ RANDAUGMENT = {
     "equalize": of_image(randaugment.equalize),
     "warp": Case(randaugment.warp, {"image": IMAGE, "matrix": (6,)}, {"image": NO_IMAGE, "matrix": [(), (2, 3), (5,)]}),
 }
-TABLE = {**FUNCTIONAL, **ATTENTION, **NN, **TRAIN, **AUGMENT, **RANDAUGMENT}
+TABLE = {**FUNCTIONAL, **ATTENTION, **NN, **TRAIN, **AUGMENT, **ALTERNATE_FLIP, **RANDAUGMENT}
 
 
 def public(module, kinds=(inspect.isfunction,)):

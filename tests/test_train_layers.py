@@ -20,7 +20,16 @@ from train.config import (
     Optim,
 )
 from train.optim.optimizers import OPTIMIZERS, Updates
-from train.optim.param_groups import NOTHING, evaluation_mode, frozen_parts, layer_depths, merge, split
+from train.optim.param_groups import (
+    NOTHING,
+    evaluation_mode,
+    frozen_parts,
+    layer_depths,
+    layer_factors,
+    merge,
+    rate_factors,
+    split,
+)
 from train.run.init import init_state, trace
 from train.run.parallel import make_replicas
 from train.run.step import make_train_step
@@ -106,7 +115,7 @@ def tree(seed):
 
 
 def updates_of(settings, steps=3):
-    optimizer = Updates(settings).optimizer(lambda step: 0.1 / (1.0 + step), DEPTHS)
+    optimizer = Updates(settings).optimizer(lambda step: 0.1 / (1.0 + step), layer_factors(settings, DEPTHS))
     params, state, seen = tree(0), None, []
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -140,9 +149,10 @@ def test_layer_rates_are_rates_in_the_formula_of_sgd():
 
 
 def test_equal_rates_leave_the_optimizers_state_as_it_was():
-    settings, rate = Optim(), optax.constant_schedule(0.1)
-    with_depths, without = (Updates(settings).optimizer(rate, depths) for depths in (DEPTHS, None))
-    assert jax.tree.structure(with_depths.init(tree(0))) == jax.tree.structure(without.init(tree(0)))
+    settings, rate, model = Optim(), optax.constant_schedule(0.1), a_model()
+    factors = rate_factors(settings, model, trace(model, 8).shapes)
+    with_factors, without = (Updates(settings).optimizer(rate, given) for given in (factors, None))
+    assert jax.tree.structure(with_factors.init(tree(0))) == jax.tree.structure(without.init(tree(0)))
 
 
 # --- Frozen parts in a step -------------------------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def take_steps(settings, *, steps=2, devices=1, backend="shard_map", seed=0, **a
     network = trace(model, 8)
     shapes = network.shapes
     frozen = frozen_parts(settings, model, shapes)
-    optimizer = Updates(settings).optimizer(rate, layer_depths(model, shapes["params"]))
+    optimizer = Updates(settings).optimizer(rate, rate_factors(settings, model, shapes))
     replicas = make_replicas(backend, devices)
     state = init_state(
         network, optimizer, seed, ema=settings.ema_decay > 0, frozen=frozen.params, variables=random_variables()

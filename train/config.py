@@ -78,7 +78,9 @@ class Augment:
     """Augmentation inside the jitted step; everything off by default."""
 
     flip: bool = False  # horizontal, half of the images
-    pad: int = 0  # zero-pad by this many pixels and crop back at random
+    alternate_flip: bool = False  # with flip: every image in every other epoch, from a random start, not by chance
+    pad: int = 0  # pad by this many pixels and crop back at random
+    pad_mode: str = "constant"  # constant (data.mean) | reflect
     brightness: float = 0.0  # colour jitter: factor uniform in [1 - b, 1 + b]
     contrast: float = 0.0
     saturation: float = 0.0
@@ -97,12 +99,14 @@ class Optim:
 
     name: str = "sgd"  # sgd | adamw | lamb | rmsprop | muon
     learning_rate: float = 0.1  # at batch_size, not rescaled
-    schedule: str = "cosine"  # constant | step | cosine | exponential
+    schedule: str = "cosine"  # constant | step | cosine | exponential | triangular
     warmup_epochs: float = 0.0  # linear, from zero
     boundaries: tuple[float, ...] = ()  # step: epochs at which the rate is multiplied by decay_factor
     decay_factor: float = 0.1  # step, exponential
     decay_every_epochs: float = 2.4  # exponential: one factor per this many epochs, in a staircase
-    final_learning_rate: float = 0.0  # cosine: where it ends
+    first_learning_rate: float = 0.0  # triangular: where it starts
+    peak: float = 0.25  # triangular: share of the run at which it reaches learning_rate
+    final_learning_rate: float = 0.0  # cosine, triangular: where it ends
     momentum: float = 0.9  # sgd, rmsprop, muon
     nesterov: bool = True  # sgd, muon
     b1: float = 0.9  # adamw, lamb
@@ -119,6 +123,8 @@ class Optim:
     freeze_batch_norm: bool = False  # keep statistics, scale and bias of the batch norms
     layer_decay: float = 1.0  # rate of a layer = learning_rate * layer_decay ** (blocks above it, the head's included)
     backbone_multiplier: float = 1.0  # times the rate of everything below the head
+    norm_bias_multiplier: float = 1.0  # times the rate of the biases of batch norms
+    whiten_stem: bool = False  # the first convolution whitens patches of training images, and is not trained
 
 
 @dataclass
@@ -177,6 +183,7 @@ class Config(Settings):
     epochs: float = 10.0
     steps: int = 0  # overrides epochs when > 0
     eval_every_epochs: float = 1.0
+    eval_tta: str = "none"  # none | flip | flip_shift: evaluate the mean of the logits over views of an image
     log_every_steps: int = 10
     precision: str = "float32"  # float32 | bfloat16: of the network's arithmetic; parameters stay float32
     lean: bool = False  # TPU: leave a bottleneck's widest map unwritten; less memory, more arithmetic

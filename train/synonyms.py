@@ -79,6 +79,7 @@ _MEANINGS: Mapping[str, tuple[str, ...] | str] = {
     ),
     **dict.fromkeys(("random_seed", "manual_seed", "rng_seed"), ("seed",)),
     **dict.fromkeys(("log_interval", "log_every", "logging_steps", "print_freq"), ("log_every_steps",)),
+    **dict.fromkeys(("tta", "test_time_augmentation"), ("eval_tta",)),
     **dict.fromkeys(("eval_interval", "eval_every", "eval_freq", "val_interval", "val_freq"), ("eval_every_epochs",)),
     **dict.fromkeys(
         ("save_interval", "save_freq", "save_every", "ckpt_freq", "checkpoint_freq"),

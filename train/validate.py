@@ -13,6 +13,7 @@ from train.config import CHECKPOINT, IMAGENET_MEAN, IMAGENET_STD, NETWORK, Confi
 from train.data import augment
 from train.data.sources import ImageData
 from train.optim.optimizers import Updates
+from train.run import tta
 from train.run.init import TracedNetwork, trace
 from train.run.parallel import Replicas
 
@@ -89,6 +90,7 @@ def check_settings_of_run(config: Config, count: Callable[[ImageData], int] | No
     updates = Updates(config.optim)
     augment.check(config.augment, config.data.image_size)
     images = ImageData(config.data)
+    tta.check(config.eval_tta)
     _check_frozen(config)
     name = config.model.name or ("" if config.init_from else NETWORK)
     if not name:
@@ -121,6 +123,11 @@ def _check_frozen(config: Config) -> None:
                 f"got optim.{name}={getattr(config.optim, name)!r} without init_from, which would freeze random "
                 "weights; name a checkpoint to start from, or train everything"
             )
+    if config.optim.whiten_stem and config.init_from:
+        raise UserError(
+            f"got optim.whiten_stem=True with init_from={config.init_from!r}, whose first convolution it would "
+            "replace; leave one of the two out"
+        )
 
 
 def check_classes(config: Config, class_names: tuple[str, ...], source: str) -> int:

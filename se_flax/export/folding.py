@@ -38,7 +38,7 @@ class FoldedNorm(BatchNorm):
         """
         if train:
             raise UserError("a fused network has no batch norms to train; train the network that it was made from")
-        if self.is_initializing() or self.has_variable("params", "scale"):
+        if self.is_initializing() or self.has_variable("params", "bias"):
             return super().coefficients(x, per_image=per_image)
         return Coefficients(x, None, None, None)
 
@@ -91,7 +91,8 @@ def fuse(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dic
         kernel = params[*path, "kernel"]
         params.setdefault((*path, "bias"), jnp.zeros(kernel.shape[-1], kernel.dtype))
     for path, (conv_path, epsilon) in pairs.items():
-        scale, bias = (np.asarray(params.pop((*path, name)), np.float64) for name in ("scale", "bias"))
+        scale = np.asarray(params.pop((*path, "scale"), 1.0), np.float64)  # a norm may have none
+        bias = np.asarray(params.pop((*path, "bias")), np.float64)
         mean, var = (np.asarray(statistics.pop((*path, name)), np.float64) for name in ("mean", "var"))
         factor = scale / np.sqrt(var + epsilon)
         at_kernel, at_bias = (*conv_path, "kernel"), (*conv_path, "bias")

@@ -73,6 +73,7 @@ class BatchNorm(nn.Module):
         uses its own.
       defer_conv: where possible, training on a TPU does not store the output of a 1x1 convolution before this norm:
         fewer passes over memory for more multiply-adds, see `se_flax.lowering.deferred_conv`. The results are the same.
+      use_scale: a scale is learned; if not it is 1, and there is no such parameter.
       scale_init: initialiser of the scale.
       dtype: of the output; None takes the input's.
     """
@@ -81,6 +82,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     axis_name: str | None = None
     defer_conv: bool = False
+    use_scale: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
     dtype: Dtype = None
 
@@ -119,7 +121,7 @@ class BatchNorm(nn.Module):
         """
         x = x if isinstance(x, DeferredConv) else check_array(x, "BatchNorm", "[N, ..., C]")
         shape = (x.shape[-1],)
-        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32) if self.use_scale else 1.0
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)

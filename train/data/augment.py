@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from se_flax.arrays import check_array
-from se_flax.errors import UserError
+from se_flax.errors import UserError, closest
 from se_flax.lowering.dispatch import by_platform
 from train.config import Augment
 from train.data.randaugment import MAX_MAGNITUDE, blend, luma, randaugment
@@ -24,6 +24,7 @@ BLACK = (0.0, 0.0, 0.0)
 ERASE_AREA = (0.02, 0.33)
 ERASE_ASPECT = (0.3, 3.3)
 _ERASE_TRIES = 10
+PAD_MODES = ("constant", "reflect")
 # Folded into an example's key, one number per operation. The numbers must not change: they are part of a run's seed.
 _CROP, _FLIP, _RANDAUGMENT, _JITTER, _ERASE, _CUTOUT, _MIX = range(7)
 
@@ -38,6 +39,10 @@ def check(settings: Augment, image_size: int) -> None:
     Raises:
       UserError: a setting is out of range.
     """
+    if settings.pad_mode not in PAD_MODES:
+        raise UserError(f"unknown augment.pad_mode {settings.pad_mode!r}; {closest(settings.pad_mode, PAD_MODES)}")
+    if settings.alternate_flip and not settings.flip:
+        raise UserError("augment.alternate_flip=True needs augment.flip=True: it says when an image is mirrored")
     _within("pad", settings.pad, 0, image_size - 1, f"use a few pixels; the images are {image_size} pixels wide")
     _within("cutout", settings.cutout, 0, image_size, f"the images are {image_size} pixels wide; 0 switches it off")
     for name in ("brightness", "contrast", "saturation"):
@@ -93,7 +98,13 @@ def example_keys(key: jax.Array, global_index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, global_index)
 
 
-def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[float, ...] = BLACK) -> jax.Array:
+def augment(
+    images: jax.Array,
+    keys: jax.Array,
+    settings: Augment,
+    fill: tuple[float, ...] = BLACK,
+    mirrored: jax.Array | None = None,
+) -> jax.Array:
     """The operations on single images (all but mixup and CutMix).
 
     Their order is: pad and crop, flip, RandAugment, colour jitter, random erasing, Cutout. RandAugment's geometric
@@ -105,6 +116,7 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
       settings: the augmentation's settings; static (read while tracing).
       fill: RGB in [0, 1] for padding, erasing and Cutout. The ResNet paper (He et al. 2016, section 4.2) and Cutout
         fill with zeros *after* normalisation, which are the mean colour before it: pass the mean for that.
+      mirrored: bool [N], which images `flip` mirrors; None for half of them, by chance.
 
     Returns:
       [N, H, W, 3] in [0, 1], of the images' dtype; computed in float32.
@@ -115,12 +127,12 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
     images = check_array(images, "augment", "[N, H, W, 3]", hint=", in [0, 1]")
     jitter = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
 
-    def one(image, key):
+    def one(image, key, mirror=None):
         key_of = functools.partial(jax.random.fold_in, key)
         if settings.pad:
-            image = pad_and_crop(image, key_of(_CROP), settings.pad, fill)
+            image = pad_and_crop(image, key_of(_CROP), settings.pad, fill, settings.pad_mode)
         if settings.flip:
-            image = flip(image, key_of(_FLIP))
+            image = flip(image, key_of(_FLIP)) if mirror is None else jnp.where(mirror, image[:, ::-1], image)
         if (layers := settings.randaugment_layers) > 0:
             image = randaugment(image, key_of(_RANDAUGMENT), layers, settings.randaugment_magnitude)
         if any(jitter):
@@ -135,14 +147,17 @@ def augment(images: jax.Array, keys: jax.Array, settings: Augment, fill: tuple[f
     if settings.randaugment_layers:
         # On a CPU batching gains nothing, and one image at a time computes only the operations that it drew.
         each = functools.partial(by_platform, cpu=_one_by_one(one), default=each)
-    return each(images.astype(jnp.float32), keys).astype(images.dtype)
+    given = () if mirrored is None else (mirrored,)
+    return each(images.astype(jnp.float32), keys, *given).astype(images.dtype)
 
 
 def _one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *arrays: jax.lax.map(lambda items: function(*items), arrays)
 
 
-def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, ...] = BLACK) -> jax.Array:
+def pad_and_crop(
+    image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, ...] = BLACK, mode: str = "constant"
+) -> jax.Array:
     """Pads every side and crops the original size at a random place (He et al. 2016, section 4.2).
 
     Args:
@@ -150,6 +165,7 @@ def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, 
       key: the draw's key.
       pad: pixels on every side; static.
       fill: RGB of the padding.
+      mode: `constant`, or `reflect`: the image mirrored at its border, without `fill`.
 
     Returns:
       float32 [H, W, 3].
@@ -159,8 +175,11 @@ def pad_and_crop(image: jax.Array, key: jax.Array, pad: int, fill: tuple[float, 
     """
     image = check_array(image, "pad_and_crop", "[H, W, 3]")
     height, width, _ = image.shape
-    canvas = jnp.broadcast_to(jnp.asarray(fill, image.dtype), (height + 2 * pad, width + 2 * pad, 3))
-    canvas = canvas.at[pad : pad + height, pad : pad + width].set(image)
+    if mode == "reflect":
+        canvas = jnp.pad(image, [(pad, pad), (pad, pad), (0, 0)], mode="reflect")
+    else:
+        canvas = jnp.broadcast_to(jnp.asarray(fill, image.dtype), (height + 2 * pad, width + 2 * pad, 3))
+        canvas = canvas.at[pad : pad + height, pad : pad + width].set(image)
     top, left = _whole(jax.random.uniform(key, (2,)), 2 * pad + 1)
     return jax.lax.dynamic_slice(canvas, (top, left, 0), image.shape)
 

@@ -71,6 +71,26 @@ class PrepareEval:
         return {"image": image, "label": np.int32(label), "mask": np.bool_(good), **notes}
 
 
+def sample_images(source: Source, data: Data, count: int) -> np.ndarray:
+    """Images from all over a source, prepared as for evaluation.
+
+    Args:
+      source: the source.
+      data: the settings.
+      count: how many, at most; every k-th of the source, as class folders are in the order of the classes.
+
+    Returns:
+      uint8 [n, S, S, 3], without those that `data.bad_images="skip"` leaves out.
+
+    Raises:
+      UserError: an image could not be read.
+    """
+    prepare = PrepareEval(source, data)
+    indices = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int)
+    examples = [prepare(int(index)) for index in indices]
+    return np.stack([example["image"] for example in examples if example["mask"]])
+
+
 def _raise_unless_skipped(error: UnreadableImage, source: Source, index: int, data: Data) -> None:
     if data.bad_images == "error":
         raise UserError(

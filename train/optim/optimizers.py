@@ -15,7 +15,7 @@ import optax
 
 from se_flax.errors import UserError, closest
 from train.config import Optim
-from train.optim.param_groups import Path, layer_factors, scale_layers
+from train.optim.param_groups import Path, by_layer, scale_layers
 from train.optim.schedules import SCHEDULES
 
 PyTree: TypeAlias = Any
@@ -48,7 +48,9 @@ _LIMITS = {
     "warmup_epochs": _at_least_zero("0 starts at the full rate"),
     "decay_factor": _positive("the paper's is 0.1 for step, EfficientNet's 0.97 for exponential"),
     "decay_every_epochs": _positive("EfficientNet's is 2.4"),
-    "final_learning_rate": _at_least_zero("0 lets the cosine end at zero"),
+    "first_learning_rate": _at_least_zero("0 starts at rest"),
+    "peak": _Limit(lambda x: 0 < x < 1, "above 0 and below 1", "it is a share of the run, 0.25 is usual"),
+    "final_learning_rate": _at_least_zero("0 lets the schedule end at zero"),
     "momentum": _below_one("0.9 is usual, 0 turns it off"),
     "b1": _below_one("0.9 is usual"),
     "b2": _below_one("0.999 is usual"),
@@ -63,6 +65,7 @@ _LIMITS = {
     "label_smoothing": _below_one("0.1 is usual, 0 turns it off"),
     "layer_decay": _Limit(lambda x: 0 < x <= 1, "above 0 and at most 1", "0.8 is usual, 1 gives all layers one rate"),
     "backbone_multiplier": _positive("0.1 is usual, 1 turns it off; optim.train_only='head' freezes the backbone"),
+    "norm_bias_multiplier": _positive("64 is Jordan's, 1 turns it off"),
 }
 
 
@@ -253,11 +256,6 @@ OPTIMIZERS: dict[str, Callable[[Optim, optax.Schedule, Mask], optax.GradientTran
 """
 
 
-def by_layer(settings: Optim) -> str:
-    """Name of the setting that gives layers different rates; empty if there is none."""
-    return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
-
-
 @dataclass(frozen=True)
 class Updates:
     """How a run updates its parameters: learning rate and optimizer, from settings that are checked once, here.
@@ -316,17 +314,17 @@ class Updates:
         return rate
 
     def optimizer(
-        self, schedule: optax.Schedule, depths: Mapping[Path, int] | None = None
+        self, schedule: optax.Schedule, factors: Mapping[Path, float] | None = None
     ) -> optax.GradientTransformation:
         """The optimizer that the settings name (`OPTIMIZERS`), with clipping before it and weight decay inside it.
 
         Weight decay reaches the leaves that `kernels` marks, or every parameter with `decay_norm_and_bias`. The global
-        norm is clipped first of all, on the gradient as it comes. `layer_factors` multiply the updates last of all,
+        norm is clipped first of all, on the gradient as it comes. The factors multiply the updates last of all,
         which is to give every part a rate of its own: the rate multiplies all of an update in each of the five.
 
         Args:
           schedule: learning rate by number of updates, from `schedule`.
-          depths: by path of the parameter, from `train.optim.param_groups.layer_depths`; only where `by_layer` says so.
+          factors: by path of the parameter, from `train.optim.param_groups.rate_factors`; None or none for one rate.
 
         Returns:
           A transformation whose `update` needs the parameters as its third argument.
@@ -335,11 +333,7 @@ class Updates:
         optimizer = OPTIMIZERS[s.name](s, schedule, _all if s.decay_norm_and_bias else kernels)
         if s.clip_norm:
             optimizer = optax.chain(optax.clip_by_global_norm(s.clip_norm), optimizer)
-        if by_layer(s):
-            if depths is None:
-                raise ValueError("layer_decay and backbone_multiplier need the depths of the network's parameters")
-            optimizer = optax.chain(optimizer, scale_layers(layer_factors(s, depths)))
-        return optimizer
+        return optax.chain(optimizer, scale_layers(factors)) if factors else optimizer
 
 
 # --- Moving average ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from se_flax.errors import UserError
 from se_flax.nn.network import Network, Path, lies_in
 from se_flax.nn.norm import BatchNorm
 from train.config import Optim
+from train.optim.whitening import check_shape
 
 PyTree = Any
 
@@ -81,8 +82,45 @@ def layer_factors(settings: Optim, depths: Mapping[Path, int]) -> dict[Path, flo
     }
 
 
+def by_layer(settings: Optim) -> str:
+    """Name of the setting that gives layers different rates; empty if there is none."""
+    return next((name for name in ("layer_decay", "backbone_multiplier") if getattr(settings, name) != 1), "")
+
+
+def rate_factors(settings: Optim, model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, float]:
+    """Factor of the learning rate of every parameter, from all settings that give parameters rates of their own.
+
+    Biases of batch norms have `norm_bias_multiplier` beside `layer_factors` (Page 2019, "How to Train Your ResNet 8";
+    Jordan 2024, section 3.3: 64).
+
+    Args:
+      settings: the run's `optim` section.
+      model: the network.
+      variables: its variables, or their shapes, in the order of the calls (from `train.run.init.trace`).
+
+    Returns:
+      Factors by path of the parameter; empty where all have the same rate.
+
+    Raises:
+      UserError: the rates are by layer, and the network does not declare its blocks.
+    """
+    slowed, faster = by_layer(settings), settings.norm_bias_multiplier
+    if not slowed and faster == 1:
+        return {}
+    factors = dict.fromkeys(flax.traverse_util.flatten_dict(dict(variables["params"])), 1.0)
+    if slowed:
+        factors = layer_factors(settings, layer_depths(declared(model, f"optim.{slowed}"), variables["params"]))
+    biases = {(*norm, "bias") for norm in norm_paths(variables)}
+    return {path: factor * faster if path in biases else factor for path, factor in factors.items()}
+
+
+def norm_paths(variables: Mapping[str, Any]) -> set[Path]:
+    """Paths of the batch norms: the modules that have statistics."""
+    return {path[:-1] for path in flax.traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))}
+
+
 def scale_layers(factors: Mapping[Path, float]) -> optax.GradientTransformation:
-    """Multiplies the update of every parameter by its factor, see `layer_factors`."""
+    """Multiplies the update of every parameter by its factor, see `rate_factors`."""
 
     def scale(updates: PyTree, params: PyTree) -> PyTree:
         del params
@@ -115,7 +153,7 @@ def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]
     `train_only="head"` freezes all but the classifier, and the frozen part runs in evaluation mode: batch norms use
     their running statistics without updating them, and stochastic depth is off. The dropout before the classifier stays
     on. `freeze_batch_norm` freezes only the batch norms: their statistics, and as in torchvision's `FrozenBatchNorm2d`
-    and Keras's `trainable = False` also scale and bias.
+    and Keras's `trainable = False` also scale and bias. `whiten_stem` freezes the kernel of the first convolution.
 
     Args:
       settings: the run's `optim` section.
@@ -126,17 +164,22 @@ def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]
       Paths of parameters and classes of modules.
 
     Raises:
-      UserError: no parameter would be trained, or the network does not declare its classifier.
+      UserError: no parameter would be trained, or the network does not declare its classifier or first convolution, or
+        that convolution has too many filters to whiten.
     """
     paths = frozenset(flax.traverse_util.flatten_dict(dict(variables["params"])))
     if settings.train_only == "head":
         head = declared(model, "optim.train_only").head_path
         frozen = Frozen(frozenset(path for path in paths if not lies_in(path, head)), (nn.Module,))
     elif settings.freeze_batch_norm:
-        norms = {path[:-1] for path in flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))}
+        norms = norm_paths(variables)
         frozen = Frozen(frozenset(path for path in paths if path[:-1] in norms), (BatchNorm, nn.BatchNorm))
     else:
         frozen = NOTHING
+    if settings.whiten_stem:
+        kernel = stem_kernel(model)
+        check_shape(flax.traverse_util.flatten_dict(dict(variables["params"]))[kernel].shape)
+        frozen = Frozen(frozen.params | {kernel}, frozen.modules)
     if frozen.params == paths:
         setting = "train_only='head'" if settings.train_only else "freeze_batch_norm=True"
         raise UserError(
@@ -144,6 +187,11 @@ def frozen_parts(settings: Optim, model: nn.Module, variables: Mapping[str, Any]
             "trained; leave the setting out, or give a network whose classifier has parameters"
         )
     return frozen
+
+
+def stem_kernel(model: nn.Module) -> Path:
+    """Path of the kernel that `optim.whiten_stem` sets and freezes."""
+    return (*declared(model, "optim.whiten_stem").stem_path, "kernel")
 
 
 def split(params: PyTree, frozen: frozenset[Path]) -> tuple[PyTree, PyTree]:

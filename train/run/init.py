@@ -98,6 +98,7 @@ def init_state(
     ema: bool,
     frozen: frozenset[Path] = NOTHING.params,
     variables: Mapping[str, PyTree] | None = None,
+    given: Mapping[Path, np.ndarray] | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -108,6 +109,7 @@ def init_state(
       ema: whether to keep a moving average.
       frozen: paths of parameters that the optimizer has no part in.
       variables: float32 `{"params", "batch_stats"}` to start from; None draws them.
+      given: by path, parameters that stand in for those of `variables`.
 
     Returns:
       The state, on the default device.
@@ -115,8 +117,8 @@ def init_state(
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def build(given: Mapping[str, PyTree]) -> TrainState:
-        params, stats = given["params"], given.get("batch_stats", {})
+    def build(start: Mapping[str, PyTree]) -> TrainState:
+        params, stats = start["params"], start.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -127,4 +129,8 @@ def init_state(
             key=jax.random.key_data(run_key),
         )
 
-    return build(network.draw(init_key) if variables is None else variables)
+    start = network.draw(init_key) if variables is None else variables
+    if given:
+        params = flax.traverse_util.flatten_dict(dict(start["params"])) | dict(given)
+        start = {**start, "params": flax.traverse_util.unflatten_dict(params)}
+    return build(start)

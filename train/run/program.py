@@ -9,10 +9,11 @@ import optax
 
 from train.build import build_model, loss_margin
 from train.config import Config
-from train.optim.optimizers import Updates, by_layer
-from train.optim.param_groups import Frozen, declared, frozen_parts, layer_depths
+from train.optim.optimizers import Updates
+from train.optim.param_groups import Frozen, frozen_parts, rate_factors
 from train.run.init import TracedNetwork, init_state, trace
 from train.run.step import TrainState, make_eval_step, make_train_step
+from train.run.tta import VIEWS
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def make_program(
     model, shapes = network.model, network.shapes
     rate = updates.schedule(per_epoch, total)
     frozen = frozen_parts(config.optim, model, shapes)
-    slowed = by_layer(config.optim)
-    depths = layer_depths(declared(model, f"optim.{slowed}"), shapes["params"]) if slowed else None
-    optimizer = updates.optimizer(rate, depths)
+    optimizer = updates.optimizer(rate, rate_factors(config.optim, model, shapes))
     pixels = {"mean": config.data.mean, "std": config.data.std}
     train_step = make_train_step(
         model,
@@ -86,7 +85,9 @@ def make_program(
         ema_decay=config.optim.ema_decay,
         accumulate=config.optim.accumulate,
         frozen=frozen,
+        examples=round(per_epoch * config.data.batch_size),
     )
+    eval_step = make_eval_step(model, **pixels, views=VIEWS[config.eval_tta])
     ema = config.optim.ema_decay > 0
     init = partial(init_state, network, optimizer, config.seed, ema=ema, frozen=frozen.params)
-    return Program(network, updates, optimizer, rate, frozen, train_step, make_eval_step(model, **pixels), init)
+    return Program(network, updates, optimizer, rate, frozen, train_step, eval_step, init)

@@ -50,7 +50,8 @@ def save_model(
     provenance: dict[str, Any] = {"data": data.source, "steps": step, "init_from": config.init_from or None}
     if result is not None:
         counts = {f"{name}_count": hits for name, hits in result.counts().items()}
-        provenance["evaluation"] = {"count": result.count, **counts}
+        views = {} if config.eval_tta == "none" else {"tta": config.eval_tta}
+        provenance["evaluation"] = {"count": result.count, **counts, **views}
     try:
         se_flax.save_pretrained(
             folder,

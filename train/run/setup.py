@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from train.build import training_loss
 from train.config import Config, check_same_run, flatten
+from train.data.examples import sample_images
 from train.data.loader import BadImages, TrainLoader, eval_batches, steps_per_epoch, train_loader
 from train.data.sources import DataSplits, ImageData
 from train.optim import finetune
-from train.optim.param_groups import split
+from train.optim.param_groups import Path as ParameterPath
+from train.optim.param_groups import split, stem_kernel
+from train.optim.whitening import IMAGES, whitening_kernel
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.evaluate import Result, evaluate, padded_size
 from train.run.feed import lives_on_devices, make_feed
@@ -117,7 +122,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
       UserError: there are checkpoints, and none is whole, or the data is not that of the run.
     """
     config, program, replicas, checkpoints = setup.config, setup.program, setup.replicas, setup.checkpoints
-    state = replicas.replicate(program.init(variables=_variables(setup)))
+    state = replicas.replicate(program.init(variables=_variables(setup), given=_whitened(setup)))
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored.state
@@ -159,6 +164,17 @@ def _variables(setup: Setup) -> Any:
     if setup.continued:  # a checkpoint fills them in
         return setup.program.network.zeros()
     return None if setup.loaded is None else finetune.as_arrays(setup.loaded.variables)
+
+
+def _whitened(setup: Setup) -> dict[ParameterPath, np.ndarray]:
+    """The kernel that `optim.whiten_stem` makes from training images, by its path."""
+    data, network = setup.config.data, setup.program.network
+    if setup.continued or not setup.config.optim.whiten_stem:
+        return {}
+    images = sample_images(setup.splits.train, data, IMAGES) / np.float32(255)
+    path = stem_kernel(network.model)
+    shape = flatten_dict(network.shapes["params"])[path].shape
+    return {path: whitening_kernel((images - np.asarray(data.mean)) / np.asarray(data.std), shape)}
 
 
 def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any) -> Result:

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from train.config import Augment
+from train.data.alternate_flip import epochs, mirrored
 from train.data.augment import augment, example_keys, mix
 from train.optim.losses import cross_entropy, topk_correct
 from train.optim.optimizers import ema_update
 from train.optim.param_groups import NOTHING, Frozen, evaluation_mode, merge, split
+from train.run.tta import VIEWS, Views
 
 AXIS = "replica"
 
@@ -66,6 +68,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     frozen: Frozen = NOTHING,
+    examples: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds the step of one replica.
 
@@ -84,6 +87,7 @@ def make_train_step(
       accumulate: micro-batches whose gradients make one update; each has its own batch statistics, in turn.
       frozen: parameters that keep their values, to the bit, and modules that run in evaluation mode. With any of
         these, no statistics are recorded.
+      examples: training images, from which `augment.alternate_flip` knows the epoch of an image.
 
     Returns:
       `step(state, batch)` for a batch `{"image": uint8 [n, S, S, 3], "label": int32 [n]}` of this replica, giving the
@@ -97,7 +101,7 @@ def make_train_step(
         trained: PyTree, kept: PyTree, stats: PyTree, part: Batch, key: Array
     ) -> tuple[Array, tuple[PyTree, Array]]:
         keys = example_keys(key, part["index"])
-        images = augment(part["image"].astype(jnp.float32) / 255.0, keys, settings, mean)
+        images = augment(part["image"].astype(jnp.float32) / 255.0, keys, settings, mean, part.get("mirrored"))
         targets = jax.nn.one_hot(part["label"], num_classes)
         images, targets = mix(images, targets, keys, settings.mixup, settings.cutmix)
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, part["index"][0]), 1)
@@ -119,12 +123,13 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         count = batch["label"].shape[0]
         index = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+        whole = {"image": batch["image"], "label": batch["label"], "index": index}
+        if settings.alternate_flip:
+            epoch = epochs(state.step, index, count * jax.lax.axis_size(AXIS), examples)
+            whole["mirrored"] = mirrored(batch["image"], jax.random.wrap_key_data(state.key), epoch)
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         trained, kept = split(state.params, frozen.params)
-        parts = jax.tree.map(
-            lambda x: x.reshape(accumulate, count // accumulate, *x.shape[1:]),
-            {"image": batch["image"], "label": batch["label"], "index": index},
-        )
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, count // accumulate, *x.shape[1:]), whole)
 
         def one_part(stats: PyTree, part: Batch) -> tuple[PyTree, tuple[Array, Array, PyTree]]:
             (loss, (stats, correct)), grads = gradient(trained, kept, stats, part, key)
@@ -212,7 +217,7 @@ def _mean_scan(part_step: Callable[..., Any], stats: PyTree, parts: Batch, count
 
 
 def make_eval_step(
-    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], views: Views = VIEWS["none"]
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
     """Builds the evaluation of one batch.
 
@@ -220,6 +225,7 @@ def make_eval_step(
       model: the network.
       mean: per channel, of images in [0, 1].
       std: likewise.
+      views: of the images, whose logits are averaged (`train.run.tta`).
 
     Returns:
       `step(variables, batch)` for `{"image": uint8 [n, S, S, 3], "label": int32 [n], "mask": bool [n]}`; padded
@@ -229,7 +235,7 @@ def make_eval_step(
 
     def eval_step(variables: PyTree, batch: Batch) -> dict[str, Array]:
         images = (batch["image"].astype(jnp.float32) / 255.0 - mean_) / std_
-        logits = jnp.asarray(model.apply(variables, images))
+        logits = jnp.asarray(sum(weight * jnp.asarray(model.apply(variables, view)) for weight, view in views(images)))
         mask = batch["mask"]
         sums = {
             "count": jnp.sum(mask, dtype=jnp.int32),
