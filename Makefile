@@ -10,10 +10,11 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart test test-fast test-newest lint types check docs package clean
+.PHONY: help quickstart trained test test-fast test-newest lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
+	@echo "make trained       train CIFAR-10 to the end with and without SE, and write docs/trained.md (an hour or two)"
 	@echo "make test          run the tests (.venv, pinned by constraints.txt)"
 	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
@@ -32,6 +33,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train --config=configs/digits.py --workdir=$(WORKDIR)
+
+# CIFAR-10 is tfds:cifar10, prepared once (docs/data.md), or SOURCE=folder:<path>.
+SOURCE ?= tfds:cifar10
+SEEDS ?= 1
+trained: $(VENV)/ready
+	$(BIN)/python -m train.ablation --config=configs/ablation.py:attention@cifar10:fast --cells=none,se --seeds=$(SEEDS) \
+	  --workdir=runs/trained --results=benchmarks/results/trained.jsonl --config.data.source=$(SOURCE)
+	$(BIN)/python -m benchmarks.trained
 
 # The inner loop: what takes under 0.5 s, see tools/slow_tests.py.
 test-fast: $(VENV)/ready

@@ -137,11 +137,12 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The page of all studies in a file."""
     studies = dict.fromkeys(row["study"] for row in rows)
     if not studies:
-        return HEAD + "No run is recorded yet.\n"
+        return HEAD + "`make trained` trains `none` and `se` with one seed. No run is recorded yet.\n"
     sections = [section(study, results_file.runs_of(rows, study, str(RESULTS.name))) for study in studies]
     curves = f"![Training loss and error over epochs with and without SE]({PICTURE.relative_to(PAGE.parent)})\n\n"
     command = (
-        "To continue the study, or to repeat it in a new file:\n\n    python -m train.ablation "
+        "`make trained` trains `none` and `se` with one seed. To continue the study, or to repeat it in another file:\n\n"
+        "    python -m train.ablation "
         f"--config=configs/ablation.py:{next(iter(studies))} \\\n        --workdir=runs/trained "
         "--results=benchmarks/results/trained.jsonl --seeds=5\n\n"
     )
