@@ -141,7 +141,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     sections = [section(study, results_file.runs_of(rows, study, str(RESULTS.name))) for study in studies]
     curves = f"![Training loss and error over epochs with and without SE]({PICTURE.relative_to(PAGE.parent)})\n\n"
     command = (
-        "`make trained` trains `none` and `se` with one seed. To continue the study, or to repeat it in another file:\n\n"
+        "`make trained` trains `none` and `se` with one seed. To continue the study, or to repeat it in another file:"
+        "\n\n"
         "    python -m train.ablation "
         f"--config=configs/ablation.py:{next(iter(studies))} \\\n        --workdir=runs/trained "
         "--results=benchmarks/results/trained.jsonl --seeds=5\n\n"
