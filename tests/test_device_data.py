@@ -246,7 +246,7 @@ def test_images_that_are_cropped_anew_cannot_live_on_the_device():
 def splits_of(count):
     """As many images of one pixel, which take no memory."""
     images = np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (count, 1, 1, 3))
-    source = ArraySource(images, np.zeros(count, np.int32), "none")
+    source = ArraySource(images, np.broadcast_to(np.int32(0), (count,)), "none")
     return DataSplits(source, source, ("a",))
 
 
