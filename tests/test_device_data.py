@@ -7,20 +7,23 @@ import os
 import signal
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 from PIL import Image
 from test_run import arrays_of, assert_same_bits, figures_of, make_config
-from test_step import CLASSES, MEAN, STD, a_model, batches, initial_state
+from test_step import CLASSES, MEAN, STD, batches
 
 import train.run.feed
+from se_flax import BatchNorm
 from se_flax.errors import UserError
 from train.config import Augment, Data
 from train.data.loader import BadImages, DataSplits, TrainLoader, open_data, train_examples, train_loader
 from train.data.sources import ArraySource, check_settings
 from train.run.feed import Feed, lives_on_devices
+from train.run.init import init_state, trace
 from train.run.loop import run
 from train.run.parallel import make_replicas
 from train.run.step import make_steps, make_train_step
@@ -106,54 +109,66 @@ def test_files_are_decoded_once_and_bad_ones_are_replaced_as_on_the_host(tmp_pat
 # --- Calls of several steps -------------------------------------------------------------------------------------------
 
 
+class Small(nn.Module):
+    """Compiles quickly, has statistics and draws random numbers."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.relu(BatchNorm()(nn.Conv(8, (3, 3))(x), train=train))
+        return nn.Dense(CLASSES)(nn.Dropout(0.2, deterministic=not train)(x.mean(axis=(1, 2))))
+
+
+def assert_trees(compare, a, b, **tolerance):
+    for one, other in zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True):
+        compare(one, other, **tolerance)
+
+
 @pytest.mark.parametrize(("backend", "devices"), [("shard_map", 1), ("shard_map", 8), ("pmap", 2)])
 def test_a_call_of_several_steps_is_these_steps_however_they_are_divided(backend, devices):
-    replicas = make_replicas(backend, devices)
-    optimizer = optax.sgd(0.05, momentum=0.9)
-    settings = Augment(flip=True, pad=1, mixup=0.2)
+    replicas, optimizer = make_replicas(backend, devices), optax.sgd(0.05, momentum=0.9)
     step = make_train_step(
-        a_model(),
+        Small(),
         optimizer,
-        optax.constant_schedule(0.05),
+        optax.linear_schedule(0.05, 0.01, 4),
         mean=MEAN,
         std=STD,
-        settings=settings,
+        settings=Augment(flip=True, pad=1, mixup=0.2),
         num_classes=CLASSES,
+        ema_decay=0.9,
     )
-    start = initial_state(False)
-    start = start.replace(opt_state=optimizer.init(start.params))
+    start = jax.device_get(init_state(trace(Small(), 8), optimizer, seed=3, ema=True))
     four = list(batches(4))
     order = np.random.default_rng(1).permutation(64).astype(np.int32)  # where in the table each example lies
-    table = {k: np.empty_like(np.concatenate([b[k] for b in four])) for k in four[0]}
+    joined = {key: np.concatenate([batch[key] for batch in four]) for key in four[0]}
+    table = {key: np.empty_like(rows) for key, rows in joined.items()}
     for key, rows in table.items():
-        rows[order] = np.concatenate([b[key] for b in four])
-    table["image"] = table["image"].reshape(64, -1)
+        rows[order] = joined[key]
+    data = replicas.copy({"image": table["image"].reshape(64, -1), "label": table["label"]})
+    single, steps = replicas.spread(step), replicas.spread(make_steps(step, 8), shared=1)
 
-    steps = replicas.spread(make_steps(step, 8), shared=1)
+    def feed():
+        return Feed(({"index": column} for column in order.reshape(4, 16)), shared=(data,), most_steps=4)
 
     def called(lengths):
-        data, state, columns, rows = replicas.copy(table), replicas.replicate(start), iter(order.reshape(4, 16)), []
-        feed = Feed(({"index": column} for column in columns), shared=(data,), most_steps=4)
+        calls, state, rows = feed(), replicas.replicate(start), []
         for length in lengths:
-            state, metrics = steps(state, replicas.shard(feed.fetch(length)), data)
-            assert all(not values[length:].any() for values in jax.device_get(metrics).values())
-            rows.extend(np.asarray(metrics["loss"])[:length])
-        return jax.device_get(state), np.array(rows)
+            state, metrics = steps(state, replicas.shard(calls.fetch(length)), data)
+            metrics = jax.device_get(metrics)
+            assert all(values.shape == (4,) and not values[length:].any() for values in metrics.values())
+            rows.extend({name: values[i] for name, values in metrics.items()} for i in range(length))
+        return state, rows
 
-    whole, losses = called([4])
-    parts, again = called([1, 3])
-    np.testing.assert_array_equal(again, losses)
-    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+    whole, divided = called([4]), called([1, 3])
+    assert int(whole[0].step) == 4
+    assert_trees(np.testing.assert_array_equal, divided, whole)
 
-    state, single, expected = replicas.replicate(start), replicas.spread(step), []
-    for batch in four:
+    # Each step from the same state, so that rounding does not add up.
+    state, calls = replicas.replicate(start), feed()
+    for batch, row in zip(four, whole[1], strict=True):
+        looped, _ = steps(state, replicas.shard(calls.fetch(1)), data)
         state, metrics = single(state, replicas.shard(batch))
-        expected.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert int(whole.step) == 4
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert_trees(np.testing.assert_allclose, looped, state, rtol=1e-5, atol=1e-6)
+        assert_trees(np.testing.assert_allclose, row, metrics, rtol=1e-4)
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ def test_images_that_are_cropped_anew_cannot_live_on_the_device():
 def splits_of(count):
     """As many images of one pixel, which take no memory."""
     images = np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (count, 1, 1, 3))
-    source = ArraySource(images, np.zeros(count, np.int32), "none")
+    source = ArraySource(images, np.broadcast_to(np.int32(0), (count,)), "none")
     return DataSplits(source, source, ("a",))
 
 

@@ -82,10 +82,10 @@ class Feed:
 
 
 def make_feed(loader: TrainLoader, splits: DataSplits, data: Data, replicas: Replicas, bad: BadImages) -> Feed:
-    """The feed of a loader; for one that gives indices, the whole training split is read first.
+    """Reads the whole training split and puts it where calls of the step read it.
 
     Args:
-      loader: of the training data.
+      loader: of the indices of its images.
       splits: the data.
       data: the settings.
       replicas: the devices.
@@ -94,8 +94,6 @@ def make_feed(loader: TrainLoader, splits: DataSplits, data: Data, replicas: Rep
     Raises:
       UserError: an image could not be read and `data.bad_images` is `error`.
     """
-    if not loader.indices:
-        return Feed(loader)
     table = train_examples(splits, data, bad)
     most_steps = CPU_MOST_STEPS if replicas.devices[0].platform == "cpu" else MOST_STEPS
     if most_steps == 1:

@@ -21,7 +21,7 @@ from train.optim.param_groups import split, stem_kernel
 from train.optim.whitening import IMAGES, whitening_kernel
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.evaluate import Result, evaluate, padded_size
-from train.run.feed import lives_on_devices, make_feed
+from train.run.feed import Feed, lives_on_devices, make_feed
 from train.run.length import length_change, total_steps
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
@@ -137,9 +137,10 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         training_loss=training_loss(config),
         primary=jax.process_index() == 0,
     )
-    if setup.loader.indices:
+    feed = Feed(setup.loader)
+    if setup.loader.indices and step < setup.total:  # a finished run is only evaluated
         report.say(f"reading {len(setup.splits.train):,} images, which stay on the device ...")
-    feed = make_feed(setup.loader, setup.splits, config.data, replicas, setup.bad)
+        feed = make_feed(setup.loader, setup.splits, config.data, replicas, setup.bad)
     trainer = Trainer(
         config=config,
         workdir=setup.workdir,
