@@ -5,6 +5,7 @@ training images and to stay as it is (`optim.whiten_stem` of the training progra
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,7 @@ Array = jax.Array
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def identity_first(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+def identity_first(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Kernel whose first filters pass the input channels on (Jordan 2024, section 3.2); the others are random.
 
     Args:

@@ -95,6 +95,8 @@ def make_train_step(
       label that weighs more), `grad_norm` (of what is trained), `learning_rate` (the head's): float32 scalars, equal
       on all replicas.
     """
+    if settings.alternate_flip and not examples:
+        raise ValueError("alternate_flip needs the number of training examples, which tells the epoch of an image")
     mean_, std_ = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
     def loss_of(
