@@ -206,7 +206,7 @@ def test_the_table_has_every_public_function_of_arrays():
     ours = set().union(*(public(m, [inspect.isfunction, is_layer]) for m in (norm, pooling, head)))
     assert ours - settings - {"ConvNorm"} <= NN.keys() | {"Conv"}
     assert public(losses) | public(margins) == {name for name in TRAIN if " " not in name}
-    assert public(augment) - {"check", "cutmix_box"} == AUGMENT.keys()
+    assert public(augment) - {"check", "check_pairs", "cutmix_box"} == AUGMENT.keys()
     assert public(randaugment) == RANDAUGMENT.keys()
 
 

@@ -241,7 +241,7 @@ def read_result(study: Study, cell: Cell, seed: int) -> dict[str, Any] | None:
         return None
     result = json.loads(path.read_text())
     here = json.loads(json.dumps(flatten(study.config(cell, seed))))
-    changed = changed_settings(result["config"], here, Config, SAME_NUMBERS)
+    changed = changed_settings(result["config"], here, SAME_NUMBERS)
     if changed:
         raise UserError(
             f"{path.parent} holds a result of another study ({'; '.join(changed[:3])}); use another --workdir, or the "

@@ -223,15 +223,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(
-    saved: Mapping[str, Any], now: Mapping[str, Any], kind: type, free: tuple[str, ...] = RESUMABLE
+    saved: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...] = RESUMABLE, kind: type = Config
 ) -> list[str]:
     """Settings that make two runs different ones, in words.
 
     Args:
       saved: flattened settings of a run. Settings that were added to the program later have their defaults.
       now: flattened settings of another run.
-      kind: class of the settings.
       free: settings, or beginnings of their names, that may differ.
+      kind: class of the settings.
     """
     defaults = flatten(kind())
     saved, now = {**defaults, **saved}, {**defaults, **now}
@@ -253,7 +253,7 @@ def check_same_run(saved: dict[str, Any], config: Any, workdir: str) -> None:
     Raises:
       UserError: they differ in more than `RESUMABLE`.
     """
-    changed = changed_settings(saved, flatten(config), type(config))
+    changed = changed_settings(saved, flatten(config), kind=type(config))
     if changed:
         shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from se_flax.errors import UserError
-from train.config import SAME_NUMBERS, Config, changed_settings
+from train.config import SAME_NUMBERS, changed_settings
 
 Result = dict[str, Any]
 Run = tuple[str, int]
@@ -87,7 +87,7 @@ def check_same_study(row: Result, config: Mapping[str, Any], title: str, free: t
     Raises:
       UserError: they differ.
     """
-    changed = changed_settings(row["config"], config, Config, (*SAME_NUMBERS, *_ELSEWHERE, *free))
+    changed = changed_settings(row["config"], config, (*SAME_NUMBERS, *_ELSEWHERE, *free))
     if changed:
         raise UserError(
             f"{title} have runs of other settings in the study {row['study']} ({'; '.join(changed[:3])}); give every "
