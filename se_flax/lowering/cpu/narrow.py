@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import broadcast_to_rank
 
 from se_flax.lowering.cpu.shifts import (
     Pads,
@@ -80,6 +81,7 @@ def _scattered_groups(x: Array, taps: Array, strides: Pair, padding: Pads, dilat
 
     def product(pixels: Array, i: int, j: int) -> Array:
         # The transpose of one output's sum over channels is that output times a vector for each channel.
-        return jnp.stack([jnp.sum(pixels * taps[i, j, :, o], 3) for o in range(taps.shape[3])], 3)
+        each = (broadcast_to_rank(taps[i, j, :, o], pixels.ndim) for o in range(taps.shape[3]))
+        return jnp.stack([jnp.sum(pixels * tap, 3) for tap in each], 3)
 
     return scattered(x, taps.shape, strides, padding, dilation, product)
