@@ -49,12 +49,13 @@ def test_imports_go_one_way(edges):
         assert {other.split(".")[0] for other in others} <= allowed[package], name
 
 
-# Folders and modules of se_flax by level; a CBAM holds layers, and norms and attention are applied together.
+# Folders and modules of se_flax by level.
 LEVELS = (
     {"errors", "version", "runtime"},
     {"arrays", "lowering", "synonyms"},
     {"functional"},
-    {"nn", "attention"},
+    {"nn"},
+    {"attention"},
     {"variant", "ctr"},
     {"images", "backbones"},
     {"zoo"},
@@ -72,8 +73,7 @@ def test_folders_import_from_lower_levels_only(edges):
         here = rest.split(".")[0] or "__init__"
         for other in others if package == "se_flax" else ():
             there = other.partition(".")[2].split(".")[0] or "__init__"
-            same = here == there or {here, there} == {"nn", "attention"}
-            assert same or level[there] < level[here], f"{module} imports {other}"
+            assert here == there or level[there] < level[here], f"{module} imports {other}"
 
 
 def test_tables_import_the_training_program_and_nothing_imports_them(edges):

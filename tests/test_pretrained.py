@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 import tarfile
-import time
-import types
 
 import flax.traverse_util
 import h5py
@@ -18,35 +15,14 @@ import numpy as np
 import pytest
 import real_data
 import safetensors.numpy
+from small_checkpoints import NAME, PREPARE, assert_same_bits, draw, flat, timm_folder
 
 import se_flax
-from se_flax import ECA, Preprocess, SqueezeExcite, UserError, load_pretrained, save_pretrained
-from se_flax.checkpoints import resolve
+from se_flax import ECA, SqueezeExcite, UserError, load_pretrained, save_pretrained
 from se_flax.cli.images import accuracy
 from se_flax.cli.labelled import labelled_images
 from se_flax.images.labels import imagenet_labels
 from se_flax.nn.norm import GroupNorm
-
-NAME = "seresnet20"
-PREPARE = Preprocess(image_size=32, crop=1.0, interpolation="bilinear")
-
-
-def flat(variables):
-    return {"/".join(path): np.asarray(x) for path, x in flax.traverse_util.flatten_dict(dict(variables)).items()}
-
-
-def assert_same_bits(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes(), key
-
-
-def draw(name=NAME, **arguments):
-    model = se_flax.create_model(name, **arguments)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, model.in_channels)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) ** 2, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -227,27 +203,6 @@ def test_a_description_that_is_no_json(saved, text):
         load_pretrained(saved)
 
 
-def timm_folder(path, variables, **config):
-    path.mkdir(parents=True, exist_ok=True)
-    state = se_flax.to_timm(NAME, variables)
-    safetensors.numpy.save_file(state, path / "model.safetensors")
-    cfg = {
-        "input_size": [3, 40, 40],
-        "crop_pct": 0.9,
-        "interpolation": "bilinear",
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-    }
-    config = {
-        "architecture": NAME,
-        "num_classes": 10,
-        "pretrained_cfg": cfg,
-        "label_names": list("abcdefghij"),
-    } | config
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 def test_a_folder_of_timms(variables, tmp_path):
     loaded = load_pretrained(timm_folder(tmp_path / "timm", variables))
     assert_same_bits(loaded.variables, variables)
@@ -366,107 +321,6 @@ def test_a_bare_orbax_folder(saved, variables, tmp_path):
     assert_same_bits(load_pretrained(tmp_path / "bare", name=NAME, preprocess=PREPARE).variables, variables)
     with pytest.raises(UserError, match=r"holds neither se_flax.json .* say which network it is: name="):
         load_pretrained(tmp_path / "bare")
-
-
-@pytest.fixture
-def hub(variables, tmp_path, monkeypatch):
-    """A cache of the hub with one repository, and no connection."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    published = resolve.published("seresnet50.ra2_in1k")[1]
-    monkeypatch.setattr(resolve, "published", lambda ref: (NAME, published))
-    commit, folder = "0123456789" * 4, tmp_path / "cache" / "models--timm--seresnet50.ra2_in1k"
-    files, snapshot = timm_folder(tmp_path / "files", variables), folder / "snapshots" / commit
-    for part in (folder / "blobs", folder / "refs", snapshot):
-        part.mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    for name, digest in (("config.json", hashlib.sha1), ("model.safetensors", hashlib.sha256)):
-        content = (files / name).read_bytes()
-        blob = folder / "blobs" / digest(content).hexdigest()
-        blob.write_bytes(content)
-        (snapshot / name).symlink_to(blob)
-    return tmp_path / "cache", commit
-
-
-def test_a_published_checkpoint_from_the_cache(hub, variables):
-    cache, commit = hub
-    loaded = load_pretrained("seresnet20.some_tag", cache_dir=cache)
-    assert_same_bits(loaded.variables, variables)
-    assert loaded.preprocess.image_size == 40
-    assert loaded.provenance["source"] == "https://huggingface.co/timm/seresnet50.ra2_in1k"
-    assert loaded.provenance["revision"] == commit and loaded.provenance["licence"] == "apache-2.0"
-    for ref in ("timm/seresnet50.ra2_in1k", "hf-hub:timm/seresnet50.ra2_in1k"):
-        assert_same_bits(load_pretrained(ref, cache_dir=cache, revision=commit).variables, variables)
-
-
-def test_a_damaged_cache_is_noticed(hub):
-    cache, _ = hub
-    blob = next(p for p in cache.rglob("blobs/*") if len(p.name) == 64)
-    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match=r"is damaged: its SHA-256 is .* and the hub recorded .*; delete "):
-        load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache)
-
-
-def test_what_is_not_in_the_cache(hub):
-    cache, _ = hub
-    with pytest.raises(UserError, match=r"at revision 'v2' is not in the cache and the hub cannot be reached"):
-        load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision="v2")
-    with pytest.raises(UserError, match="timm/other is not in the cache and the hub cannot be reached; connect once"):
-        load_pretrained("timm/other", cache_dir=cache)
-    with pytest.raises(UserError, match="runs/mine: no such file or folder; as a repository, runs/mine is not in the"):
-        load_pretrained("runs/mine", cache_dir=cache)
-
-
-def test_without_a_connection_two_requests_decide(hub, variables, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    def head(url, timeout):
-        asked.append(url)
-        raise ConnectionError("Name or service not known")
-
-    cache, commit = hub
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=head))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    text = r"timm/other is not in the cache and the hub cannot be reached; .* \(Name or service not known\)$"
-    with pytest.raises(UserError, match=text):
-        load_pretrained("timm/other", cache_dir=cache)
-    assert asked == [huggingface_hub.constants.ENDPOINT] * 2
-    # What is in the cache needs no connection, and a commit not even a request.
-    assert_same_bits(load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache).variables, variables)
-    assert len(asked) == 4
-    load_pretrained("timm/seresnet50.ra2_in1k", cache_dir=cache, revision=commit)
-    assert len(asked) == 4
-
-
-@pytest.mark.parametrize(
-    ("ref", "message"),
-    [
-        ("seresnet50.ra3_in1k", r"unknown checkpoint 'seresnet50.ra3_in1k'; choose one of .*seresnet50\.ra2_in1k"),
-        ("seresnet50", r"seresnet50 has several checkpoints; choose one of seresnet50\.a1_in1k, "),
-        ("seresnet51.ra2_in1k", r"unknown checkpoint 'seresnet51.ra2_in1k'; closest: seresnet50.ra2_in1k"),
-        ("seresnet110", "no checkpoint of seresnet110 is published; train one"),
-        ("./nothing/here", "nothing/here: no such file or folder"),
-        ("model.safetensors", "model.safetensors: no such file or folder"),
-        ("/etc/passwd/x", "no such file or folder"),
-    ],
-)
-def test_names_that_lead_nowhere(ref, message):
-    with pytest.raises(UserError, match=message):
-        load_pretrained(ref)
-
-
-def test_every_published_checkpoint_of_our_networks_is_found():
-    found = 0
-    for name in se_flax.list_models():
-        for weights in se_flax.get_variant(name).weights:
-            assert resolve.published(f"{name}.{weights.tag}") == (name, weights)
-            assert Preprocess.of(weights).image_size == weights.image_size
-            found += 1
-    assert found >= 176
 
 
 def test_imagenets_names():

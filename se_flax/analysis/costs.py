@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from se_flax.attention import ECA, Attention
+from se_flax.attention import ECA
 from se_flax.errors import UserError
+from se_flax.nn.attention_base import Attention
 from se_flax.nn.conv import Conv
 from se_flax.nn.norm import BatchNorm, GroupNorm, LayerNorm
 from se_flax.zoo import create_model, get_variant

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import Attention
 from se_flax.backbones.resnet import AVERAGED, D26, D50, D101, D200, D269, DEEP, WIDE_DEEP, ResNet
+from se_flax.nn.attention_base import Attention
 from se_flax.nn.branches import weigh_branches
 from se_flax.nn.residual import Bottleneck, ModuleDef, Placement
 from se_flax.variant import Variant

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import Initializer, he_normal
 from se_flax.ctr import functional as C
 from se_flax.errors import UserError, closest
+from se_flax.nn.attention_base import Initializer, he_normal
 
 Array = jax.Array
 

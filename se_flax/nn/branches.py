@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from se_flax import functional as F
-from se_flax.attention import PointwiseParams
 from se_flax.lowering.sharding import gathered
+from se_flax.nn.attention_base import PointwiseParams
 
 Array = jax.Array
 

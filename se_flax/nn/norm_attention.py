@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_flax.attention import ChannelAttention
 from se_flax.lowering.deferred_conv import DeferredConv
 from se_flax.lowering.dispatch import Function, share_computation
 from se_flax.lowering.gated_norm import gate_after_act
 from se_flax.lowering.sharding import has_explicit_axes
+from se_flax.nn.attention_base import ChannelAttention
 from se_flax.nn.conv import Conv
 from se_flax.nn.norm import BatchNorm
 
