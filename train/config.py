@@ -119,6 +119,7 @@ class Optim:
     accumulate: int = 1  # micro-batches per update
     ema_decay: float = 0.0  # moving average of parameters and batch statistics; 0: off
     label_smoothing: float = 0.0
+    fit_head: bool = False  # with init_from: the classifier starts fitted to the features of the training images
     train_only: str = ""  # head: the classifier alone, on a backbone in evaluation mode; empty: every parameter
     freeze_batch_norm: bool = False  # keep statistics, scale and bias of the batch norms
     layer_decay: float = 1.0  # rate of a layer = learning_rate * layer_decay ** (blocks above it, the head's included)

@@ -56,8 +56,10 @@ def check_settings_of_run(config: Config, count: Callable[[ImageData], int] | No
     """
     for name in ("epochs", "eval_every_epochs"):
         value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"got {name}={value}; it must be positive")
+        may_be_zero = name == "epochs" and config.optim.fit_head
+        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            zero = ", or 0 with optim.fit_head, whose classifier is then all that is trained"
+            raise UserError(f"got {name}={value}; it must be positive{zero if name == 'epochs' else ''}")
     positive = {
         "data.batch_size": config.data.batch_size,
         "log_every_steps": config.log_every_steps,
@@ -123,6 +125,16 @@ def _check_frozen(config: Config) -> None:
                 f"got optim.{name}={getattr(config.optim, name)!r} without init_from, which would freeze random "
                 "weights; name a checkpoint to start from, or train everything"
             )
+    if config.optim.fit_head and not config.init_from:
+        raise UserError(
+            "got optim.fit_head=True without init_from, which would fit the classifier to features of random weights; "
+            "name a checkpoint to start from, or leave it out"
+        )
+    if config.optim.fit_head and config.loss.name != "cross_entropy":
+        raise UserError(
+            f"got optim.fit_head=True with loss.name={config.loss.name!r}, whose classifier takes cosines; it fits "
+            "classifiers for cross_entropy only: leave one of the two out"
+        )
     if config.optim.whiten_stem and config.init_from:
         raise UserError(
             f"got optim.whiten_stem=True with init_from={config.init_from!r}, whose first convolution it would "

@@ -98,7 +98,7 @@ def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, style: Mappin
 
 def _finish(axes: Axes, title: str, end: float, *, legend: bool) -> None:
     axes.set_title(title)
-    axes.set_xlim(0, 1.02 * end)
+    axes.set_xlim(0, 1.02 * end or 1)  # a run of no epochs has one point
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=end > 2))
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.25)

@@ -17,10 +17,10 @@ def total_steps(steps: int, epochs: float, per_epoch: float) -> int:
 
     Args:
       steps: as set; 0 takes the epochs.
-      epochs: as set.
+      epochs: as set; 0 trains nothing beside what is fitted before the first step.
       per_epoch: updates in an epoch.
     """
-    return steps or max(1, round(epochs * per_epoch))
+    return steps or (max(1, round(epochs * per_epoch)) if epochs else 0)
 
 
 def length_change(

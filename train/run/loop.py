@@ -9,10 +9,10 @@ import jax
 from se_flax.runtime import keep_memory
 from train.config import Config
 from train.run.evaluate import Result
-from train.run.report import ending, write_settings
+from train.run.report import ending, say, write_settings
 from train.run.runtime import join_hosts, use_compilation_cache
 from train.run.save_model import MODEL, save_model
-from train.run.setup import introduction, make_trainer, prepare
+from train.run.setup import continuation, introduction, make_trainer, prepare
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.parallel.distributed:
         join_hosts()
     setup = prepare(config, workdir)
-    trainer, restored = make_trainer(setup)
     primary = jax.process_index() == 0
+    for line in introduction(setup) if primary else ():
+        say(line)
+    trainer, restored = make_trainer(setup)
     try:
-        for line in introduction(setup, trainer, restored):
+        for line in continuation(setup, restored) if restored else ():
             trainer.report.say(line)
         if primary:
             write_settings(setup.workdir, trainer.run_info["config"])

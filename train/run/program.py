@@ -56,7 +56,7 @@ def make_program(
       config: the settings, completed (`train.optim.finetune.complete`).
       num_classes: of the data.
       per_epoch: updates per epoch.
-      total: updates of the run.
+      total: updates of the run; 0 for one that only fits its classifier.
       updates: of `config.optim`, where they were checked already.
       network: the settings' own, where it was traced already, or one to train in its place, called like it.
 
@@ -69,7 +69,8 @@ def make_program(
     updates = updates or Updates(config.optim)
     network = network or trace(build_model(config, num_classes), config.data.image_size)
     model, shapes = network.model, network.shapes
-    rate = updates.schedule(per_epoch, total)
+    # A run of no steps (`epochs=0`) has no schedule, and may be shorter than its warm-up.
+    rate = updates.schedule(per_epoch, total) if total else optax.constant_schedule(config.optim.learning_rate)
     frozen = frozen_parts(config.optim, model, shapes)
     optimizer = updates.optimizer(rate, rate_factors(config.optim, model, shapes))
     pixels = {"mean": config.data.mean, "std": config.data.std}

@@ -17,15 +17,16 @@ from train.data.loader import BadImages, TrainLoader, eval_batches, steps_per_ep
 from train.data.sources import DataSplits, ImageData
 from train.optim import finetune
 from train.optim.param_groups import Path as ParameterPath
-from train.optim.param_groups import split, stem_kernel
+from train.optim.param_groups import declared, split, stem_kernel
 from train.optim.whitening import IMAGES, whitening_kernel
 from train.run.checkpoint import Checkpoints, Restored
 from train.run.evaluate import Result, evaluate, padded_size
 from train.run.feed import Feed, lives_on_devices, make_feed
+from train.run.fitted_head import fitted_head
 from train.run.length import length_change, total_steps
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
-from train.run.report import Report
+from train.run.report import Report, say
 from train.run.runtime import prepare_workdir
 from train.run.trainer import Trainer
 from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
@@ -122,7 +123,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
       UserError: there are checkpoints, and none is whole, or the data is not that of the run.
     """
     config, program, replicas, checkpoints = setup.config, setup.program, setup.replicas, setup.checkpoints
-    state = replicas.replicate(program.init(variables=_variables(setup), given=_whitened(setup)))
+    state = replicas.replicate(program.init(variables=_variables(setup), given=_whitened(setup) | _fitted(setup)))
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored.state
@@ -178,6 +179,16 @@ def _whitened(setup: Setup) -> dict[ParameterPath, np.ndarray]:
     return {path: whitening_kernel((images - np.asarray(data.mean)) / np.asarray(data.std), shape)}
 
 
+def _fitted(setup: Setup) -> dict[ParameterPath, np.ndarray]:
+    """The classifier that `optim.fit_head` makes from training images, by its paths."""
+    if setup.continued or not setup.config.optim.fit_head:
+        return {}
+    model = declared(setup.program.network.model, "optim.fit_head")
+    variables = finetune.as_arrays(setup.loaded.variables)
+    quiet = jax.process_index() != 0
+    return fitted_head(model, variables, setup.splits, setup.config.data, (lambda text: None) if quiet else say)
+
+
 def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any) -> Result:
     """Evaluates variables on the whole held-out split, which stays in `kept` where the data lives on the devices."""
     data = setup.config.data
@@ -188,10 +199,11 @@ def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any) -> Resul
     return evaluate(step, variables, batches, len(setup.splits.class_names))
 
 
-def introduction(setup: Setup, trainer: Trainer, restored: Restored | None) -> Iterator[str]:
-    """What a person wants to know before the bar starts moving."""
+def introduction(setup: Setup) -> Iterator[str]:
+    """What a person wants to know before anything is computed."""
     config, replicas, splits, loaded = setup.config, setup.replicas, setup.splits, setup.loaded
-    params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    shapes = setup.program.network.shapes["params"]
+    params = sum(x.size for x in jax.tree.leaves(shapes))
     sizes = f"{len(splits.train):,} + {len(splits.eval):,} images"
     yield f"{config.model.name}: {params:,} parameters; {config.data.source}: {sizes}"
     kind = replicas.devices[0].device_kind
@@ -200,13 +212,16 @@ def introduction(setup: Setup, trainer: Trainer, restored: Restored | None) -> I
         f"({replicas.backend}, {config.precision})"
     )
     if frozen := setup.program.frozen.params:
-        trained = sum(x.size for x in jax.tree.leaves(split(trainer.state.params, frozen)[0]))
+        trained = sum(x.size for x in jax.tree.leaves(split(shapes, frozen)[0]))
         yield f"training {trained:,} of the {params:,} parameters"
-    if restored is not None:
-        yield from restored.lines()
-        updates = setup.program.updates
-        if change := length_change(restored.run["config"], config, updates, setup.per_epoch, trainer.step):
-            yield change
-    elif loaded is not None:
+    if loaded is not None:
         yield from finetune.describe(config, loaded)
         yield from finetune.describe_classes(loaded, splits.class_names)
+
+
+def continuation(setup: Setup, restored: Restored) -> Iterator[str]:
+    """What a person wants to know of the checkpoint that a run goes on from."""
+    yield from restored.lines()
+    before, updates = restored.run["config"], setup.program.updates
+    if change := length_change(before, setup.config, updates, setup.per_epoch, restored.step):
+        yield change

@@ -100,7 +100,10 @@ class Trainer:
     def train(self) -> bool:
         """Runs to the last step; False when a signal stopped it before."""
         if self.step >= self.total:
-            self.evaluate(record=False)  # the run itself recorded this step
+            new = not self.checkpoints.newest()  # a run of no steps; any other recorded this step when it reached it
+            self.evaluate(record=new)
+            if new:
+                self.save(self.result)
             return True
         first, calls, compiled = self.step, itertools.count(1), None
         with stop_signals() as stop:
