@@ -55,9 +55,11 @@ def get_config(model: str = "seresnet20") -> Config:
         config.epochs = 200
         config.optim.boundaries, config.optim.decay_factor = (60.0, 120.0, 160.0), 0.2
         config.optim.weight_decay, config.optim.decay_norm_and_bias = 5e-4, True
-    elif model == "fast":
+    elif model in ("fast", "small"):
         config.model.name = "se_airbench94"
         fast(config)
+        if model == "small":
+            config.model.name, config.epochs = "se_airbench94_050", 8
     elif "shake" in model:
         config.epochs = 1800
         config.optim.schedule, config.optim.learning_rate, config.optim.boundaries = "cosine", 0.2, ()

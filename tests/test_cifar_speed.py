@@ -18,10 +18,10 @@ from se_flax.backbones.cifar_speed import VARIANTS, identity_first
 WIDTHS = (64, 256, 256)  # Jordan 2024, section 3
 
 
-def costs(se):
+def costs(se, part=1):
     """Parameters; multiply-adds at 32 pixels."""
     params, macs, channels, side = 24 * 12 + 24, 24 * 12 * 31**2, 24, 31
-    for width in WIDTHS:
+    for width in (width // part for width in WIDTHS):
         macs += 9 * channels * width * side**2 + 9 * width * width * (side // 2) ** 2 + se * 2 * width * (width // 16)
         params += 9 * channels * width + 9 * width * width + 2 * width
         params += se * (2 * width * (width // 16) + width // 16 + width)
@@ -31,9 +31,9 @@ def costs(se):
 
 def test_counts():
     for se, prefix in ((False, ""), (True, "se_")):
-        name = f"{prefix}airbench94"
-        assert (count(traced(name, 32)["params"]), products(name, 32)) == costs(se)
-    assert VARIANTS.keys() == {"airbench94", "se_airbench94"}
+        for name, part in ((f"{prefix}airbench94", 1), (f"{prefix}airbench94_050", 2)):
+            assert (count(traced(name, 32)["params"]), products(name, 32)) == costs(se, part)
+    assert {name.removeprefix("se_") for name in VARIANTS} == {"airbench94", "airbench94_050"}
     params, macs = costs(False)
     assert round(params / 1e6, 2) == 1.97  # Jordan 2024, table 2
     # Forward and backward pass of 9.9 epochs, two operations each: 3.6e14 (section 1).

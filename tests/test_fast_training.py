@@ -341,3 +341,12 @@ def test_the_recipe_has_the_papers_settings():
     assert (optim.momentum, optim.nesterov, optim.peak, optim.label_smoothing) == (0.85, True, 0.23, 0.2)
     frozen = frozen_parts(optim, checked.network.model, checked.network.shapes)
     assert frozen == Frozen(frozenset({("whiten", "kernel")}))
+
+
+def test_the_small_recipe_is_the_fast_one_on_half_the_widths():
+    fast, small = (
+        parse([f"--config={ROOT}/configs/cifar10.py:{name}", "--workdir=x"])[0] for name in ("fast", "small")
+    )
+    assert (small.model.name, small.epochs) == ("se_airbench94_050", 8)
+    small.model.name, small.epochs = fast.model.name, fast.epochs
+    assert small == fast

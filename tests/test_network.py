@@ -25,7 +25,7 @@ from train.run.init import trace
 # The smallest of every family, and how many blocks its source counts in it: residual blocks, units, modules of branches
 # (and with them the two convolutions before the first), for VGG all layers but the first and the last.
 BLOCKS = {
-    "airbench94": 3,  # Jordan 2024, section 3: groups of two convolutions
+    "airbench94_050": 3,  # Jordan 2024, section 3: groups of two convolutions
     "resnet20": 9,  # He et al. 2016, section 4.2: 6n + 2 layers
     "test_efficientnet": 5,
     "bn_inception": 1 + 10,  # Ioffe and Szegedy 2015, figure 5

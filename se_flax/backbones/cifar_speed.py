@@ -117,9 +117,14 @@ class CifarSpeed(Network, kw_only=True):
         return jnp.max(x, axis=(1, 2)).astype(jnp.float32) * self.feature_scale
 
 
+_half = partial(CifarSpeed, widths=(32, 128, 128))
 _JORDAN = "Jordan 2024, section 3, with a bias in the classifier"
 
 VARIANTS: dict[str, Variant] = {
     "airbench94": Variant(CifarSpeed, 1_971_650, 32, _JORDAN),
     "se_airbench94": Variant(partial(CifarSpeed, attention=SqueezeExcite), 1_989_158, 32, f"{_JORDAN}, and SE"),
+    "airbench94_050": Variant(_half, 497_538, 32, f"{_JORDAN}; widths of a half"),
+    "se_airbench94_050": Variant(
+        partial(_half, attention=SqueezeExcite), 502_068, 32, f"{_JORDAN}, and SE; half widths"
+    ),
 }
