@@ -40,8 +40,10 @@ from train.config import CHECKPOINT, Augment, Checkpoint, Config, Data, Model, O
 
 
 def get_config(model: str = "") -> Config:
-    """Settings of the run; the argument names a network, or is `finetune`."""
-    return finetune() if model == "finetune" else scratch(model)
+    """Settings of the run; the argument names a network, or is `finetune` or `head`."""
+    if model in ("finetune", "head"):
+        return finetune(head_only=model == "head")
+    return scratch(model)
 
 
 def scratch(model: str) -> Config:
@@ -66,10 +68,14 @@ def scratch(model: str) -> Config:
     )
 
 
-def finetune() -> Config:
-    """Training from a checkpoint: its network and normalisation, a lower rate and fewer epochs."""
+def finetune(*, head_only: bool = False) -> Config:
+    """Training from a checkpoint: a classifier fitted to its features, then all layers at a low rate."""
     config = scratch("")
     config.init_from = CHECKPOINT
     config.data.image_size = 224
-    config.optim.learning_rate, config.optim.warmup_epochs, config.epochs = 0.01, 1, 10
+    config.data.crop_scale = (0.5, 1.0)
+    config.optim.fit_head = True
+    config.optim.learning_rate, config.optim.warmup_epochs, config.epochs = 0.003, 0, 4
+    if head_only:
+        config.optim.train_only, config.epochs = "head", 0
     return config

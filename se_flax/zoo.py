@@ -19,6 +19,8 @@ from se_flax.nn.residual import Placement
 from se_flax.synonyms import advice
 from se_flax.variant import Variant, published_weights
 
+_MOST_CLASSES = 100_000_000
+
 
 def _families() -> Iterator[ModuleType]:
     for found in sorted(pkgutil.iter_modules(backbones.__path__), key=lambda found: found.name):
@@ -152,6 +154,8 @@ def create_model(name: str, **attributes: Any) -> Network:
     if "placement" in attributes:
         attributes["placement"] = Placement.parse(attributes["placement"])
     classes = attributes.get("num_classes", 0)
-    if not isinstance(classes, int) or classes < 0:
-        raise UserError(f"got num_classes={classes!r}; give a whole number, 0 for no classifier")
+    if not isinstance(classes, int) or not 0 <= classes <= _MOST_CLASSES:
+        raise UserError(
+            f"got num_classes={classes!r:.40}; give a whole number up to {_MOST_CLASSES:,}, 0 for no classifier"
+        )
     return build(**attributes)

@@ -288,6 +288,25 @@ def test_what_timms_description_leaves_out_is_timms_default(tmp_path, missing, h
         assert (name in found.assumed) == (key in missing and key != "crop_mode")
 
 
+ODD = (5, -1, True, "x", 1e308, 10**400, float("nan"), [1, 2], [[]], {"a": {}}, 2**63)
+
+
+@pytest.mark.parametrize("key", ["model_args", "num_classes", "label_names", "pretrained_cfg", "architecture"])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:12])
+def test_odd_values_in_timms_description_are_one_sentence_or_without_effect(tmp_path, key, value):
+    (tmp_path / "model.safetensors").touch()
+    config = {"architecture": "seresnet50", "num_classes": 1000, "pretrained_cfg": FULL} | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    try:
+        found = locate(tmp_path)
+        se_flax.create_model(found.name, **found.arguments)
+    except UserError as error:
+        assert len(str(error)) < 700 and "\n" not in str(error)
+    if key == "model_args" and not isinstance(value, dict):
+        with pytest.raises(UserError, match=r"has model_args .*; arguments by name are needed"):
+            locate(tmp_path)
+
+
 # ---- what a file's name says
 
 

@@ -309,3 +309,17 @@ def test_a_wrong_command_line_is_status_2(capsys, words):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "se_flax", "list", "seresnet20"], capture_output=True, text=True)
     assert done.returncode == 0 and "0.27 M" in done.stdout, done.stderr
+
+
+def test_what_a_checkpoint_says_cannot_control_the_terminal(capsys, ref, photos, tmp_path):
+    loaded = se_flax.load_pretrained(ref)
+    labels = ("\x1b[2Jblue", "gr\x9bün", "r\u202eed")
+    dataclasses.replace(loaded, labels=labels, provenance={"source": "\x1b]0;title\x07"}).save(tmp_path / "odd")
+    for command in (("predict", tmp_path / "odd", photos / "red/0.png"), ("info", tmp_path / "odd")):
+        status, out, err = run(capsys, *command)
+        assert status == 0 and not set("\x1b\x9b\u202e\x07") & set(out + err)
+        assert "?[2Jblue" in out and "gr?ün" in out and "r?ed" in out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    status, _, err = run(capsys, "predict", tmp_path / "no\x1b[2Jne", photos / "red/0.png")
+    assert status == 1 and "no?[2Jne" in err and "\x1b" not in err

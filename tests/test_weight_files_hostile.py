@@ -239,3 +239,16 @@ def test_hdf5_with_a_chunk_larger_than_its_array(tmp_path):
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file.create_dataset("w", (4,), "f4", maxshape=(None,), chunks=(1 << 24,), compression="gzip")[:] = 1
     refuses(tmp_path / "m.h5", r"array 'w' declares shape \(4,\), which its [\d,]+ bytes cannot hold")
+
+
+def test_a_small_file_of_large_zeros_is_refused(tmp_path, monkeypatch):
+    """A bare file's classifier may have any number of classes, so its shapes alone say nothing."""
+    np.savez_compressed(tmp_path / "zeros.npz", w=np.zeros(50_000, np.float32))
+    with h5py.File(tmp_path / "zeros.h5", "w") as file:
+        file.create_dataset("w", data=np.zeros(50_000, np.float32), compression="gzip")
+    np.savez_compressed(tmp_path / "weights.npz", w=np.random.default_rng(0).normal(size=50_000).astype(np.float32))
+    read(tmp_path / "zeros.npz")
+    monkeypatch.setattr(array_file, "FREE_BYTES", 1000)
+    for name in ("zeros.npz", "zeros.h5"):
+        refuses(tmp_path / name, r"its arrays take 200,000 bytes of memory, \d+ times the file's .*without compression")
+    read(tmp_path / "weights.npz")

@@ -121,7 +121,11 @@ def test_a_name_in_two_families_is_refused():
             "functools.partial(SqueezeExcite, ...)",
         ),
         (lambda: se_flax.create_model("resnet50", placement="befor"), "unknown placement 'befor'"),
-        (lambda: se_flax.create_model("resnet50", num_classes=-1), "got num_classes=-1; give a whole number, 0 for no"),
+        (lambda: se_flax.create_model("resnet50", num_classes=-1), "got num_classes=-1; give a whole number up to 100"),
+        (
+            lambda: se_flax.create_model("resnet50", num_classes=10**9),
+            "=1000000000; give a whole number up to 100,000,000",
+        ),
         (lambda: se_flax.create_model("resnet50", num_classes=10.0), "got num_classes=10.0; give a whole number"),
     ],
 )

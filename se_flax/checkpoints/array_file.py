@@ -22,6 +22,8 @@ MAX_NAME = 512  # characters; the longest known names have under 100
 MAX_HEADER_BYTES = 64 << 20  # 100,000 entries with the longest names fit
 MAX_RANK = 32  # NumPy's own bound until 2.0; kernels have rank 5
 MAX_RATIO = 1100  # of declared to stored bytes; deflate, the usual compression, reaches 1,032 at most
+# Beyond a gigabyte in all: trained weights hardly shrink, and a small file of zeros must not fill the memory.
+MAX_TOTAL_RATIO, FREE_BYTES = 20, 1 << 30
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 _TO_FLOAT32 = ("float16", "bfloat16", "float64")
@@ -191,3 +193,21 @@ def check_count(count: int) -> None:
     """Refuses more than `MAX_ARRAYS` arrays."""
     if count > MAX_ARRAYS:
         raise InvalidFile(f"it holds over {MAX_ARRAYS:,} arrays, more than any network; give one with fewer")
+
+
+def check_total(size: int, arrays: Mapping[str, LazyArray]) -> None:
+    """Refuses a file whose arrays take far more memory than trained weights in a file of its size can.
+
+    Args:
+      size: of the file in bytes.
+      arrays: by name.
+
+    Raises:
+      InvalidFile: they do.
+    """
+    declared = sum(nbytes(array.shape, array.dtype) for array in arrays.values())
+    if declared > max(FREE_BYTES, size * MAX_TOTAL_RATIO):
+        raise InvalidFile(
+            f"its arrays take {declared:,} bytes of memory, {declared // max(size, 1):,} times the file's {size:,}; "
+            "trained weights hardly shrink: save them without compression"
+        )

@@ -31,6 +31,7 @@ from se_flax.checkpoints.array_file import (
     as_user_error,
     check_count,
     check_name,
+    check_total,
 )
 from se_flax.checkpoints.formats import open_h5, open_npz, open_safetensors, open_torch
 from se_flax.checkpoints.orbax import open_orbax
@@ -91,6 +92,8 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
             source, reader = _identify(path, closing)
             arrays = reader(source)
             check_count(len(arrays))
+            if source.size:  # a folder has its own bound
+                check_total(source.size, arrays)
         try:
             yield arrays
         finally:

@@ -179,7 +179,10 @@ def _timm_config(config: Path, arrays: Path, name: str | None, weights: Weights 
     classes = data.get("num_classes", cfg.get("num_classes", 1000))
     if classes != 1000 or "num_classes" in data:
         given["num_classes"] = classes
-    for key, value in dict(data.get("model_args") or {}).items():
+    arguments = data.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{config} has model_args {arguments!r}; arguments by name are needed")
+    for key, value in arguments.items():
         if key in ("num_classes", "in_chans"):
             given["num_classes" if key == "num_classes" else "in_channels"] = value
         elif key not in _HARMLESS:

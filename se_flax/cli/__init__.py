@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
-from se_flax.cli.layout import reflowed
+from se_flax.cli.layout import Printable, printable, reflowed
 from se_flax.errors import UserError, respelled
 from se_flax.version import __version__
 
@@ -38,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        options.run(options)
+        # Labels, provenance and errors quote files of strangers.
+        with redirect_stdout(Printable(sys.stdout)), redirect_stderr(Printable(sys.stderr)):  # type: ignore[type-var]
+            options.run(options)
     except UserError as error:
-        print(f"se-flax: {_in_flags(str(error), options.command, parser)}", file=sys.stderr)
+        print(f"se-flax: {printable(_in_flags(str(error), options.command, parser))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader (head, less) has ended
         sys.stderr.close()

@@ -4,6 +4,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
+from typing import Any, TextIO
 
 _GAP = "  "
 _UNLIMITED = 1_000_000
@@ -15,7 +16,33 @@ _BESIDE = 30  # with less room beside a term, its explanation is below the term
 # An indented term, two or more spaces, and its explanation.
 _TERM = re.compile(r"( +\S+(?: \S+)*)  +(\S.*)")
 
+# What a terminal acts on: control characters but tabs and ends of lines, and changes of the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
 Row = tuple[str, ...]
+
+
+def printable(text: str) -> str:
+    """The text with `?` in place of every character that a terminal would act on."""
+    return _CONTROL.sub("?", text)
+
+
+class Printable:
+    """A stream whose text is `printable`.
+
+    Args:
+      stream: where it goes.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes text."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def terminal_width() -> int:
