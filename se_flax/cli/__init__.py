@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         # Labels, provenance and errors quote files of strangers.
-        with redirect_stdout(Printable(sys.stdout)), redirect_stderr(Printable(sys.stderr)):  # type: ignore[type-var]
+        with redirect_stdout(Printable(sys.stdout)), redirect_stderr(Printable(sys.stderr)):
             options.run(options)
     except UserError as error:
         print(f"se-flax: {printable(_in_flags(str(error), options.command, parser))}", file=sys.stderr)
