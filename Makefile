@@ -14,7 +14,7 @@ TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2);
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
-	@echo "make trained       train CIFAR-10 to the end with and without SE, and write docs/trained.md (an hour or two)"
+	@echo "make trained       train CIFAR-10 to the end with and without SE, and write docs/trained.md"
 	@echo "make test          run the tests (.venv, pinned by constraints.txt)"
 	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
@@ -38,8 +38,8 @@ quickstart: $(VENV)/ready
 SOURCE ?= tfds:cifar10
 SEEDS ?= 1
 trained: $(VENV)/ready
-	$(BIN)/python -m train.ablation --config=configs/ablation.py:attention@cifar10:fast --cells=none,se --seeds=$(SEEDS) \
-	  --workdir=runs/trained --results=benchmarks/results/trained.jsonl --config.data.source=$(SOURCE)
+	$(BIN)/python -m train.ablation --config=configs/ablation.py:all@cifar10:small --cells=none,se --seeds=$(SEEDS) \
+	  --config.data.place=device --workdir=runs/trained --results=benchmarks/results/trained.jsonl --config.data.source=$(SOURCE)
 	$(BIN)/python -m benchmarks.trained
 
 # The inner loop: what takes under 0.5 s, see tools/slow_tests.py.

@@ -109,6 +109,7 @@ def test_the_page_has_paired_differences(results, tmp_path):
     differences = [(TOP1["none", seed] - TOP1["tanh", seed]) / 3.6 for seed in (0, 1)]
     low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[7] == "23.00 (-0.30)"  # Hu et al. 2020, table 12: 23.30 without SE
     assert cells[1:4] == ["2", "15.28 ± 5.89", f"{statistics.mean(differences):+.2f}"]
     np.testing.assert_allclose([float(bound) for bound in cells[4].split(" to ")], [low, high], rtol=1e-3)
     assert "2 steps: `excitation`" in text and "evaluated on 360 images" in text
