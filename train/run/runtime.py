@@ -1,14 +1,9 @@
-"""Process set-up: multi-host initialisation, compilation cache, work directory, preemption signals."""
+"""Process set-up: multi-host initialisation, compilation cache, work directory."""
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from se_flax.errors import UserError
 
@@ -62,36 +57,3 @@ def prepare_workdir(workdir: str | Path) -> Path:
             f"cannot write to --workdir={workdir} ({error.strerror}); name a directory that can be created"
         ) from error
     return path
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question the loop asks after each call; the second one interrupts.
-
-    A step runs on all hosts or on none. So where there are several, all of them are told and stop at the same step,
-    whichever host got the signal: JAX listens for SIGTERM itself then and agrees on the call. It agrees on the number
-    after the highest that it was asked with, so the question takes the number of the call: 1, 2, ..., none left out.
-    """
-    several = jax.process_count() > 1
-    seen: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        del frame
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for name in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-        # Only the main thread may set handlers; a run started from another one is not stopped by signals.
-        try:
-            previous[name] = signal.signal(name, note)
-        except ValueError:
-            break
-    try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda call: bool(seen)
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
