@@ -32,7 +32,7 @@ HITS = (100, 300, 150, 200)
 def make_config():
     """Figures are recorded at steps 5, 10 and 12, evaluations are due at 3, 6, 9 and 12, checkpoints at 6 and 12."""
     return Config(
-        model=Model(name="seresnet20"),
+        model=Model(name="test_efficientnet"),
         data=Data(source="digits", image_size=8, batch_size=48, eval_batch_size=90),
         augment=Augment(flip=True, pad=1),
         optim=Optim(learning_rate=0.05, schedule="constant"),

@@ -61,7 +61,7 @@ class Trainer:
       step: updates done.
       best_top1: share of the best evaluation.
       due: what is to be done at `step` before the next one.
-      saved: step and `due` of the checkpoint that the run goes on from.
+      saved: step and `due` of the newest checkpoint.
       window: figures since the last record.
       result: the last evaluation, if any was due.
     """
@@ -212,6 +212,7 @@ class Trainer:
                 run={**self.run_info, **progress},
                 metrics=result.metrics() if result else None,
             )
+        self.saved = (self.step, left)
 
     def _advance(self, compiled: Callable[..., Any], batch: Any, steps: int) -> None:
         """One call of the compiled step, and figures of earlier ones."""
