@@ -1,5 +1,6 @@
 """What fast training on small images adds: whitening, alternating flips, reflected borders, rates of biases, views."""
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path

@@ -208,9 +208,8 @@ def test_an_evaluation_is_given_up_between_two_batches():
             interrupt()
         return {"count": 1, "top1": 1, "top5": 1, "loss": 0.5}
 
-    with stop_signals() as stop:
-        with pytest.raises(Stopped):
-            evaluate(step, None, range(10), 10, stop)
+    with stop_signals() as stop, pytest.raises(Stopped):
+        evaluate(step, None, range(10), 10, stop)
     assert done == [0, 1, 2, 3]
 
 

@@ -11,7 +11,7 @@ from se_flax.runtime import keep_memory
 from train.config import Config
 from train.run.evaluate import Result
 from train.run.report import ending, say, write_settings
-from train.run.runtime import join_hosts, use_compilation_cache
+from train.run.runtime import join_hosts, leaving_with_a_lost_host, use_compilation_cache
 from train.run.save_model import MODEL, save_model
 from train.run.setup import Setup, continuation, introduction, make_trainer, prepare
 
@@ -68,8 +68,8 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     if config.parallel.distributed:
-        join_hosts()
-    with ExitStack() as held:
+        join_hosts(config.parallel.heartbeat_seconds)
+    with leaving_with_a_lost_host(), ExitStack() as held:
         return _run(prepare(config, workdir, held), started)
 
 
