@@ -12,8 +12,11 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 
-class Stopped(Exception):
-    """The run was asked to stop, at a point where its state can be saved."""
+class Stopped(BaseException):
+    """The run was asked to stop, at a point where its state can be saved.
+
+    No `Exception`, as `KeyboardInterrupt` is none: it may come within a data reader, which would take it for an error.
+    """
 
 
 class Stop:
