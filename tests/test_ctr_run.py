@@ -1,7 +1,10 @@
 """Runs of the training program on small tables: learning, stopping, resuming, the command line and its errors."""
 
+import itertools
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from train.config import flatten
 from train.ctr.config import Checkpoint, Config, Data, Model, Optim, check
 from train.ctr.loop import run
 from train.ctr.step import build_model, embedding_penalty
+from train.run.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,33 +90,44 @@ def arrays_of(workdir, step):
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
 
 
+def stop_at(patch, step, batch=None):
+    """Asks for a stop at a step, or at a batch of evaluations, counted over all of them."""
+    original, evaluation = train.ctr.loop.Trainer._advance, train.ctr.loop.make_eval_step
+
+    def advance(self, *arguments):
+        original(self, *arguments)
+        if self.step == step and batch is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def make(model):
+        made, calls = evaluation(model), itertools.count(1)
+
+        def eval_step(*arguments):
+            if next(calls) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return made(*arguments)
+
+        return eval_step
+
+    patch.setattr(train.ctr.loop.Trainer, "_advance", advance)
+    patch.setattr(train.ctr.loop, "make_eval_step", make)
+
+
 def test_a_stopped_run_continues_bit_for_bit(clicks, tmp_path, monkeypatch, capsys):
     config = settings(clicks, model=Model(name="fibinet", embedding_size=2, hidden=(4,), dropout=0.3), epochs=3)
     whole = run(config, tmp_path / "whole")
-
-    class Stop:
-        """Says stop after seven questions, in the middle of an epoch."""
-
-        def __init__(self):
-            self.asked = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return False
-
-        def __call__(self, step):
-            self.asked += 1
-            return self.asked == 7
-
-    monkeypatch.setattr(train.ctr.loop, "stop_signals", Stop)
-    first = run(config, tmp_path / "stopped")
-    assert not first.completed and first.step == 7
-    assert "run the same command to resume" in str(first)
-    monkeypatch.undo()
+    per_epoch = whole.step // 3
+    # In the middle of an epoch and of a record, at an epoch's end, in its evaluation of five batches, and in the next.
+    for step, batch in ((7, None), (per_epoch, None), (per_epoch, 2), (2 * per_epoch, 7)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, batch)
+            stopped = run(config, tmp_path / "stopped")
+        assert not stopped.completed and stopped.step == step
+        assert "run the same command to resume" in str(stopped)
     resumed = run(config, tmp_path / "stopped")
-    assert "resuming from step 7" in capsys.readouterr().err
+    assert f"resuming from step {2 * per_epoch}" in capsys.readouterr().err
+    one, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped"))
+    assert one == other and len(one) > 6
     assert (resumed.step, resumed.eval, resumed.test) == (whole.step, whole.eval, whole.test)
     one, other = (arrays_of(tmp_path / name, whole.step) for name in ("whole", "stopped"))
     assert one.keys() == other.keys() and any("opt_state" in path for path in one)

@@ -1,5 +1,6 @@
 """What fast training on small images adds: whitening, alternating flips, reflected borders, rates of biases, views."""
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -167,10 +168,11 @@ def test_a_run_whitens_its_stem(tmp_path):
         optim=Optim(whiten_stem=True),
         parallel=Parallel(devices=1),
     )
-    setup = prepare(config, tmp_path)
-    assert setup.program.frozen == Frozen(frozenset({("conv1", "kernel")}))
-    trainer, _ = make_trainer(setup)
-    trainer.report.close()
+    with contextlib.ExitStack() as held:
+        setup = prepare(config, tmp_path, held)
+        assert setup.program.frozen == Frozen(frozenset({("conv1", "kernel")}))
+        trainer, _ = make_trainer(setup)
+        trainer.report.close()
     kernel = np.asarray(trainer.state.params["conv1"]["kernel"])
     assert kernel.shape == (3, 3, 3, 16)
     images = (setup.splits.train.images / 255 - 0.3) / 0.4

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import se_flax
+from se_flax.errors import UserError
 from train.run.report import read_metrics
+from train.run.runtime import join_hosts
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
@@ -116,6 +118,57 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step_and_they_resume(tmp_pat
     for host in start_two(tmp_path, f"--config.steps={int(newest) + 2}"):
         finish(host)
     assert (tmp_path / "checkpoints" / str(int(newest) + 2)).is_dir()
+
+
+HOST = """
+import sys
+import numpy as np
+from train.run.runtime import join_hosts, leaving_with_a_lost_host
+join_hosts(10)
+from jax.experimental.multihost_utils import process_allgather
+with leaving_with_a_lost_host():
+    for step in range(10**9):
+        process_allgather(np.asarray(step))
+        if step == 3:
+            print("ready", flush=True)
+"""
+
+
+def test_a_lost_host_ends_the_others_in_one_sentence():
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", HOST],
+            cwd=ROOT,
+            env={**os.environ, **address, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    )
+    try:
+        for host in (first, second):
+            assert "ready\n" in iter(host.stdout.readline, "")
+        second.kill()
+        _, error = first.communicate(timeout=300)
+        assert first.returncode == 1, error
+        assert error.splitlines()[-1].startswith("error: another host was lost (")
+        assert error.endswith("); run the same command on all hosts to resume from the last checkpoint\n")
+        assert "Traceback" not in error and len(error.splitlines()) < 10
+    finally:
+        for host in (first, second):
+            host.kill()
+            host.communicate()
+
+
+def test_hosts_join_with_the_heartbeat_that_was_set(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **keywords: given.update(keywords))
+    join_hosts(45)
+    assert given["heartbeat_timeout_seconds"] == 45
+    with pytest.raises(UserError, match=r"got parallel\.heartbeat_seconds=0; it must be at least 5"):
+        join_hosts(0)
 
 
 def test_hosts_that_nobody_names_are_an_error(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import train.run.trainer
+import train.run.window
 from train.config import Config, Data
 from train.run.evaluate import Result
 from train.run.feed import Feed
@@ -59,6 +60,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         advance=lambda *_: None,
         write=lambda step, epoch, row: rows.append(row) if "loss" in row else None,
         draw=lambda: None,
+        sync=lambda: None,
     )
     compiled = SimpleNamespace(compile=lambda: train_step)
     return train.run.trainer.Trainer(
@@ -69,7 +71,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         per_epoch=100.0,
         feed=Feed(Batches(loader)),
         train_step=SimpleNamespace(lower=lambda state, batch: compiled),
-        evaluation=lambda variables: Result(count=1, top1=1, top5=None, loss=0.0),
+        evaluation=lambda variables, stop: Result(count=1, top1=1, top5=None, loss=0.0),
         replicas=SimpleNamespace(shard=shard),
         checkpoints=SimpleNamespace(save=lambda *_, **__: None),
         report=report,
@@ -110,7 +112,8 @@ def test_the_log_says_what_share_of_the_time_was_spent_waiting_for_data(
     tmp_path, monkeypatch, loading, computing, share
 ):
     now = 100.0
-    monkeypatch.setattr(train.run.trainer, "time", SimpleNamespace(monotonic=lambda: now))
+    for module in (train.run.trainer, train.run.window):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
 
     def later(seconds):
         nonlocal now

@@ -145,6 +145,7 @@ class Parallel:
     batch_norm: str = "replica"  # replica | global: whose statistics normalise a batch
     devices: int = 0  # 0: all
     distributed: bool = False  # several hosts: jax.distributed.initialize() before anything else
+    heartbeat_seconds: int = 30  # several hosts: one that is silent for this long is lost, and the others end
 
 
 @dataclass
@@ -203,6 +204,7 @@ SAME_NUMBERS = (
     "parallel.backend",
     "parallel.devices",
     "parallel.distributed",
+    "parallel.heartbeat_seconds",
     "data.workers",
     "data.eval_batch_size",
     "data.data_dir",

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
 from train.run.checkpoint import Checkpoints
-from train.run.report import Metrics, ending, say, write_settings
-from train.run.runtime import prepare_workdir, stop_signals, use_compilation_cache
+from train.run.lock import locked
+from train.run.report import Metrics, ending, say, write_settings, write_whole
+from train.run.runtime import prepare_workdir, use_compilation_cache
+from train.run.stopping import Stop, Stopped, stop_signals
 
 ENCODER = "encoder.json"
 _METRIC = "eval_auc"
@@ -90,6 +92,7 @@ class Progress:
       best_log_loss: of the same evaluation.
       best_epoch: after which it was, counted from 1.
       worse: evaluations since then.
+      losses: of the steps since the last record.
     """
 
     epoch: int = 0
@@ -98,6 +101,7 @@ class Progress:
     best_log_loss: float = 0.0
     best_epoch: int = 0
     worse: int = 0
+    losses: list[float] = field(default_factory=list)
 
     def over(self, config: Config) -> bool:
         """Whether the run has done all its epochs, or stopped getting better."""
@@ -123,6 +127,11 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     workdir = prepare_workdir(workdir)
+    with locked(workdir):
+        return _run(config, workdir, started)
+
+
+def _run(config: Config, workdir: Path, started: float) -> Outcome:
     splits = open_splits(config.data)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
@@ -147,18 +156,22 @@ def run(config: Config, workdir: str | Path) -> Outcome:
             say(line)
         checkpoints.forget_after(restored.step)
     write_settings(workdir, flatten(config))
+    step = restored.step if restored else 0
+    # An epoch that has begun is evaluated at its end, which may be this step.
+    unrecorded = {"loss": progress.losses or not restored, _METRIC: progress.batch or not restored}
 
     trainer = Trainer(
         config=config,
         splits=splits,
         encoder=encoder,
         state=state,
-        step=restored.step if restored else 0,
+        step=step,
+        saved=step if restored else None,
         progress=progress,
         train_step=make_train_step(model, optimizer, config.optim.l2),
         eval_step=make_eval_step(model),
         checkpoints=checkpoints,
-        log=Metrics(workdir / "metrics.jsonl", restored.step if restored else 0),
+        log=Metrics(workdir / "metrics.jsonl", step, [name for name, open_ in unrecorded.items() if open_]),
     )
     completed = trainer.train()
     checkpoints.close()
@@ -192,7 +205,7 @@ def _encoder(config: Config, train: Table, workdir: Path, *, known: bool) -> Enc
     begun = time.monotonic()
     encoder = fit(train, config.data)
     say(f"ids of {len(encoder.fields)} fields in {time.monotonic() - begun:.1f} s")
-    path.write_text(json.dumps(encoder.to_json()) + "\n")
+    write_whole(path, (json.dumps(encoder.to_json()) + "\n").encode())
     return encoder
 
 
@@ -210,27 +223,35 @@ class Trainer:
     eval_step: Any
     checkpoints: Checkpoints
     log: Metrics
+    saved: int | None = None
     eval_rows: int = 0
     _losses: list[jax.Array] = field(default_factory=list)
 
     def train(self) -> bool:
         """Runs to the last epoch, or until it stops getting better; False when a signal stopped it before."""
         with stop_signals() as stop:
-            while not self.progress.over(self.config):
-                for batch in self._rest_of_epoch():
-                    self.state, loss = self.train_step(self.state, batch)
-                    self._losses.append(loss)
-                    self.step += 1
-                    self.progress.batch += 1
-                    if self.step % self.config.log_every_steps == 0:
-                        self._write_losses()
-                    every, stopping = self.config.checkpoint.every_steps, stop(self.step)
-                    if stopping or (every and self.step % every == 0):
-                        self._save()
-                    if stopping:
-                        return False
-                self._end_epoch()
+            try:
+                while not self.progress.over(self.config):
+                    for batch in stop.between(self._rest_of_epoch()):
+                        self._advance(batch)
+                    self._end_epoch(stop)
+            except Stopped:
+                if self.saved != self.step:
+                    self._save()
+                return False
         return True
+
+    def _advance(self, batch: Batch) -> None:
+        """One step, and what is due after it."""
+        self.state, loss = self.train_step(self.state, batch)
+        self._losses.append(loss)
+        self.step += 1
+        self.progress.batch += 1
+        if self.step % self.config.log_every_steps == 0:
+            self._write_losses()
+        every = self.config.checkpoint.every_steps
+        if every and self.step % every == 0:
+            self._save()
 
     def _rest_of_epoch(self) -> Iterator[Batch]:
         """The batches of this epoch that are not done yet. Its order follows from the seed and its number alone."""
@@ -248,11 +269,11 @@ class Trainer:
                 f"{self.splits.train.name} has no rows to train on; give a file with some, or lower data.eval_fraction"
             )
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: Stop) -> None:
         self._write_losses()
+        result = self.evaluate(self.splits.eval, self.state.params, stop)
         progress = self.progress
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        result = self.evaluate(self.splits.eval, self.state.params)
         self.eval_rows = result.rows
         if result.auc > progress.best_auc:
             progress.best_auc, progress.best_log_loss = result.auc, result.log_loss
@@ -265,25 +286,37 @@ class Trainer:
         say(f"epoch {progress.epoch}: {result}" + (f", best in epoch {progress.best_epoch}" if progress.worse else ""))
         self._save(metrics=figures)
 
-    def _write_losses(self) -> None:
-        """Records the mean loss since the last record, and refuses to go on from one that is not finite."""
-        if not self._losses:
-            return
-        loss = float(np.mean(jax.device_get(self._losses)))
+    def _look_at_losses(self) -> float:
+        """Fetches the losses since the last record, and refuses to go on from a mean that is not finite."""
+        self.progress.losses += [float(loss) for loss in jax.device_get(self._losses)]
         self._losses.clear()
+        loss = float(np.mean(np.asarray(self.progress.losses, np.float32)))
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} by step {self.step}; lower "
                 f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
             )
+        return loss
+
+    def _write_losses(self) -> None:
+        """Records the mean loss since the last record, if there were steps."""
+        if not self._losses and not self.progress.losses:
+            return
+        loss = self._look_at_losses()
+        self.progress.losses = []
         self.log.write(self.step, self.progress.epoch, {"loss": loss})
         say(f"epoch {self.progress.epoch + 1}, step {self.step:,}: loss {loss:.4f}")
 
-    def evaluate(self, table: Table, params: dict) -> Result:
-        """Exact figures of a whole table: every row counts once."""
+    def evaluate(self, table: Table, params: dict, stop: Stop | None = None) -> Result:
+        """Exact figures of a whole table: every row counts once.
+
+        Raises:
+          Stopped: the run was asked to stop.
+        """
         size = self.config.data.eval_batch_size or self.config.data.batch_size
         logits, labels = [], []
-        for batch in batches(encoded(table, self.encoder), size):
+        rows = batches(encoded(table, self.encoder), size)
+        for batch in stop.between(rows) if stop else rows:
             count = int(batch["weights"].sum())
             logits.append(np.asarray(self.eval_step(params, batch["ids"]))[:count])
             labels.append(batch["labels"][:count])
@@ -293,14 +326,14 @@ class Trainer:
         return Result(auc(x, y), log_loss(x, y), len(y))
 
     def _save(self, metrics: Mapping[str, float] | None = None) -> None:
-        self._write_losses()
-        if self.step in self.checkpoints.steps():  # a save by number of steps fell on the end of the epoch
-            self.checkpoints.finish()
-            self.checkpoints.forget_after(self.step - 1)
+        if self._losses:
+            self._look_at_losses()
+        self.log.sync()
         self.checkpoints.save(
             self.step,
             self.state,
-            data=vars(self.progress).copy(),
+            data=asdict(self.progress),
             run={"config": flatten(self.config)},
             metrics=metrics,
         )
+        self.saved = self.step

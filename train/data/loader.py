@@ -20,6 +20,7 @@ from se_flax.errors import UserError
 from train.config import Data
 from train.data.examples import PrepareEval, PrepareTrain, why_bad
 from train.data.sources import DataSplits, Source, open_data
+from train.data.workers import ends_explained, prepare_worker
 
 __all__ = [
     "BadImages",
@@ -164,12 +165,13 @@ def train_examples(splits: DataSplits, data: Data, bad: BadImages | None = None)
     pieces = _read_ahead(examples.batch(_READ_AT_ONCE), _READ_AT_ONCE * size**2 * 3, workers)
     first = 0
     try:
-        for element in pieces:
-            piece = dict(element)
-            _collect(piece, total, bad.train if bad else None)
-            for name, rows in whole.items():
-                rows[first : first + len(piece["label"])] = piece[name]
-            first += len(piece["label"])
+        with ends_explained():
+            for element in pieces:
+                piece = dict(element)
+                _collect(piece, total, bad.train if bad else None)
+                for name, rows in whole.items():
+                    rows[first : first + len(piece["label"])] = piece[name]
+                first += len(piece["label"])
     finally:
         pieces.close()
     return whole
@@ -211,7 +213,8 @@ class TrainLoader(grain.DatasetIterator[Batch]):
     def __next__(self) -> Batch:
         self.start_prefetch()
         assert self._batches is not None
-        batch = dict(next(self._batches))
+        with ends_explained():
+            batch = dict(next(self._batches))
         # Grain's own state depends on the number of workers, so the position is counted here.
         self._position += self._batch_size
         if not self.indices:
@@ -319,10 +322,11 @@ def eval_batches(
     def run() -> Iterator[Batch]:
         iterator = _read_ahead(batches, batch_size // count * data.image_size**2 * 3, workers)
         try:
-            for element in iterator:
-                batch = dict(element)
-                _collect(batch, num_examples, bad.eval if bad else None)
-                yield batch
+            with ends_explained():
+                for element in iterator:
+                    batch = dict(element)
+                    _collect(batch, num_examples, bad.eval if bad else None)
+                    yield batch
         finally:
             iterator.close()
 
@@ -355,7 +359,7 @@ def _read_ahead(batches: grain.MapDataset, batch_bytes: int, workers: int) -> gr
             flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         dataset = batches.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), prepare_worker
         )
     else:
         fitting = max(2, _BUFFER_BYTES // max(batch_bytes, 1))

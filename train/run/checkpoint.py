@@ -22,6 +22,7 @@ from etils import epath
 
 from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
+from train.run.replaced import forget, put_back, set_aside
 
 PyTree = Any
 State = flax.struct.PyTreeNode  # `train.run.step.TrainState`, or another one
@@ -75,6 +76,7 @@ class Checkpoints:
         self._metric = metric
         self.directory = self._root / "checkpoints"
         self._digests = self._root / "digests"
+        put_back(self._root, self.directory)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -119,6 +121,8 @@ class Checkpoints:
     ) -> None:
         """Starts writing a checkpoint; it is whole when the next one starts, or after `finish`.
 
+        One of this step that is there is replaced; it is used as long as the new one is not whole.
+
         Args:
           step: updates done.
           state: the training state; copied off the devices before this returns.
@@ -132,6 +136,10 @@ class Checkpoints:
         with self._writing(step):
             self.finish()
             self.directory.mkdir(parents=True, exist_ok=True)
+            if step in self.steps():
+                set_aside(self._root, self.path(step))
+                self._manager.reload()
+                (self._digests / f"{step}.json").unlink(missing_ok=True)
             # Between evaluations there is no figure to rank by, and Orbax would say so each time.
             with quiet():
                 self._manager.save(
@@ -160,6 +168,7 @@ class Checkpoints:
                     self._digests.mkdir(parents=True, exist_ok=True)
                     (self._digests / f"{step}.json").write_text(json.dumps(_digests(self.path(step)), indent=0))
             self._unsealed.clear()
+            forget(self._root)
             if jax.process_index() == 0 and self._digests.exists():
                 kept = {f"{step}.json" for step in self._manager.all_steps()}
                 for old in self._digests.iterdir():

@@ -1,11 +1,18 @@
 """Evaluation that counts every example of a split exactly once, whatever the batch size and the number of devices."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+
+from train.run.stopping import Stop
+
+# Batches under way at once: the device always has the next one, and a signal waits for no more than these.
+LAG = 2
+_SUMS = ("count", "top1", "top5", "loss")
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ def evaluate(
     variables: Any,
     batches: Iterable[Mapping[str, jax.Array]],
     num_classes: int,
+    stop: Stop,
 ) -> Result:
     """Runs a spread evaluation step over a split.
 
@@ -64,13 +72,28 @@ def evaluate(
       variables: replicated `{"params", "batch_stats"}`.
       batches: of `image`, `label`, `mask`, on the devices (`replicas.shard`); the same number on every host.
       num_classes: of the data.
+      stop: whether to give up between two batches.
 
     Returns:
       The counts over all hosts.
+
+    Raises:
+      Stopped: the run was asked to stop.
     """
-    results = [step(variables, batch) for batch in batches]
-    # Summed on the host, where integers do not overflow and a mean over the split has float64's precision.
-    totals = {k: sum(np.asarray(r[k]).item() for r in results) for k in ("count", "top1", "top5", "loss")}
+    totals: dict[str, Any] = dict.fromkeys(_SUMS, 0)
+    under_way: deque[Mapping[str, jax.Array]] = deque()
+
+    def add_up(keep: int) -> None:
+        while len(under_way) > keep:
+            sums = under_way.popleft()
+            # Added on the host, where integers do not overflow and a mean over the split has float64's precision.
+            for name in _SUMS:
+                totals[name] += np.asarray(sums[name]).item()
+
+    for batch in stop.between(batches):
+        under_way.append(step(variables, batch))
+        add_up(keep=LAG)
+    add_up(keep=0)
     count = int(totals["count"])
     top5 = int(totals["top5"]) if num_classes > 5 else None
     return Result(count, int(totals["top1"]), top5, totals["loss"] / max(count, 1))

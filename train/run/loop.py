@@ -1,6 +1,7 @@
 """A training run: prepare, train, save."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from se_flax.runtime import keep_memory
 from train.config import Config
 from train.run.evaluate import Result
 from train.run.report import ending, say, write_settings
-from train.run.runtime import join_hosts, use_compilation_cache
+from train.run.runtime import join_hosts, leaving_with_a_lost_host, use_compilation_cache
 from train.run.save_model import MODEL, save_model
-from train.run.setup import continuation, introduction, make_trainer, prepare
+from train.run.setup import Setup, continuation, introduction, make_trainer, prepare
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,12 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
     if config.parallel.distributed:
-        join_hosts()
-    setup = prepare(config, workdir)
+        join_hosts(config.parallel.heartbeat_seconds)
+    with leaving_with_a_lost_host(), ExitStack() as held:
+        return _run(prepare(config, workdir, held), started)
+
+
+def _run(setup: Setup, started: float) -> Outcome:
     primary = jax.process_index() == 0
     for line in introduction(setup) if primary else ():
         say(line)

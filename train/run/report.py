@@ -1,9 +1,10 @@
 """Reporting: progress bar, `metrics.jsonl`, TensorBoard events, `curves.png`."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from se_flax.checkpoints.files import replacing
 from train.run.curves import CROSS_ENTROPY, draw_curves
 from train.run.evaluate import Result
 
@@ -21,36 +23,75 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{pos
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The lines of a `metrics.jsonl`; damaged ones, such as a last one that a crash cut short, are left out."""
+    rows = (_row(line) for line in _lines(path))
+    return [row for row in rows if row is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's figures; None for a line that no run has written."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    # `True` is an integer to Python.
+    whole = isinstance(row, dict) and {"step", "epoch"} <= row.keys() and type(row["step"]) is int
+    return row if whole and all(type(value) in (int, float) for value in row.values()) else None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is the old one or the new one whatever happens meanwhile; nothing if that is what it holds."""
+    if not path.exists() or path.read_bytes() != data:
+        with replacing(path) as stream:
+            stream.write(data)
 
 
 class Metrics:
     """A run's `metrics.jsonl`.
 
+    Damaged lines are dropped, and a warning says how many.
+
     Args:
       path: of the file.
       start_step: where the run starts; what an interrupted run wrote of later steps is dropped, so that the file is
         that of an uninterrupted run.
+      unrecorded: figures of `start_step` itself that the run will still record, by a name that their line has: `loss`
+        of training figures that go on, that of an evaluation that is due.
+
+    Attributes:
+      rows: the lines that were kept.
     """
 
-    def __init__(self, path: Path, start_step: int):
+    def __init__(self, path: Path, start_step: int, unrecorded: Collection[str] = ()):
         self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.rows: list[dict[str, Any]] = []
+        kept, damaged = [], 0
+        for line in _lines(path):
+            row = _row(line)
+            if row is None:
+                damaged += 1
+            elif row["step"] < start_step or (row["step"] == start_step and not row.keys() & set(unrecorded)):
+                self.rows.append(row)
+                kept.append(line + b"\n")
+        if damaged:
+            say(f"warning: {path} had {damaged} damaged {'line' if damaged == 1 else 'lines'}, now left out")
+        if path.exists():
+            write_whole(path, b"".join(kept))
 
     def write(self, step: int, epoch: float, figures: Mapping[str, float | int]) -> None:
         """Adds one line."""
         with self._path.open("a") as stream:
             stream.write(json.dumps({"step": step, "epoch": epoch, **figures}) + "\n")
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        if self._path.exists():
+            with self._path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def write_settings(workdir: Path, settings: Mapping[str, Any]) -> None:
@@ -60,7 +101,7 @@ def write_settings(workdir: Path, settings: Mapping[str, Any]) -> None:
       workdir: of the run.
       settings: flattened.
     """
-    (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(workdir / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def say(text: str) -> None:
@@ -118,6 +159,7 @@ class Report:
       batch_size: global, for images per second.
       start_step: where the run starts; what an interrupted run wrote of later steps is dropped, so that the files are
         those of an uninterrupted run.
+      unrecorded: as for `Metrics`.
       training_loss: what training minimises, in words (`train.build.training_loss`).
       primary: whether this host writes.
     """
@@ -129,6 +171,7 @@ class Report:
         batch_size: int,
         start_step: int,
         *,
+        unrecorded: Collection[str] = (),
         training_loss: str = CROSS_ENTROPY,
         primary: bool,
     ):
@@ -143,8 +186,15 @@ class Report:
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._metrics = Metrics(self._path, start_step)
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1 if start_step else None)
+        self._metrics = Metrics(self._path, start_step, unrecorded)
+        # A killed run loses the events that were not flushed, and leaves some of steps that are done again. So they are
+        # made from `metrics.jsonl` at each start.
+        events = workdir / "events"
+        for old in events.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = SummaryWriter(str(events))
+        for row in self._metrics.rows:
+            self._show(row["step"], {name: value for name, value in row.items() if name not in ("step", "epoch")})
 
     def start(self) -> None:
         """Training begins: what came before, compilation above all, is no part of its rate."""
@@ -190,6 +240,15 @@ class Report:
         if not self._primary:
             return
         self._metrics.write(step, round(epoch, 4), figures)
+        self._show(step, figures)
+
+    def sync(self) -> None:
+        """Returns when all figures are on the disk, as they must be before a checkpoint of their step."""
+        if self._primary:
+            self._metrics.sync()
+
+    def _show(self, step: int, figures: Mapping[str, float | int]) -> None:
+        """Figures of a step as events for TensorBoard."""
         for name, value in figures.items():
             self._events.add_scalar(
                 name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}", value, step

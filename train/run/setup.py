@@ -1,6 +1,7 @@
 """What a run needs before its first step: checked settings, data, devices, network, weights and earlier checkpoints."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,14 @@ from train.run.evaluate import Result, evaluate, padded_size
 from train.run.feed import Feed, lives_on_devices, make_feed
 from train.run.fitted_head import fitted_head
 from train.run.length import length_change, total_steps
+from train.run.lock import locked
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
 from train.run.report import Report, say
 from train.run.runtime import prepare_workdir
-from train.run.trainer import Trainer
+from train.run.stopping import Stop
+from train.run.trainer import Due, Trainer
+from train.run.window import Window
 from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
 
 
@@ -65,22 +69,24 @@ class Setup:
     loader: TrainLoader
 
 
-def prepare(given: Config, workdir: str | Path) -> Setup:
+def prepare(given: Config, workdir: str | Path, held: ExitStack) -> Setup:
     """Checks the settings and opens, reads and builds what they name.
 
     Args:
       given: the settings; what they leave open is taken from the checkpoint that the run goes on or starts from.
       workdir: where checkpoints and figures go.
+      held: gets the work directory's lock; the caller closes it when the run is over.
 
     Returns:
       The parts of the run.
 
     Raises:
-      UserError: settings, data or work directory are not usable.
+      UserError: settings, data or work directory are not usable, or another run uses the work directory.
     """
     checked = check_settings_of_run(given, ImageData.count_classes)
     check_start(given)
     workdir = prepare_workdir(workdir)
+    held.enter_context(locked(workdir))
     splits = checked.images.open()
     num_classes = check_classes(given, splits.class_names, given.data.source)
     replicas = make_replicas(given.parallel.backend, given.parallel.devices)
@@ -129,12 +135,16 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         state = restored.state
         setup.loader.set_state(restored.data)
         checkpoints.forget_after(restored.step)
-    step = restored.step if restored else 0
+    step, run = (restored.step, restored.run) if restored else (0, {})
+    due, window = Due(**run.get("due", {})), Window(run.get("window"))
+    # A new run may find figures of one that was killed before its first checkpoint.
+    unrecorded = {"loss": window.count or not restored, "eval_loss": due.evaluation or not restored}
     report = Report(
         setup.workdir,
         setup.total,
         config.data.batch_size,
         step,
+        unrecorded=[name for name, open_ in unrecorded.items() if open_],
         training_loss=training_loss(config),
         primary=jax.process_index() == 0,
     )
@@ -156,7 +166,10 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         per_epoch=setup.per_epoch,
         state=state,
         step=step,
-        best_top1=restored.run.get("best_top1", 0.0) if restored else 0.0,
+        best_top1=run.get("best_top1", 0.0),
+        due=due,
+        saved=(step, due) if restored else None,
+        window=window,
     )
     return trainer, restored
 
@@ -189,14 +202,15 @@ def _fitted(setup: Setup) -> dict[ParameterPath, np.ndarray]:
     return fitted_head(model, variables, setup.splits, setup.config.data, (lambda text: None) if quiet else say)
 
 
-def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any) -> Result:
+def _evaluate(setup: Setup, step: Any, kept: list[Any], variables: Any, stop: Stop) -> Result:
     """Evaluates variables on the whole held-out split, which stays in `kept` where the data lives on the devices."""
     data = setup.config.data
     size = padded_size(data.eval_batch_size or data.batch_size, setup.replicas.count)
     batches = kept or map(setup.replicas.shard, eval_batches(setup.splits, data, batch_size=size, bad=setup.bad))
     if setup.loader.indices:
-        batches = kept[:] = list(batches)
-    return evaluate(step, variables, batches, len(setup.splits.class_names))
+        with stop.waiting():
+            batches = kept[:] = list(batches)
+    return evaluate(step, variables, batches, len(setup.splits.class_names), stop)
 
 
 def introduction(setup: Setup) -> Iterator[str]:

@@ -1,11 +1,10 @@
 """The loop over training steps: batches in, figures out, evaluation and checkpoints when they are due."""
 
-import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,27 @@ from train.run.evaluate import Result
 from train.run.feed import Feed
 from train.run.parallel import Replicas
 from train.run.report import Report, epoch_line
-from train.run.runtime import stop_signals
 from train.run.step import TrainState
+from train.run.stopping import Stop, Stopped, stop_signals
+from train.run.window import Window
 
 # Losses are looked at this many calls late, so that the host does not wait for a step it has only just started.
 LAG = 2
 # A profile skips the compilation and the first steps, and stays small enough for a browser.
 _PROFILE_STEPS = (10, 15)
-_MEANS = ("loss", "accuracy", "grad_norm")
 
 
-@dataclass
-class _Window:
-    """Figures of the steps since the last record, and the time that they took."""
+@dataclass(frozen=True)
+class Due:
+    """What is still to be done at the step that a run has reached; a checkpoint holds it as JSON.
 
-    figures: list[dict[str, float]] = field(default_factory=list)
-    started: float = 0.0
-    waited: float = 0.0  # seconds of these in which the loop had no batch to go on with
+    Attributes:
+      evaluation: of the state.
+      checkpoint: with the figures of that evaluation, if it is due too.
+    """
 
-    def restart_clock(self) -> None:
-        """What came before is no part of the window's time."""
-        self.started, self.waited = time.monotonic(), 0.0
-
-    def close(self, batch_size: int) -> dict[str, float]:
-        """Mean figures, and a new window."""
-        count = len(self.figures)
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        means = {name: sum(figures[name] for figures in self.figures) / count for name in _MEANS}
-        record = {
-            **means,
-            "learning_rate": self.figures[-1]["learning_rate"],
-            "images_per_second": round(count * batch_size / seconds, 2),
-            "data_wait": round(min(1.0, self.waited / seconds), 4),
-        }
-        self.figures.clear()
-        self.restart_clock()
-        return record
+    evaluation: bool = False
+    checkpoint: bool = False
 
 
 @dataclass
@@ -67,7 +51,7 @@ class Trainer:
       replicas: where steps run.
       feed: the training data.
       train_step: `feed.spread` of the step: from state and what a call reads to the next state and the steps' figures.
-      evaluation: from the state's variables to a result.
+      evaluation: from the state's variables, and what says when to give it up, to a result.
       checkpoints: of the run.
       report: of the run.
       run_info: what a checkpoint says of its run.
@@ -76,6 +60,9 @@ class Trainer:
       state: the training state; its memory goes to the next one.
       step: updates done.
       best_top1: share of the best evaluation.
+      due: what is to be done at `step` before the next one.
+      saved: step and `due` of the newest checkpoint.
+      window: figures since the last record.
       result: the last evaluation, if any was due.
     """
 
@@ -84,7 +71,7 @@ class Trainer:
     replicas: Replicas
     feed: Feed
     train_step: Any
-    evaluation: Callable[[Any], Result]
+    evaluation: Callable[[Any, Stop], Result]
     checkpoints: Checkpoints
     report: Report
     run_info: dict[str, Any]
@@ -93,38 +80,65 @@ class Trainer:
     state: TrainState
     step: int = 0
     best_top1: float = 0.0
+    due: Due = Due()
+    saved: tuple[int, Due] | None = None
+    window: Window = field(default_factory=Window)
     result: Result | None = None
     _pending: deque[tuple[int, int, dict[str, jax.Array]]] = field(default_factory=deque, init=False)
-    _window: _Window = field(default_factory=_Window, init=False)
+    _position: dict[str, Any] = field(init=False)  # in the data, after the last step: a batch may wait that none took
+
+    def __post_init__(self) -> None:
+        self._position = self.feed.loader.get_state()
 
     def train(self) -> bool:
         """Runs to the last step; False when a signal stopped it before."""
-        if self.step >= self.total:
-            new = not self.checkpoints.newest()  # a run of no steps; any other recorded this step when it reached it
-            self.evaluate(record=new)
-            if new:
-                self.save(self.result)
-            return True
-        first, calls, compiled = self.step, itertools.count(1), None
         with stop_signals() as stop:
-            while self.step < self.total:
-                before = self.step
-                self._profile(before - first)
-                steps = self._steps_of_call(first)
-                batch = self._next_batch(steps)
-                if compiled is None:
-                    compiled = self.compile(batch)
-                self._advance(compiled, batch, steps)
-                last = self.step == self.total
-                stopping = stop(next(calls)) and not last
-                evaluating = (last or self._passed(self._evaluate_every, before, self.step)) and not stopping
-                if evaluating:
-                    self.evaluate()
-                if last or stopping or self._passed(self._save_every, before, self.step):
-                    self.save(self.result if evaluating else None)
-                if stopping:
-                    return False
+            try:
+                self._train(stop)
+            except Stopped:
+                if self.saved != (self.step, self._left()):
+                    self.save(None)
+                return False
         return True
+
+    def _train(self, stop: Stop) -> None:
+        if self.step >= self.total and not self.saved:  # a run of no steps
+            self.due = Due(evaluation=True, checkpoint=True)
+        self._do_what_is_due(stop)
+        if self.step >= self.total and self.result is None:  # a finished run, which has recorded this step
+            self.evaluate(stop, record=False)
+        first, compiled = self.step, None
+        while self.step < self.total:
+            before = self.step
+            self._profile(before - first)
+            steps = self._steps_of_call(first)
+            with stop.waiting():
+                batch = self._next_batch(steps)
+            if compiled is None:
+                compiled = self.compile(batch)
+                stop.look()
+            self._advance(compiled, batch, steps)
+            last = self.step == self.total
+            self.due = Due(
+                evaluation=last or self._passed(self._evaluate_every, before, self.step),
+                checkpoint=last or self._passed(self._save_every, before, self.step),
+            )
+            stop.look()
+            self._do_what_is_due(stop)
+
+    def _do_what_is_due(self, stop: Stop) -> None:
+        due = self.due
+        result = self.evaluate(stop) if due.evaluation else None
+        self.due = Due()
+        if self.step == self.total:
+            self._look_at_losses(keep=0)
+            self._record(self.step)
+        if due.checkpoint:
+            self.save(result)
+
+    def _left(self) -> Due:
+        """What a run that stops here leaves to the next one: the checkpoint alone it has then."""
+        return self.due if self.due.evaluation else Due()
 
     @property
     def _evaluate_every(self) -> float:
@@ -164,49 +178,55 @@ class Trainer:
         compiled: Callable[..., Any] = self.train_step.lower(self.state, batch, *self.feed.shared).compile()
         self.report.say(f"compiled in {time.monotonic() - begun:.1f} s")
         self.report.start()
-        self._window.restart_clock()
+        self.window.start_clock()
         return compiled
 
-    def evaluate(self, *, record: bool = True) -> None:
-        """Evaluates the state; without `record` the figures are only said."""
+    def evaluate(self, stop: Stop, *, record: bool = True) -> Result:
+        """Evaluates the state; without `record` the figures are only said.
+
+        Raises:
+          Stopped: the run was asked to stop.
+        """
         self._look_at_losses(keep=0)
         begun = time.monotonic()
-        with self.report.paused():
-            result = self.result = self.evaluation(self.state.variables())
+        with self.report.paused(), self.window.paused():
+            result = self.result = self.evaluation(self.state.variables(), stop)
             self.best_top1 = max(self.best_top1, result.top1 / result.count)
             if record:
                 self.report.write(self.step, self._epoch(self.step), result.metrics())
             self.report.say(epoch_line(self._epoch(self.step), result, time.monotonic() - begun))
             self.report.draw()
-        self._window.restart_clock()
+        return result
 
     def save(self, result: Result | None) -> None:
         """Starts writing a checkpoint; `result` is the evaluation of this step, if there was one."""
-        # No state follows a loss that was not looked at, and a resumed run starts its averages where this one does.
-        self._look_at_losses(keep=0)
-        self._record(self.step)
-        with self.report.paused():
+        self._look_at_losses(keep=0)  # no state follows a loss that was not looked at
+        with self.report.paused(), self.window.paused():
+            self.report.sync()
+            left = self._left()
+            progress = {"best_top1": self.best_top1, "due": asdict(left), "window": self.window.saved()}
             self.checkpoints.save(
                 self.step,
                 self.state,
-                data=self.feed.loader.get_state(),
-                run={**self.run_info, "best_top1": self.best_top1},
+                data=self._position,
+                run={**self.run_info, **progress},
                 metrics=result.metrics() if result else None,
             )
-        self._window.restart_clock()
+        self.saved = (self.step, left)
 
     def _advance(self, compiled: Callable[..., Any], batch: Any, steps: int) -> None:
         """One call of the compiled step, and figures of earlier ones."""
         self.state, metrics = compiled(self.state, batch, *self.feed.shared)
         self._pending.append((self.step, steps, metrics))
         self.step += steps
+        self._position = self.feed.loader.get_state()
         self._look_at_losses(keep=LAG)
 
     def _next_batch(self, steps: int) -> Any:
         """What the next call reads, on the devices."""
         asked = time.monotonic()
         batch = self.feed.fetch(steps)
-        self._window.waited += time.monotonic() - asked
+        self.window.waited(time.monotonic() - asked)
         return self.replicas.shard(batch)
 
     def _passed(self, every: float, before: int, step: int) -> bool:
@@ -236,15 +256,15 @@ class Trainer:
                 step, figures = before + row + 1, {name: float(values[row]) for name, values in rows.items()}
                 if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
                     self._refuse(step, figures)
-                self._window.figures.append(figures)
+                self.window.add(figures)
                 self.report.advance(figures["loss"], figures["accuracy"])
                 if step % self.config.log_every_steps == 0:
                     self._record(step)
 
     def _record(self, step: int) -> None:
         """Writes the mean figures since the last record, if there are any."""
-        if self._window.figures:
-            self.report.write(step, self._epoch(step), self._window.close(self.config.data.batch_size))
+        if self.window.count:
+            self.report.write(step, self._epoch(step), self.window.close(self.config.data.batch_size))
 
     def _refuse(self, step: int, figures: Mapping[str, float]) -> None:
         self.checkpoints.finish()
