@@ -269,7 +269,7 @@ def test_a_half_written_checkpoint_is_not_seen(config, uninterrupted, tmp_path, 
 
     workdir = copy_of(uninterrupted[0], tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "12" / "data")
-    (workdir / "digests" / "12.json").unlink()
+    (workdir / "checkpoints" / "12" / "digests.json").unlink()
     run(config, workdir)
     assert "resuming from step 8" in capsys.readouterr().err
     assert_same_bits(workdir, uninterrupted[0])

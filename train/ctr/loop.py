@@ -115,7 +115,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       How it ended.
 
     Raises:
-      UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
+      UserError: settings, data or work directory are not usable; the loss is not finite; a file cannot be written.
     """
     started = time.monotonic()
     keep_memory()
@@ -145,7 +145,6 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         state, progress = restored.state, Progress(**restored.data)
         for line in restored.lines():
             say(line)
-        checkpoints.forget_after(restored.step)
     write_settings(workdir, flatten(config))
 
     trainer = Trainer(
@@ -160,8 +159,11 @@ def run(config: Config, workdir: str | Path) -> Outcome:
         checkpoints=checkpoints,
         log=Metrics(workdir / "metrics.jsonl", restored.step if restored else 0),
     )
-    completed = trainer.train()
-    checkpoints.close()
+    try:
+        completed = trainer.train()
+        checkpoints.close()
+    except OSError as error:
+        raise checkpoints.explained(error) from error
     test = trainer.evaluate(splits.test, trainer.state.best) if completed and splits.test else None
     best = Result(progress.best_auc, progress.best_log_loss, trainer.eval_rows)
     if completed and trainer.eval_rows == 0:  # a run that was complete already
@@ -269,11 +271,13 @@ class Trainer:
         """Records the mean loss since the last record, and refuses to go on from one that is not finite."""
         if not self._losses:
             return
-        loss = float(np.mean(jax.device_get(self._losses)))
+        losses = np.asarray(jax.device_get(self._losses))
         self._losses.clear()
+        loss = float(np.mean(losses))
         if not math.isfinite(loss):
+            bad = self.step - len(losses) + int(np.argmin(np.isfinite(losses)))  # updates done in the first such state
             raise UserError(
-                f"the loss became {loss} by step {self.step}; lower "
+                f"the loss became {losses[bad - self.step]} at step {bad + 1}; {self.checkpoints.last_good(bad)}; lower "
                 f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
             )
         self.log.write(self.step, self.progress.epoch, {"loss": loss})
@@ -290,13 +294,16 @@ class Trainer:
         if not logits:
             raise UserError(f"{table.name} has no rows to evaluate on; give a file with some, or raise its share")
         x, y = np.concatenate(logits), np.concatenate(labels)
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"the evaluation after step {self.step} has logits that are not finite; "
+                f"{self.checkpoints.last_good(self.step)}; lower "
+                f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
+            )
         return Result(auc(x, y), log_loss(x, y), len(y))
 
     def _save(self, metrics: Mapping[str, float] | None = None) -> None:
         self._write_losses()
-        if self.step in self.checkpoints.steps():  # a save by number of steps fell on the end of the epoch
-            self.checkpoints.finish()
-            self.checkpoints.forget_after(self.step - 1)
         self.checkpoints.save(
             self.step,
             self.state,

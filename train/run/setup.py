@@ -128,7 +128,6 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
     if restored is not None:
         state = restored.state
         setup.loader.set_state(restored.data)
-        checkpoints.forget_after(restored.step)
     step = restored.step if restored else 0
     report = Report(
         setup.workdir,
