@@ -338,18 +338,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
 def test_a_full_disk_names_the_checkpoint_that_is_whole(config, tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
-    original = ocp.CheckpointManager.save
+    original = ocp.AsyncCheckpointer.save
 
-    def full(self, step, **kwargs):
-        if step == 8:
+    def full(self, directory, **kwargs):
+        if directory.name == "8":
             raise ValueError("RESOURCE_EXHAUSTED: Error writing") from OSError(errno.ENOSPC, "No space left on device")
-        return original(self, step, **kwargs)
+        return original(self, directory, **kwargs)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
     with pytest.raises(UserError) as caught:
         run(config, tmp_path)
-    assert "the disk is full: the checkpoint of step 8 could not be written" in str(caught.value)
-    assert f"the newest whole checkpoint is {tmp_path}/checkpoints/4; free some space" in str(caught.value)
+    assert str(caught.value) == (
+        f"the disk is full: the checkpoint of step 8 in {tmp_path}/checkpoints could not be written (No space left on "
+        f"device); the newest whole checkpoint is {tmp_path}/checkpoints/4; free some space, then run the same command "
+        "to resume"
+    )
 
 
 def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys, monkeypatch):

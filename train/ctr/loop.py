@@ -277,7 +277,8 @@ class Trainer:
         if not math.isfinite(loss):
             bad = self.step - len(losses) + int(np.argmin(np.isfinite(losses)))  # updates done in the first such state
             raise UserError(
-                f"the loss became {losses[bad - self.step]} at step {bad + 1}; {self.checkpoints.last_good(bad)}; lower "
+                f"the loss became {losses[bad - self.step]} at step {bad + 1}; "
+                f"{self.checkpoints.last_good(bad)}; lower "
                 f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
             )
         self.log.write(self.step, self.progress.epoch, {"loss": loss})

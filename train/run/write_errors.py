@@ -43,11 +43,11 @@ def unwritten(number: int, what: str, newest: str) -> UserError:
     Returns:
       An error that says why, where the newest whole checkpoint lies, and what to do.
     """
-    full = "the disk is full: " if number in _FULL else ""
+    why = f"the disk is full: {what}" if number in _FULL else what
     kept = f"the newest whole checkpoint is {newest}" if newest else "no checkpoint is whole yet"
     remedy = _REMEDY.get(number, "check the disk")
     return UserError(
-        f"{full}{what} could not be written ({os.strerror(number)}); {kept}; {remedy}, then run the same command to resume"
+        f"{why} could not be written ({os.strerror(number)}); {kept}; {remedy}, then run the same command to resume"
     )
 
 
