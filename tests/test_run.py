@@ -335,6 +335,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert "lower optim.learning_rate" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "text"),
+    [
+        # The state of step 1 is not finite, and no later step shows it.
+        (3e38, 1, "the loss of the evaluation became (nan|inf) at step 1; no good checkpoint was written yet"),
+        # That of step 1 is finite, and the step after it is not.
+        (1e30, 4, "the loss became (nan|inf) and the gradient's norm .* at step 2; no good checkpoint was written yet"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_no_end(config, tmp_path, rate, steps, text):
+    config.optim.learning_rate, config.optim.weight_decay, config.optim.ema_decay = rate, 0.0, 0.0
+    config.steps, config.checkpoint.every_steps, config.log_every_steps = steps, 1, 1
+    with pytest.raises(UserError, match=f"{text}; lower optim.learning_rate"):
+        run(config, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
 def test_a_full_disk_names_the_checkpoint_that_is_whole(config, tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 

@@ -1,4 +1,4 @@
-"""Checkpoints of small states: what a crash, a damaged file or a disk that refuses leaves, and what is read after it."""
+"""Checkpoints of small states: what a crash, damage or a disk that refuses leaves, and what is read after it."""
 
 import errno
 import json
@@ -215,8 +215,8 @@ def test_nothing_is_deleted_before_the_new_one_is_sealed(workdir, monkeypatch):
     with pytest.raises(UserError) as caught:
         save(checkpoints, 20)
     assert str(caught.value) == (
-        f"the checkpoint of step 16 in {workdir}/checkpoints could not be written (Input/output error); the newest whole "
-        f"checkpoint is {workdir}/checkpoints/12; check the disk, then run the same command to resume"
+        f"the checkpoint of step 16 in {workdir}/checkpoints could not be written (Input/output error); the newest "
+        f"whole checkpoint is {workdir}/checkpoints/12; check the disk, then run the same command to resume"
     )
     assert checkpoints.steps() == [4, 8, 12]
     assert_restored(opened(workdir).restore(state_of(0)), 12)

@@ -74,7 +74,7 @@ def _swap(building: Path, folder: Path) -> None:
     folder.rename(old / "was")
     try:
         building.rename(folder)
-    except OSError:
+    except BaseException:  # an interruption too: the old folder is deleted below
         (old / "was").rename(folder)
         raise
     finally:

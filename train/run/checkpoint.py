@@ -346,6 +346,8 @@ class Checkpoints:
         """One sentence for what the operating system refused, which names the newest whole checkpoint."""
         if error.errno is None:
             return error
+        with contextlib.suppress(UserError):  # the checkpoint under way may be whole
+            self.finish()
         return unwritten(error.errno, str(error.filename or "a file of the run"), self.newest())
 
 
