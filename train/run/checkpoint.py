@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
@@ -102,6 +103,7 @@ class Checkpoints:
                 self._recover()
         except OSError as error:
             raise self.explained(error) from error
+        _wait_for_all("recovered")
         for step in self._on_disk():
             try:
                 seal.check(self.path(step))
@@ -267,6 +269,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
+        _wait_for_all("compared")  # before one of them moves what is damaged
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         for step in self._candidates():
             try:
@@ -349,6 +352,12 @@ class Checkpoints:
         with contextlib.suppress(UserError):  # the checkpoint under way may be whole
             self.finish()
         return unwritten(error.errno, str(error.filename or "a file of the run"), self.newest())
+
+
+def _wait_for_all(what: str) -> None:
+    """Every host of a run sees the same checkpoints, and so chooses the same one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoints {what}")
 
 
 def _first_line(error: BaseException) -> str:
