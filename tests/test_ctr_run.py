@@ -177,9 +177,35 @@ def test_the_penalty_is_half_the_squares_of_all_tables():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clicks, tmp_path):
-    config = settings(clicks, optim=Optim(learning_rate=1e30))
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) by step \d+; lower optim\.learning_rate=1e\+30"):
+    config = settings(clicks, optim=Optim(learning_rate=1e30), checkpoint=Checkpoint(every_steps=1), log_every_steps=1)
+    with pytest.raises(UserError) as caught:
         run(config, tmp_path)
+    # The checkpoint of step 1 is finite, and gives this loss: it is no good one.
+    assert re.fullmatch(
+        r"the loss became (nan|inf) at step 2; no good checkpoint was written yet; "
+        r"lower optim\.learning_rate=1e\+30 and start in a new --workdir",
+        str(caught.value),
+    )
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(clicks, tmp_path):
+    """One step in all, so no later loss shows it."""
+    config = settings(clicks, optim=Optim(learning_rate=3e38), epochs=1)
+    config.data.batch_size = 4096
+    with pytest.raises(UserError, match=r"the evaluation after step 1 has logits that are not finite; no good check.*"):
+        run(config, tmp_path)
+    assert not any("eval_auc" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_has_its_evaluation(clicks, tmp_path):
+    """It replaces the one that was due by the number of steps."""
+    outcome = run(settings(clicks, epochs=1, checkpoint=Checkpoint(every_steps=1, keep_last=1)), tmp_path)
+    newest = Path(outcome.checkpoint)
+    assert newest.name == str(outcome.step)
+    held = json.loads((newest / "run" / "metadata").read_text())
+    assert held["evaluation"] == {"eval_auc": outcome.eval.auc}
+    assert json.loads((newest / "data" / "metadata").read_text())["epoch"] == 1
 
 
 def test_networks_by_their_settings():

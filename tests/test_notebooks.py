@@ -181,7 +181,7 @@ for path in sorted(files(source)):
 if "--delete-unmatched-destination-objects" in flags:
     for path in files(target) - files(source):
         (target / path).unlink()
-if "END_MACHINE" in os.environ and any(target.glob("digests/*.json")):
+if "END_MACHINE" in os.environ and any(target.glob("checkpoints/*/digests.json")):
     os.kill(os.getppid(), signal.SIGKILL)
 sys.exit(failed)
 """

@@ -267,7 +267,7 @@ def test_a_half_written_checkpoint_is_not_seen(config, uninterrupted, tmp_path, 
 
     workdir = copy_of(uninterrupted[0], tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "12" / "data")
-    (workdir / "digests" / "12.json").unlink()
+    (workdir / "checkpoints" / "12" / "digests.json").unlink()
     run(config, workdir)
     assert "resuming from step 8" in capsys.readouterr().err
     assert_same_bits(workdir, uninterrupted[0])
@@ -333,21 +333,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert "lower optim.learning_rate" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "text"),
+    [
+        # The state of step 1 is not finite, and no later step shows it.
+        (3e38, 1, "the loss of the evaluation became (nan|inf) at step 1; no good checkpoint was written yet"),
+        # That of step 1 is finite, and the step after it is not.
+        (1e30, 4, "the loss became (nan|inf) and the gradient's norm .* at step 2; no good checkpoint was written yet"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_no_end(config, tmp_path, rate, steps, text):
+    config.optim.learning_rate, config.optim.weight_decay, config.optim.ema_decay = rate, 0.0, 0.0
+    config.steps, config.checkpoint.every_steps, config.log_every_steps = steps, 1, 1
+    with pytest.raises(UserError, match=f"{text}; lower optim.learning_rate"):
+        run(config, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
 def test_a_full_disk_names_the_checkpoint_that_is_whole(config, tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
-    original = ocp.CheckpointManager.save
+    original = ocp.AsyncCheckpointer.save
 
-    def full(self, step, **kwargs):
-        if step == 8:
+    def full(self, directory, **kwargs):
+        if directory.name == "8":
             raise ValueError("RESOURCE_EXHAUSTED: Error writing") from OSError(errno.ENOSPC, "No space left on device")
-        return original(self, step, **kwargs)
+        return original(self, directory, **kwargs)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
     with pytest.raises(UserError) as caught:
         run(config, tmp_path)
-    assert "the disk is full: the checkpoint of step 8 could not be written" in str(caught.value)
-    assert f"the newest whole checkpoint is {tmp_path}/checkpoints/4; free some space" in str(caught.value)
+    assert str(caught.value) == (
+        f"the disk is full: the checkpoint of step 8 in {tmp_path}/checkpoints could not be written (No space left on "
+        f"device); the newest whole checkpoint is {tmp_path}/checkpoints/4; free some space, then run the same command "
+        "to resume"
+    )
 
 
 def test_a_full_disk_under_the_metrics_is_one_sentence(config, tmp_path, capsys, monkeypatch):

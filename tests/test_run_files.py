@@ -22,7 +22,6 @@ from train.config import Config
 from train.run.checkpoint import Checkpoints
 from train.run.lock import LOCK, locked
 from train.run.loop import run
-from train.run.replaced import set_aside
 from train.run.report import Metrics, read_metrics, write_settings
 
 ROOT = Path(__file__).parents[1]
@@ -148,29 +147,11 @@ def test_a_checkpoint_is_replaced_with_its_figures(tmp_path):
     save(checkpoints, 1, 11, eval_top1=0.9)
     save(checkpoints, 2, 20, eval_top1=0.1)
     save(checkpoints, 3, 30)
+    save(checkpoints, 4, 40)
     checkpoints.finish()
-    assert checkpoints.steps() == [1, 3], "the newest and the best"
+    assert checkpoints.steps() == [1, 3, 4], "the newest two and the best"
     checkpoints.close()
-    assert restored(tmp_path) == (3, 30, 30, ())
-    assert not (tmp_path / "replaced").exists()
-
-
-def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
-    save(checkpoints, 1, 10)
-    checkpoints.finish()
-    set_aside(checkpoints._root, checkpoints.path(1))
-    assert not list((tmp_path / "checkpoints").iterdir())
-    assert restored(tmp_path) == (1, 10, 10, ())
-    # The new one is whole, and the kill came before the old one was removed.
-    set_aside(checkpoints._root, checkpoints.path(1))
-    again = Checkpoints(tmp_path / "other", keep_last=1, keep_best=1)
-    save(again, 1, 11)
-    again.close()
-    (tmp_path / "other" / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1")
-    (tmp_path / "digests" / "1.json").unlink(missing_ok=True)
-    assert restored(tmp_path) == (1, 11, 11, ())
-    checkpoints.close()
+    assert restored(tmp_path) == (4, 40, 40, ())
 
 
 # ---- the lock

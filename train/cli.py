@@ -226,7 +226,7 @@ def exit_code(run: Callable[[], int]) -> int:
       run: the program; it returns its exit code.
 
     Returns:
-      That code; 2 after a mistake of the user's or on a full disk, 130 when interrupted.
+      That code; 2 after a mistake of the user's or where the disk refuses a file, 130 when interrupted.
     """
     try:
         return run()
@@ -234,10 +234,10 @@ def exit_code(run: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPERM, errno.EACCES, errno.EROFS, errno.EIO):
             raise
         print(
-            f"error: the disk is full, {error.filename or 'a file of the run'} could not be written; free some space, "
+            f"error: {error.filename or 'a file of the run'} could not be written ({error.strerror}); see to it, "
             "then run the same command to resume from the last checkpoint",
             file=sys.stderr,
         )

@@ -154,7 +154,7 @@ class Checkpoint:
 
     every_epochs: float = 1.0
     every_steps: int = 0  # overrides every_epochs when > 0
-    keep_last: int = 2
+    keep_last: int = 2  # newest ones; two are kept at least
     keep_best: int = 1  # by evaluation top-1
 
 

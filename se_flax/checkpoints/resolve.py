@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from se_flax.checkpoints import description, hub, keras_files
+from se_flax.checkpoints.atomic_folder import recover
 from se_flax.checkpoints.description import completed, network_name, read_json
 from se_flax.checkpoints.files import open_arrays
 from se_flax.checkpoints.names import kind_of, meanings, network_of, our_name
@@ -73,6 +74,7 @@ def locate(
     """
     text = os.fspath(ref)
     path = Path(text).expanduser()
+    recover(path)
     if path.exists():
         if revision is not None:
             raise UserError(f"got revision={revision!r} with {text}, which is no repository; leave it out")
@@ -139,6 +141,7 @@ def default_preprocess(name: str, weights: Weights | None = None) -> Preprocess:
 def _folder(path: Path, name: str | None) -> Source:
     if (path / OWN).is_file():
         return _own(path, name)
+    recover(path / "model")
     if (path / "model" / OWN).is_file():  # a work directory of the training program
         return _own(path / "model", name)
     if (path / hub.CONFIG).is_file():

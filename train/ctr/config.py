@@ -64,7 +64,7 @@ class Checkpoint:
     """When state is written and what is kept."""
 
     every_steps: int = 0  # beside the one at the end of every epoch; 0: none
-    keep_last: int = 2
+    keep_last: int = 2  # newest ones; two are kept at least
     keep_best: int = 1  # by evaluation AUC
 
 

@@ -119,7 +119,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       How it ended.
 
     Raises:
-      UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
+      UserError: settings, data or work directory are not usable; the loss is not finite; a file cannot be written.
     """
     started = time.monotonic()
     keep_memory()
@@ -154,7 +154,6 @@ def _run(config: Config, workdir: Path, started: float) -> Outcome:
         state, progress = restored.state, Progress(**restored.data)
         for line in restored.lines():
             say(line)
-        checkpoints.forget_after(restored.step)
     write_settings(workdir, flatten(config))
     step = restored.step if restored else 0
     # An epoch that has begun is evaluated at its end, which may be this step.
@@ -173,8 +172,11 @@ def _run(config: Config, workdir: Path, started: float) -> Outcome:
         checkpoints=checkpoints,
         log=Metrics(workdir / "metrics.jsonl", step, [name for name, open_ in unrecorded.items() if open_]),
     )
-    completed = trainer.train()
-    checkpoints.close()
+    try:
+        completed = trainer.train()
+        checkpoints.close()
+    except OSError as error:
+        raise checkpoints.explained(error) from error
     test = trainer.evaluate(splits.test, trainer.state.best) if completed and splits.test else None
     best = Result(progress.best_auc, progress.best_log_loss, trainer.eval_rows)
     if completed and trainer.eval_rows == 0:  # a run that was complete already
@@ -290,10 +292,13 @@ class Trainer:
         """Fetches the losses since the last record, and refuses to go on from a mean that is not finite."""
         self.progress.losses += [float(loss) for loss in jax.device_get(self._losses)]
         self._losses.clear()
-        loss = float(np.mean(np.asarray(self.progress.losses, np.float32)))
+        losses = np.asarray(self.progress.losses, np.float32)
+        loss = float(np.mean(losses))
         if not math.isfinite(loss):
+            bad = self.step - len(losses) + int(np.argmin(np.isfinite(losses)))  # updates done in the first such state
             raise UserError(
-                f"the loss became {loss} by step {self.step}; lower "
+                f"the loss became {losses[bad - self.step]} at step {bad + 1}; "
+                f"{self.checkpoints.last_good(bad)}; lower "
                 f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
             )
         return loss
@@ -323,6 +328,12 @@ class Trainer:
         if not logits:
             raise UserError(f"{table.name} has no rows to evaluate on; give a file with some, or raise its share")
         x, y = np.concatenate(logits), np.concatenate(labels)
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"the evaluation after step {self.step} has logits that are not finite; "
+                f"{self.checkpoints.last_good(self.step)}; lower "
+                f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
+            )
         return Result(auc(x, y), log_loss(x, y), len(y))
 
     def _save(self, metrics: Mapping[str, float] | None = None) -> None:

@@ -2,33 +2,37 @@
 
 A checkpoint is one directory `<workdir>/checkpoints/<step>` with three items: `state` (parameters, batch statistics,
 optimizer, moving average, step, random key), `data` (the position in the training data) and `run` (settings, class
-names). Orbax writes into a temporary directory and renames it, so a step's directory exists only when it is whole.
-`<workdir>/digests/<step>.json`, written after that, holds the digest of every file, so damage done later is noticed
-too.
+names, the evaluation). Orbax writes into a temporary directory and renames it. Then the digests of all files are
+written beside them (`train.run.seal`), and only with these the checkpoint counts: what was damaged later, or was cut
+short by a crash, is noticed.
 """
 
 import contextlib
-import errno
-import hashlib
 import json
+import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
+from jax.experimental import multihost_utils
 
 from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
-from train.run.replaced import forget, put_back, set_aside
+from train.run import seal
+from train.run.write_errors import error_number, silence_background_errors, unwritten
 
 PyTree = Any
 State = flax.struct.PyTreeNode  # `train.run.step.TrainState`, or another one
-_ITEMS = ("state", "data", "run")
-# A file this large is read in pieces when its digest is taken.
-_PIECE = 1 << 22
+# The newest checkpoint is known to be good when the loss of the step after it was finite. Until then, the one before
+# is the good one.
+_LEAST = 2
+_REPLACED = "-replaced"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Restored:
       state: the training state, on the devices of the state it was restored like.
       data: the position in the training data.
       run: settings and class names.
-      skipped: one sentence for each newer checkpoint that was damaged.
+      skipped: one sentence for each checkpoint that was damaged.
     """
 
     step: int
@@ -52,7 +56,7 @@ class Restored:
     def lines(self) -> Iterator[str]:
         """What a person should know about it."""
         for text in self.skipped:
-            yield f"warning: {text}; an older one is used"
+            yield f"warning: {text}"
         yield f"resuming from step {self.step:,}"
 
 
@@ -62,52 +66,64 @@ def _tree(state: State) -> dict[str, PyTree]:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory.
+    """The checkpoints of one work directory. What is there is compared with its digests first.
 
     Args:
-      workdir: the run's directory, local or on a bucket.
-      keep_last: newest ones to keep.
+      workdir: the run's directory.
+      keep_last: newest ones to keep; two are kept at least.
       keep_best: ones with the best evaluation to keep beside those.
       metric: the figure of an evaluation that says which is best; more is better.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep_last: int, keep_best: int, metric: str = "eval_top1"):
-        self._root = epath.Path(workdir)
-        self._metric = metric
+    def __init__(self, workdir: str | Path, *, keep_last: int, keep_best: int, metric: str = "eval_top1"):
+        self._root = Path(workdir).absolute()  # Orbax requires it
+        self._keep_last, self._keep_best, self._metric = max(keep_last, _LEAST), keep_best, metric
         self.directory = self._root / "checkpoints"
-        self._digests = self._root / "digests"
-        put_back(self._root, self.directory)
-        policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=_ITEMS,
-            options=ocp.CheckpointManagerOptions(
-                create=True,
-                best_fn=lambda m: m[metric],  # without it Orbax does not store the figure
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep_last),
-                        # A checkpoint between evaluations has no figure and must not crowd out one that has.
-                        policies.BestN(
-                            get_metric_fn=lambda m: m[metric], n=keep_best, keep_checkpoints_without_metrics=False
-                        ),
-                    ]
-                ),
-            ),
+        self._old = self._root / ".old"  # what is being deleted, and what waits for its replacement
+        self._damaged = self._root / "damaged"
+        self._primary = jax.process_index() == 0
+        self._whole: dict[int, float | None] = {}  # evaluation's figure by step
+        self._problems: dict[int, Exception] = {}
+        self._saving: tuple[int, threading.Thread] | None = None
+        self._error: BaseException | None = None
+        silence_background_errors()
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            # A folder that cannot be made is an error at once; in a thread, others would wait minutes for it.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._unsealed: list[int] = []
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._primary:
+                self._recover()
+        except OSError as error:
+            raise self.explained(error) from error
+        _wait_for_all("recovered")
+        for step in self._on_disk():
+            try:
+                seal.check(self.path(step))
+                self._whole[step] = self._read(step, "run").get("evaluation", {}).get(metric)
+            except (OSError, ValueError) as problem:
+                self._problems[step] = problem
+
+    def _on_disk(self) -> list[int]:
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir())
 
     def steps(self) -> list[int]:
-        """Numbers of the checkpoints that are there, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Numbers of the whole checkpoints, oldest first; without the one that is being written."""
+        return sorted(self._whole)
 
-    def path(self, step: int) -> epath.Path:
+    def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.directory / str(step)
 
-    def newest(self) -> str:
-        """Where the newest checkpoint lies; empty without one."""
-        steps = self.steps()
+    def newest(self, before: int | None = None) -> str:
+        """Where the newest whole checkpoint lies; empty without one.
+
+        Args:
+          before: only of those before this step.
+        """
+        steps = [step for step in self.steps() if before is None or step < before]
         return str(self.path(steps[-1])) if steps else ""
 
     def save(
@@ -119,78 +135,125 @@ class Checkpoints:
         run: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing a checkpoint; it is whole when the next one starts, or after `finish`.
-
-        One of this step that is there is replaced; it is used as long as the new one is not whole.
+        """Starts writing a checkpoint; it counts when its digests are written, at the latest after `finish`.
 
         Args:
-          step: updates done.
+          step: updates done; a checkpoint of the same number is replaced.
           state: the training state; copied off the devices before this returns.
           data: the data loader's position.
           run: settings and class names, JSON-able.
           metrics: evaluation's, of this step.
 
         Raises:
-          UserError: the disk is full; earlier checkpoints are whole.
+          UserError: this checkpoint or the one before could not be written, or the parameters or statistics are not
+            finite; earlier checkpoints are whole.
         """
+        self.finish()
+        self._refuse_non_finite(step, state)
+        figure = float(metrics[self._metric]) if metrics else None
+        evaluation = {} if figure is None else {"evaluation": {self._metric: figure}}
         with self._writing(step):
-            self.finish()
             self.directory.mkdir(parents=True, exist_ok=True)
-            if step in self.steps():
-                set_aside(self._root, self.path(step))
-                self._manager.reload()
-                (self._digests / f"{step}.json").unlink(missing_ok=True)
-            # Between evaluations there is no figure to rank by, and Orbax would say so each time.
+            if self._primary and self.path(step).exists():
+                self._old.mkdir(exist_ok=True)
+                self.path(step).rename(self._old / f"{step}{_REPLACED}")
+            self._whole.pop(step, None)
             with quiet():
-                self._manager.save(
-                    step,
+                self._writer.save(
+                    self.path(step),
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(_tree(state)),
                         data=ocp.args.JsonSave(dict(data)),
-                        run=ocp.args.JsonSave(dict(run)),
+                        run=ocp.args.JsonSave({**run, **evaluation}),
                     ),
-                    metrics={self._metric: float(metrics[self._metric])} if metrics else None,
-                    force=True,
                 )
-            self._unsealed.append(step)
+        thread = threading.Thread(target=self._complete, args=(step, figure), name="checkpoint", daemon=True)
+        self._saving = step, thread
+        thread.start()
+
+    def _complete(self, step: int, figure: float | None) -> None:
+        """Waits for Orbax, writes the digests, and only then deletes older checkpoints; in a thread of its own."""
+        try:
+            self._writer.wait_until_finished()
+            if self._primary:
+                seal.seal(self.path(step))
+            self._whole[step] = figure
+            if self._primary:
+                shutil.rmtree(self._old / f"{step}{_REPLACED}", ignore_errors=True)
+            for old in set(self._whole) - self._kept():
+                del self._whole[old]
+                if self._primary:
+                    self._delete(old)
+        except BaseException as error:
+            self._error = error
+
+    def _kept(self) -> set[int]:
+        """The newest and the best of the whole checkpoints."""
+        ranked = sorted((figure, step) for step, figure in self._whole.items() if figure is not None)
+        best = ranked[-self._keep_best :] if self._keep_best else []
+        return set(self.steps()[-self._keep_last :]) | {step for _, step in best}
+
+    def _delete(self, step: int) -> None:
+        """Takes a checkpoint away as a whole: a crash while its files are deleted leaves no half of one."""
+        self._old.mkdir(exist_ok=True)
+        self.path(step).rename(self._old / str(step))
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Ends what a crash interrupted: a checkpoint without its replacement comes back, other remains are deleted."""
+        for path in self._old.glob(f"*{_REPLACED}"):
+            step = int(path.name.removesuffix(_REPLACED))
+            try:
+                seal.check(self.path(step))
+            except (OSError, ValueError):
+                shutil.rmtree(self.path(step), ignore_errors=True)
+                path.rename(self.path(step))
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def finish(self) -> None:
-        """Waits for the checkpoint being written and seals it with its digests.
+        """Waits for the checkpoint that is being written and for its digests.
 
         Raises:
-          UserError: the disk is full.
+          UserError: it could not be written.
         """
-        with self._writing(self._unsealed[-1] if self._unsealed else 0):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-            for step in self._unsealed:
-                if jax.process_index() == 0 and self.path(step).exists():
-                    self._digests.mkdir(parents=True, exist_ok=True)
-                    (self._digests / f"{step}.json").write_text(json.dumps(_digests(self.path(step)), indent=0))
-            self._unsealed.clear()
-            forget(self._root)
-            if jax.process_index() == 0 and self._digests.exists():
-                kept = {f"{step}.json" for step in self._manager.all_steps()}
-                for old in self._digests.iterdir():
-                    if old.name not in kept:
-                        old.unlink()
+        if self._saving is None:
+            return
+        step, thread = self._saving
+        thread.join()
+        self._saving = None
+        with self._writing(step):
+            if (error := self._error) is not None:
+                self._error = None
+                raise error
 
     def close(self) -> None:
         """Finishes writing and frees Orbax's threads."""
         self.finish()
-        self._manager.close()
+        self._writer.close()
+
+    def _candidates(self) -> list[int]:
+        """What may be restored, newest first: whole ones, then those without digests, which are better than nothing."""
+        unsealed = [step for step, problem in self._problems.items() if isinstance(problem, seal.Unsealed)]
+        return sorted(self._whole, reverse=True) + sorted(unsealed, reverse=True)
 
     def newest_run(self) -> dict[str, Any] | None:
-        """Settings of the newest checkpoint that can be read, without its arrays; None without one."""
-        for step in reversed(self.steps()):
+        """Settings of the checkpoint that `restore` will read, without its arrays; None without one."""
+        for step in self._candidates():
             try:
-                return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-            except Exception:  # what a damaged file raises depends on where it is damaged
+                return self._read(step, "run")
+            except (OSError, ValueError):
                 continue
         return None
 
+    def _read(self, step: int, item: str) -> dict[str, Any]:
+        """An item of JSON."""
+        read = json.loads((self.path(step) / item / "metadata").read_bytes())
+        if not isinstance(read, dict):
+            raise ValueError(f"{item}/metadata is changed")
+        return read
+
     def restore(self, like: State) -> Restored | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is whole; one without digests only if there is no other, and says so.
 
         Args:
           like: a state of the same run, for shapes, dtypes and devices.
@@ -201,92 +264,95 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
+        _wait_for_all("compared")  # before one of them moves what is damaged
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
-        skipped: list[str] = []
-        for step in reversed(self.steps()):
+        for step in self._candidates():
             try:
-                self._check_digests(step)
+                data, run = self._read(step, "data"), self._read(step, "run")
                 with quiet():
-                    items = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(abstract),
-                            data=ocp.args.JsonRestore(),
-                            run=ocp.args.JsonRestore(),
-                        ),
+                    items = self._writer.restore(
+                        self.path(step), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                     )
             except Exception as error:  # what a damaged file raises depends on where it is damaged
-                skipped.append(f"checkpoint {self.path(step)} is damaged ({_first_line(error)})")
+                self._whole.pop(step, None)
+                self._problems[step] = error
                 continue
-            state = like.replace(**items.state)
-            return Restored(step, state, items.data, items.run, tuple(skipped))
-        if skipped:
+            return Restored(step, like.replace(**items.state), data, run, tuple(self._set_aside(step)))
+        if self._problems:
+            found = "; ".join(self._problem(step) for step in sorted(self._problems, reverse=True))
             raise UserError(
-                f"none of the {len(skipped)} checkpoints in {self.directory} is whole: {skipped[0]}; "
+                f"none of the {len(self._problems)} checkpoints in {self.directory} is whole: {found}; "
                 "restore a copy, or start anew with another --workdir"
             )
         return None
 
-    def forget_after(self, step: int) -> None:
-        """Deletes checkpoints newer than a step: the damaged ones that `restore` passed over.
+    def _set_aside(self, restored: int) -> Iterator[str]:
+        """Moves damaged checkpoints out of the way, so that their numbers can be written again; says what was done."""
+        for step in sorted(self._problems, reverse=True):
+            text = self._problem(step)
+            if step == restored:
+                if self._primary:
+                    seal.seal(self.path(step))
+                self._whole[step] = None
+                yield f"{text}; it is used, since there is no other, but damage to it would not have been noticed"
+                continue
+            place = self._damaged / str(step)
+            if self._primary:
+                self._damaged.mkdir(exist_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
+                self.path(step).rename(place)
+            yield f"{text}; it is not used and was moved to {place}"
+        self._problems.clear()
 
-        Resuming would otherwise refuse to write their numbers again.
-        """
-        for newer in self.steps():
-            if newer > step:
-                self._manager.delete(newer)
+    def _problem(self, step: int) -> str:
+        problem = self._problems[step]
+        kind = "is unconfirmed" if isinstance(problem, seal.Unsealed) else "is damaged"
+        return f"checkpoint {self.path(step)} {kind} ({_first_line(problem)})"
 
-    def _check_digests(self, step: int) -> None:
-        """Compares a checkpoint with its digests; one that was never sealed (a crash right after it) passes."""
-        seal = self._digests / f"{step}.json"
-        if not seal.exists():
+    def _refuse_non_finite(self, step: int, state: State) -> None:
+        """Parameters, statistics and their averages must be finite. The optimizer's own state may hold infinities."""
+        parts = {name: tree for name, tree in _tree(state).items() if name != "opt_state"}
+        # On the host, which gets a copy for the checkpoint anyway: a program for hundreds of arrays compiles slowly.
+        if all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(parts)):
             return
-        expected = json.loads(seal.read_text())
-        found = _digests(self.path(step))
-        for name, digest in expected.items():
-            if found.get(name) != digest:
-                raise ValueError(f"{name} is {'changed' if name in found else 'missing'}")
+        raise UserError(
+            f"the parameters or the statistics are not finite after step {step}; {self.last_good(step)}; "
+            "lower optim.learning_rate and start in a new --workdir"
+        )
+
+    def last_good(self, bad: int) -> str:
+        """Names the newest checkpoint before the first state that is not good.
+
+        Args:
+          bad: updates done in that state; its parameters, its evaluation or its next loss are not finite.
+        """
+        self.finish()
+        newest = self.newest(before=bad)
+        return f"the last good checkpoint is {newest}" if newest else "no good checkpoint was written yet"
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not _is_disk_full(error):
+            number = error_number(error)
+            if number is None:
                 raise
-            whole = [s for s in self.steps() if s not in self._unsealed]
-            self._unsealed.clear()
-            kept = f"the newest whole checkpoint is {self.path(max(whole))}" if whole else "no checkpoint is whole yet"
-            raise UserError(
-                f"the disk is full: the checkpoint of step {step} could not be written to {self.directory}; "
-                f"{kept}; free some space, then run the same command to resume"
-            ) from error
+            raise unwritten(number, f"the checkpoint of step {step} in {self.directory}", self.newest()) from error
+
+    def explained(self, error: OSError) -> Exception:
+        """One sentence for what the operating system refused, which names the newest whole checkpoint."""
+        if error.errno is None:
+            return error
+        with contextlib.suppress(UserError):  # the checkpoint under way may be whole
+            self.finish()
+        return unwritten(error.errno, str(error.filename or "a file of the run"), self.newest())
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, says that no space is left (TensorStore says so only in words)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "RESOURCE_EXHAUSTED: Error writing" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _digests(directory: epath.Path) -> dict[str, str]:
-    """Digest of every file below a directory, by relative name."""
-    found = {}
-    for path in sorted(directory.iterdir()):  # a recursive glob is refused on buckets
-        if path.is_dir():
-            found.update({f"{path.name}/{name}": digest for name, digest in _digests(path).items()})
-        else:
-            digest = hashlib.blake2b(digest_size=16)
-            with path.open("rb") as stream:
-                while piece := stream.read(_PIECE):
-                    digest.update(piece)
-            found[path.name] = digest.hexdigest()
-    return found
+def _wait_for_all(what: str) -> None:
+    """Every host of a run sees the same checkpoints, and so chooses the same one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoints {what}")
 
 
 def _first_line(error: BaseException) -> str:

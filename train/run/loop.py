@@ -61,7 +61,7 @@ def run(config: Config, workdir: str | Path) -> Outcome:
       How it ended.
 
     Raises:
-      UserError: settings, data or work directory are not usable; the loss is not finite; the disk is full.
+      UserError: settings, data or work directory are not usable; the loss is not finite; a file cannot be written.
     """
     started = time.monotonic()
     keep_memory()
@@ -89,6 +89,8 @@ def _run(setup: Setup, started: float) -> Outcome:
         if completed and primary:
             variables, names = trainer.state.variables(), setup.splits.class_names
             save_model(setup.workdir / MODEL, setup.config, variables, names, trainer.result, trainer.step)
+    except OSError as error:
+        raise setup.checkpoints.explained(error) from error
     finally:
         setup.loader.close()
         trainer.report.close()

@@ -134,7 +134,6 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
     if restored is not None:
         state = restored.state
         setup.loader.set_state(restored.data)
-        checkpoints.forget_after(restored.step)
     step, run = (restored.step, restored.run) if restored else (0, {})
     due, window = Due(**run.get("due", {})), Window(run.get("window"))
     # A new run may find figures of one that was killed before its first checkpoint.

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,8 @@ class Trainer:
         begun = time.monotonic()
         with self.report.paused(), self.window.paused():
             result = self.result = self.evaluation(self.state.variables(), stop)
+            if not math.isfinite(result.loss):
+                self._refuse(self.step, f"the loss of the evaluation became {result.loss} at step {self.step}")
             self.best_top1 = max(self.best_top1, result.top1 / result.count)
             if record:
                 self.report.write(self.step, self._epoch(self.step), result.metrics())
@@ -254,8 +256,9 @@ class Trainer:
             rows = {name: np.atleast_1d(values) for name, values in jax.device_get(metrics).items()}
             for row in range(steps):
                 step, figures = before + row + 1, {name: float(values[row]) for name, values in rows.items()}
-                if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
-                    self._refuse(step, figures)
+                if not all(map(math.isfinite, figures.values())):
+                    said = f"the loss became {figures['loss']} and the gradient's norm {figures['grad_norm']}"
+                    self._refuse(step - 1, f"{said} at step {step}")
                 self.window.add(figures)
                 self.report.advance(figures["loss"], figures["accuracy"])
                 if step % self.config.log_every_steps == 0:
@@ -266,12 +269,10 @@ class Trainer:
         if self.window.count:
             self.report.write(step, self._epoch(step), self.window.close(self.config.data.batch_size))
 
-    def _refuse(self, step: int, figures: Mapping[str, float]) -> None:
-        self.checkpoints.finish()
-        newest = self.checkpoints.newest()
-        good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+    def _refuse(self, bad: int, what: str) -> None:
+        """Ends the run; `bad` is the first step whose state gives numbers that are not finite."""
         raise UserError(
-            f"the loss became {figures['loss']} and the gradient's norm {figures['grad_norm']} at step {step}; {good}; "
+            f"{what}; {self.checkpoints.last_good(bad)}; "
             "lower optim.learning_rate, lengthen optim.warmup_epochs or set optim.clip_norm, "
             "and start in a new --workdir"
         )
