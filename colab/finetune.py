@@ -105,7 +105,7 @@ HEAD_ONLY = True  # @param {type: "boolean"}
 
 from configs import folder
 
-config = folder.get_config("finetune")  # 10 epochs at 224 pixels
+config = folder.get_config("finetune")  # a fitted classifier, then 4 epochs at 224 pixels
 config.init_from, config.data.source = REF, f"folder:{PHOTOS}"
 config.precision = "bfloat16" if extra else "float32"
 if HEAD_ONLY:
