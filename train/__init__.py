@@ -5,7 +5,6 @@ import sys
 
 _NEEDED = {
     "absl": "absl-py",
-    "etils": "etils",
     "grain": "grain",
     "matplotlib": "matplotlib",
     "ml_collections": "ml_collections",
