@@ -155,7 +155,9 @@ def test_a_stopped_run_leaves_the_files_of_an_uninterrupted_one(
     assert str(stopped).startswith(f"stopped at step {stops_at} after")
     assert run(make_config(), tmp_path).completed
     assert figures_of(tmp_path) == figures_of(uninterrupted)
-    assert best_and_newest(tmp_path) == best_and_newest(uninterrupted) == [6, STEPS]
+    # Two of the newest are kept, of which the one of the stop may be one.
+    assert best_and_newest(uninterrupted) == [6, STEPS]
+    assert {6, STEPS} <= set(best_and_newest(tmp_path)) <= {6, STEPS, stops_at}
     one, other = arrays_of(tmp_path, STEPS), arrays_of(uninterrupted, STEPS)
     assert all(np.array_equal(one[name], other[name]) for name in other) and one.keys() == other.keys()
 

@@ -206,7 +206,8 @@ def check_total(size: int, arrays: Mapping[str, LazyArray]) -> None:
       InvalidFile: they do.
     """
     declared = sum(nbytes(array.shape, array.dtype) for array in arrays.values())
-    if declared > max(FREE_BYTES, size * MAX_TOTAL_RATIO):
+    # More than compression can save is no question of memory: reading the array says what is wrong.
+    if max(FREE_BYTES, size * MAX_TOTAL_RATIO) < declared <= size * MAX_RATIO:
         raise InvalidFile(
             f"its arrays take {declared:,} bytes of memory, {declared // max(size, 1):,} times the file's {size:,}; "
             "trained weights hardly shrink: save them without compression"
