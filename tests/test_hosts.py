@@ -11,8 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from bucket_servers import BUCKET, environment, s3_server
 
 import se_flax
+from se_flax.checkpoints.object_store import ObjectStore
 from se_flax.errors import UserError
 from train.run.report import read_metrics
 from train.run.runtime import join_hosts
@@ -86,10 +88,14 @@ def two_hosts(workdir, *more):
     ]
 
 
-def test_two_hosts_train_evaluate_and_save_like_one(tmp_path, start_two):
-    hosts = start_two(tmp_path / "two")
-    for host in hosts:
-        assert "of 360" in finish(host)
+def test_two_hosts_with_a_bucket_train_evaluate_and_save_like_one(tmp_path, start_two, monkeypatch):
+    with s3_server() as port:
+        for name, value in environment("s3", port).items():
+            monkeypatch.setenv(name, value)
+        for host in start_two(f"s3://{BUCKET}/two"):
+            assert "of 360" in finish(host)
+        there = ObjectStore(f"s3://{BUCKET}/two")
+        there.download(there.find(), tmp_path / "two")
     finish(start(tmp_path / "one", devices=2))
     two, one = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert len(two) == len(one) == 4

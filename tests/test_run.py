@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -395,10 +396,11 @@ def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
         run(config, tmp_path / "taken")
 
 
-def test_a_workdir_in_a_bucket_is_refused_and_makes_no_folder(config, tmp_path, monkeypatch):
+def test_a_workdir_with_another_address_is_refused_and_makes_no_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"got --workdir=gs://bucket/run, which is no folder; mount the bucket"):
-        run(config, "gs://bucket/run")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(UserError, match=r"got https://host/run; give a folder, gs://<bucket>/<folder> or s3://"):
+        run(config, "https://host/run")
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,8 @@ from se_flax.checkpoints.convert import Layout, import_variables, sizes_in, unpr
 from se_flax.checkpoints.description import Description, completed
 from se_flax.checkpoints.files import open_arrays
 from se_flax.checkpoints.names import kind_of
-from se_flax.checkpoints.resolve import OWN, Source, default_preprocess, locate
+from se_flax.checkpoints.object_store import is_url, local_copy
+from se_flax.checkpoints.resolve import OWN, SUFFIXES, Source, default_preprocess, locate
 from se_flax.errors import UserError
 from se_flax.images.preprocess import Preprocess
 from se_flax.zoo import create_model
@@ -81,7 +82,8 @@ def load_pretrained(
     Args:
       ref: a published checkpoint (`"seresnet50.ra2_in1k"`, or `"owner/name"` on the Hugging Face hub); a folder written
         by `save_pretrained`, by timm or by the training program; a `.safetensors`, `.npz`, `.h5` or `.weights.h5` file
-        (`.pth` with PyTorch installed); or the folder of an Orbax checkpoint. Names and layouts of timm, Keras and
+        (`.pth` with PyTorch installed); the folder of an Orbax checkpoint; or one of these in a bucket, `gs://...` or
+        `s3://...`, which is copied for as long as it is read. Names and layouts of timm, Keras and
         se-flax are told apart by the arrays' names.
       name: the network, if neither metadata nor file name tells it.
       num_classes: number of classes. If it is not the checkpoint's, the classifier is initialised anew, with a sentence
@@ -106,6 +108,18 @@ def load_pretrained(
     """
     for key in attributes.keys() & synonyms.NETWORK.keys():  # before anything is fetched
         raise UserError(f"load_pretrained has no argument {key!r}; {synonyms.advice(key, synonyms.NETWORK.values())}")
+    if is_url(os.fspath(ref)):
+        with local_copy(os.fspath(ref), SUFFIXES, OWN) as copy:
+            return load_pretrained(
+                copy,
+                name=name,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                preprocess=preprocess,
+                revision=revision,
+                cache_dir=cache_dir,
+                **attributes,
+            )
     source = locate(ref, name=name, revision=revision, cache_dir=cache_dir)
     if source.digests is not None:
         _check_digests(source.arrays, source.digests)

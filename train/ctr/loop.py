@@ -22,10 +22,11 @@ from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
 from train.run.checkpoint import Checkpoints
-from train.run.lock import locked
 from train.run.report import Metrics, ending, say, write_settings, write_whole
-from train.run.runtime import prepare_workdir, use_compilation_cache
+from train.run.runtime import use_compilation_cache
 from train.run.stopping import Stop, Stopped, stop_signals
+from train.run.store import Store
+from train.run.workdir import opened
 
 ENCODER = "encoder.json"
 _METRIC = "eval_auc"
@@ -126,19 +127,18 @@ def run(config: Config, workdir: str | Path) -> Outcome:
     check(config)
     if config.compilation_cache:
         use_compilation_cache(config.compilation_cache)
-    workdir = prepare_workdir(workdir)
-    with locked(workdir):
-        return _run(config, workdir, started)
+    with opened(workdir) as store:
+        return _run(config, store, str(workdir), started)
 
 
-def _run(config: Config, workdir: Path, started: float) -> Outcome:
+def _run(config: Config, store: Store, name: str, started: float) -> Outcome:
     splits = open_splits(config.data)
     settings = config.checkpoint
-    checkpoints = Checkpoints(workdir, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
+    checkpoints = Checkpoints(store, keep_last=settings.keep_last, keep_best=settings.keep_best, metric=_METRIC)
     saved = checkpoints.newest_run()
     if saved is not None:
-        check_same_run(saved["config"], config, str(workdir))
-    encoder = _encoder(config, splits.train, workdir, known=saved is not None)
+        check_same_run(saved["config"], config, name)
+    encoder = _encoder(config, splits.train, store.folder, known=saved is not None)
 
     model = build_model(config.model, encoder.num_ids)
     optimizer = optax.adam(config.optim.learning_rate)
@@ -154,7 +154,7 @@ def _run(config: Config, workdir: Path, started: float) -> Outcome:
         state, progress = restored.state, Progress(**restored.data)
         for line in restored.lines():
             say(line)
-    write_settings(workdir, flatten(config))
+    write_settings(store.folder, flatten(config))
     step = restored.step if restored else 0
     # An epoch that has begun is evaluated at its end, which may be this step.
     unrecorded = {"loss": progress.losses or not restored, _METRIC: progress.batch or not restored}
@@ -170,13 +170,14 @@ def _run(config: Config, workdir: Path, started: float) -> Outcome:
         train_step=make_train_step(model, optimizer, config.optim.l2),
         eval_step=make_eval_step(model),
         checkpoints=checkpoints,
-        log=Metrics(workdir / "metrics.jsonl", step, [name for name, open_ in unrecorded.items() if open_]),
+        log=Metrics(store.folder / "metrics.jsonl", step, [name for name, open_ in unrecorded.items() if open_]),
     )
     try:
         completed = trainer.train()
         checkpoints.close()
     except OSError as error:
         raise checkpoints.explained(error) from error
+    store.push()
     test = trainer.evaluate(splits.test, trainer.state.best) if completed and splits.test else None
     best = Result(progress.best_auc, progress.best_log_loss, trainer.eval_rows)
     if completed and trainer.eval_rows == 0:  # a run that was complete already

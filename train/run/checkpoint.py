@@ -5,6 +5,8 @@ optimizer, moving average, step, random key), `data` (the position in the traini
 names, the evaluation). Orbax writes into a temporary directory and renames it. Then the digests of all files are
 written beside them (`train.run.seal`), and only with these the checkpoint counts: what was damaged later, or was cut
 short by a crash, is noticed.
+
+The first host of a run reads and writes them and tells the others; the state is the same on all of them.
 """
 
 import contextlib
@@ -20,12 +22,13 @@ import flax.struct
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
 from train.run import seal
-from train.run.write_errors import error_number, silence_background_errors, unwritten
+from train.run.hosts import arrays_from_first, from_first, is_first
+from train.run.store import Store
+from train.run.write_errors import error_number, newest_whole, silence_background_errors, unwritten
 
 PyTree = Any
 State = flax.struct.PyTreeNode  # `train.run.step.TrainState`, or another one
@@ -68,6 +71,9 @@ def _tree(state: State) -> dict[str, PyTree]:
 class Checkpoints:
     """The checkpoints of one work directory. What is there is compared with its digests first.
 
+    Where a run has several hosts, all of them must call each method together, but for `path`, `steps`, `newest` and
+    `explained`.
+
     Args:
       workdir: the run's directory.
       keep_last: newest ones to keep; two are kept at least.
@@ -75,36 +81,39 @@ class Checkpoints:
       metric: the figure of an evaluation that says which is best; more is better.
     """
 
-    def __init__(self, workdir: str | Path, *, keep_last: int, keep_best: int, metric: str = "eval_top1"):
-        self._root = Path(workdir).absolute()  # Orbax requires it
+    def __init__(self, workdir: str | Path | Store, *, keep_last: int, keep_best: int, metric: str = "eval_top1"):
+        self._store = workdir if isinstance(workdir, Store) else Store(Path(workdir))
+        self._root = self._store.folder.absolute()  # Orbax requires it
         self._keep_last, self._keep_best, self._metric = max(keep_last, _LEAST), keep_best, metric
         self.directory = self._root / "checkpoints"
         self._old = self._root / ".old"  # what is being deleted, and what waits for its replacement
         self._damaged = self._root / "damaged"
-        self._primary = jax.process_index() == 0
         self._whole: dict[int, float | None] = {}  # evaluation's figure by step
         self._problems: dict[int, Exception] = {}
-        self._saving: tuple[int, threading.Thread] | None = None
+        self._saving: tuple[int, threading.Thread | None] | None = None
         self._error: BaseException | None = None
         silence_background_errors()
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            # A folder that cannot be made is an error at once; in a thread, others would wait minutes for it.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        self._writer = _orbax() if is_first() else None
+        self._learn(from_first(self._look))
+
+    def _look(self) -> list[tuple[int, float | None]]:
+        """Finds the whole checkpoints, with the figure of their evaluation."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if self._primary:
-                self._recover()
+            self._recover()
         except OSError as error:
             raise self.explained(error) from error
-        _wait_for_all("recovered")
         for step in self._on_disk():
             try:
                 seal.check(self.path(step))
-                self._whole[step] = self._read(step, "run").get("evaluation", {}).get(metric)
+                self._whole[step] = self._read(step, "run").get("evaluation", {}).get(self._metric)
             except (OSError, ValueError) as problem:
                 self._problems[step] = problem
+        return list(self._whole.items())
+
+    def _learn(self, whole: list[tuple[int, float | None]]) -> None:
+        """What the first host found."""
+        self._whole = dict(whole)
 
     def _on_disk(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir())
@@ -124,7 +133,7 @@ class Checkpoints:
           before: only of those before this step.
         """
         steps = [step for step in self.steps() if before is None or step < before]
-        return str(self.path(steps[-1])) if steps else ""
+        return self._store.name(self.path(steps[-1])) if steps else ""
 
     def save(
         self,
@@ -152,17 +161,24 @@ class Checkpoints:
         self._refuse_non_finite(step, state)
         figure = float(metrics[self._metric]) if metrics else None
         evaluation = {} if figure is None else {"evaluation": {self._metric: figure}}
+        self._whole.pop(step, None)
+        if self._writer is None:
+            self._saving = step, None
+            return
+        tree = _tree(state)
+        if jax.process_count() > 1:  # Orbax would wait for the devices of other hosts
+            tree = jax.tree.map(np.asarray, tree)
         with self._writing(step):
+            self._store.check()
             self.directory.mkdir(parents=True, exist_ok=True)
-            if self._primary and self.path(step).exists():
+            if self.path(step).exists():
                 self._old.mkdir(exist_ok=True)
                 self.path(step).rename(self._old / f"{step}{_REPLACED}")
-            self._whole.pop(step, None)
             with quiet():
                 self._writer.save(
                     self.path(step),
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(_tree(state)),
+                        state=ocp.args.StandardSave(tree),
                         data=ocp.args.JsonSave(dict(data)),
                         run=ocp.args.JsonSave({**run, **evaluation}),
                     ),
@@ -174,16 +190,16 @@ class Checkpoints:
     def _complete(self, step: int, figure: float | None) -> None:
         """Waits for Orbax, writes the digests, and only then deletes older checkpoints; in a thread of its own."""
         try:
+            assert self._writer is not None
             self._writer.wait_until_finished()
-            if self._primary:
-                seal.seal(self.path(step))
+            seal.seal(self.path(step))
+            self._store.add(self.path(step))
             self._whole[step] = figure
-            if self._primary:
-                shutil.rmtree(self._old / f"{step}{_REPLACED}", ignore_errors=True)
+            shutil.rmtree(self._old / f"{step}{_REPLACED}", ignore_errors=True)
             for old in set(self._whole) - self._kept():
                 del self._whole[old]
-                if self._primary:
-                    self._delete(old)
+                self._store.remove(self.path(old))
+                self._delete(old)
         except BaseException as error:
             self._error = error
 
@@ -216,20 +232,27 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        if self._saving is None:
-            return
-        step, thread = self._saving
-        thread.join()
-        self._saving = None
-        with self._writing(step):
-            if (error := self._error) is not None:
-                self._error = None
-                raise error
+        if self._saving is not None:
+            self._learn(from_first(self._join))
+            self._saving = None
+
+    def _join(self) -> list[tuple[int, float | None]]:
+        """Waits for this host's thread that writes a checkpoint."""
+        if self._saving is not None:
+            (step, thread), self._saving = self._saving, None
+            if thread is not None:
+                thread.join()
+            with self._writing(step):
+                if (error := self._error) is not None:
+                    self._error = None
+                    raise error
+        return list(self._whole.items())
 
     def close(self) -> None:
         """Finishes writing and frees Orbax's threads."""
         self.finish()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _candidates(self) -> list[int]:
         """What may be restored, newest first: whole ones, then those without digests, which are better than nothing."""
@@ -238,6 +261,10 @@ class Checkpoints:
 
     def newest_run(self) -> dict[str, Any] | None:
         """Settings of the checkpoint that `restore` will read, without its arrays; None without one."""
+        run: dict[str, Any] | None = from_first(self._newest_run)
+        return run
+
+    def _newest_run(self) -> dict[str, Any] | None:
         for step in self._candidates():
             try:
                 return self._read(step, "run")
@@ -264,25 +291,46 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
-        _wait_for_all("compared")  # before one of them moves what is damaged
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
+        # Every host needs arrays to receive into; one host reads them where they belong.
+        several = jax.process_count() > 1
+        read = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if several else _abstract(x), _tree(like))
+
+        def answer() -> dict[str, Any] | None:
+            nonlocal read
+            if (found := self._newest(read)) is None:
+                return None
+            said, read = found
+            return {**said, "skipped": list(self._set_aside(said["step"])), "whole": list(self._whole.items())}
+
+        said = from_first(answer)
+        if said is None:
+            return None
+        self._learn(said["whole"])
+        items = arrays_from_first(read)
+        if several:
+            items = jax.tree.map(_placed, _tree(like), items)
+        return Restored(said["step"], like.replace(**items), said["data"], said["run"], tuple(said["skipped"]))
+
+    def _newest(self, template: PyTree) -> tuple[dict[str, Any], PyTree] | None:
+        """Reads the newest checkpoint that can be read: number, data and settings, and the state."""
+        assert self._writer is not None
         for step in self._candidates():
             try:
-                data, run = self._read(step, "data"), self._read(step, "run")
+                said = {"step": step, "data": self._read(step, "data"), "run": self._read(step, "run")}
                 with quiet():
                     items = self._writer.restore(
-                        self.path(step), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                        self.path(step), args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
                     )
             except Exception as error:  # what a damaged file raises depends on where it is damaged
                 self._whole.pop(step, None)
                 self._problems[step] = error
                 continue
-            return Restored(step, like.replace(**items.state), data, run, tuple(self._set_aside(step)))
+            return said, items.state
         if self._problems:
             found = "; ".join(self._problem(step) for step in sorted(self._problems, reverse=True))
             raise UserError(
-                f"none of the {len(self._problems)} checkpoints in {self.directory} is whole: {found}; "
-                "restore a copy, or start anew with another --workdir"
+                f"none of the {len(self._problems)} checkpoints in {self._store.name(self.directory)} is whole: "
+                f"{found}; restore a copy, or start anew with another --workdir"
             )
         return None
 
@@ -291,23 +339,23 @@ class Checkpoints:
         for step in sorted(self._problems, reverse=True):
             text = self._problem(step)
             if step == restored:
-                if self._primary:
-                    seal.seal(self.path(step))
+                seal.seal(self.path(step))
+                self._store.add(self.path(step))
                 self._whole[step] = None
                 yield f"{text}; it is used, since there is no other, but damage to it would not have been noticed"
                 continue
             place = self._damaged / str(step)
-            if self._primary:
-                self._damaged.mkdir(exist_ok=True)
-                shutil.rmtree(place, ignore_errors=True)
-                self.path(step).rename(place)
-            yield f"{text}; it is not used and was moved to {place}"
+            self._damaged.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            self._store.move(self.path(step), place)
+            self.path(step).rename(place)
+            yield f"{text}; it is not used and was moved to {self._store.name(place)}"
         self._problems.clear()
 
     def _problem(self, step: int) -> str:
         problem = self._problems[step]
         kind = "is unconfirmed" if isinstance(problem, seal.Unsealed) else "is damaged"
-        return f"checkpoint {self.path(step)} {kind} ({_first_line(problem)})"
+        return f"checkpoint {self._store.name(self.path(step))} {kind} ({_first_line(problem)})"
 
     def _refuse_non_finite(self, step: int, state: State) -> None:
         """Parameters, statistics and their averages must be finite. The optimizer's own state may hold infinities."""
@@ -334,25 +382,43 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
+        except UserError as error:  # of the bucket
+            raise UserError(f"{error}; {newest_whole(self.newest())}; then run the same command to resume") from error
         except Exception as error:
             number = error_number(error)
             if number is None:
                 raise
-            raise unwritten(number, f"the checkpoint of step {step} in {self.directory}", self.newest()) from error
+            what = f"the checkpoint of step {step} in {self._store.name(self.directory)}"
+            raise unwritten(number, what, self.newest()) from error
 
     def explained(self, error: OSError) -> Exception:
         """One sentence for what the operating system refused, which names the newest whole checkpoint."""
         if error.errno is None:
             return error
         with contextlib.suppress(UserError):  # the checkpoint under way may be whole
-            self.finish()
+            self._join()
         return unwritten(error.errno, str(error.filename or "a file of the run"), self.newest())
 
 
-def _wait_for_all(what: str) -> None:
-    """Every host of a run sees the same checkpoints, and so chooses the same one."""
+def _orbax() -> ocp.AsyncCheckpointer:
+    """Orbax on the first host alone: it waits for no other one."""
+    options = ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints {what}")
+        options = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=options)),
+        # A folder that cannot be made is an error at once; in a thread, others would wait minutes for it.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        multiprocessing_options=options,
+    )
+
+
+def _placed(like: jax.Array, values: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(like.shape, like.sharding, values.__getitem__)
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,58 +9,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from se_flax.errors import UserError
+from train.run.hosts import from_first, is_first
 from train.run.report import say
 
 LOCK = ".lock"
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, name: str = "") -> Iterator[None]:
     """Holds the lock of a work directory. It ends with the process that holds it, however that ends.
 
     The first host of a run holds it for all. A file system without locks is used without one, and that is said.
 
     Args:
       workdir: exists; `.lock` in it names the process that has the lock.
+      name: what messages call it; empty is its path.
 
     Raises:
       UserError: another run has it.
     """
     path = workdir / LOCK
-    stream, free = _take(path) if jax.process_index() == 0 else (None, True)
-    if jax.process_count() > 1:
-        free = bool(multihost_utils.broadcast_one_to_all(np.asarray(free)))
-    try:
-        if not free:
+    stream = path.open("a") if is_first() else None
+    taken = False
+
+    def take() -> None:
+        nonlocal taken
+        taken = stream is not None and _take(path, stream)
+        if not taken:
             raise UserError(
-                f"another run is using {workdir}{_holder(path)}; wait for its end or stop it, or use another --workdir"
+                f"another run is using {name or workdir}{_holder(path)}; wait for its end or stop it, or use another "
+                "--workdir"
             )
+
+    try:
+        from_first(take)
         yield
     finally:
         if stream is not None:
-            if free:
+            if taken:
                 stream.truncate(0)
             stream.close()
 
 
-def _take(path: Path) -> tuple[IO[str], bool]:
-    """The open file, and whether no other run has the lock."""
-    stream = path.open("a")
+def _take(path: Path, stream: IO[str]) -> bool:
+    """Whether no other run has the lock."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return stream, False
+            return False
         say(f"warning: {path.parent} is on a file system without locks ({error.strerror}); start one run there")
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()
-    return stream, True
+    return True
 
 
 def _holder(path: Path) -> str:

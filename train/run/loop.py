@@ -82,13 +82,14 @@ def _run(setup: Setup, started: float) -> Outcome:
         for line in continuation(setup, restored) if restored else ():
             trainer.report.say(line)
         if primary:
-            write_settings(setup.workdir, trainer.run_info["config"])
+            write_settings(setup.store.folder, trainer.run_info["config"])
         completed = trainer.train()
         trainer.report.draw()  # with what was recorded after the last evaluation
         setup.checkpoints.close()
         if completed and primary:
             variables, names = trainer.state.variables(), setup.splits.class_names
-            save_model(setup.workdir / MODEL, setup.config, variables, names, trainer.result, trainer.step)
+            save_model(setup.store.folder / MODEL, setup.config, variables, names, trainer.result, trainer.step)
+            setup.store.push()
     except OSError as error:
         raise setup.checkpoints.explained(error) from error
     finally:

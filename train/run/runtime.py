@@ -93,13 +93,8 @@ def prepare_workdir(workdir: str | Path) -> Path:
     """Makes the work directory.
 
     Raises:
-      UserError: it is in a bucket, there is a file of that name, or it cannot be written.
+      UserError: there is a file of that name, or it cannot be written.
     """
-    if "://" in str(workdir):
-        raise UserError(
-            f"got --workdir={workdir}, which is no folder; mount the bucket and name the mounted folder, or train in a "
-            "local one and copy it there, as colab/train_on_tpu.py does"
-        )
     path = Path(workdir).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -25,14 +25,14 @@ from train.run.evaluate import Result, evaluate, padded_size
 from train.run.feed import Feed, lives_on_devices, make_feed
 from train.run.fitted_head import fitted_head
 from train.run.length import length_change, total_steps
-from train.run.lock import locked
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
 from train.run.report import Report, say
-from train.run.runtime import prepare_workdir
 from train.run.stopping import Stop
+from train.run.store import Store
 from train.run.trainer import Due, Trainer
 from train.run.window import Window
+from train.run.workdir import opened
 from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
 
 
@@ -42,7 +42,7 @@ class Setup:
 
     Attributes:
       config: the settings, completed.
-      workdir: where checkpoints and figures go.
+      store: where checkpoints and figures go.
       splits: the data.
       replicas: the devices.
       checkpoints: of the work directory.
@@ -56,7 +56,7 @@ class Setup:
     """
 
     config: Config
-    workdir: Path
+    store: Store
     splits: DataSplits
     replicas: Replicas
     checkpoints: Checkpoints
@@ -85,14 +85,13 @@ def prepare(given: Config, workdir: str | Path, held: ExitStack) -> Setup:
     """
     checked = check_settings_of_run(given, ImageData.count_classes)
     check_start(given)
-    workdir = prepare_workdir(workdir)
-    held.enter_context(locked(workdir))
+    store = held.enter_context(opened(workdir))
     splits = checked.images.open()
     num_classes = check_classes(given, splits.class_names, given.data.source)
     replicas = make_replicas(given.parallel.backend, given.parallel.devices)
     check_batch(given, replicas)
 
-    checkpoints = Checkpoints(workdir, keep_last=given.checkpoint.keep_last, keep_best=given.checkpoint.keep_best)
+    checkpoints = Checkpoints(store, keep_last=given.checkpoint.keep_last, keep_best=given.checkpoint.keep_best)
     saved = checkpoints.newest_run()
     # A run that is continued has its weights in the checkpoint: what it once started from need not be there any more.
     loaded = finetune.load(given, num_classes) if given.init_from and saved is None else None
@@ -112,7 +111,7 @@ def prepare(given: Config, workdir: str | Path, held: ExitStack) -> Setup:
     loader = train_loader(splits, config.data, seed=config.seed, bad=bad, indices=on_devices)
     continued = saved is not None
     return Setup(
-        config, workdir, splits, replicas, checkpoints, per_epoch, total, program, loaded, continued, bad, loader
+        config, store, splits, replicas, checkpoints, per_epoch, total, program, loaded, continued, bad, loader
     )
 
 
@@ -139,7 +138,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
     # A new run may find figures of one that was killed before its first checkpoint.
     unrecorded = {"loss": window.count or not restored, "eval_loss": due.evaluation or not restored}
     report = Report(
-        setup.workdir,
+        setup.store.folder,
         setup.total,
         config.data.batch_size,
         step,
@@ -153,7 +152,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         feed = make_feed(setup.loader, setup.splits, config.data, replicas, setup.bad)
     trainer = Trainer(
         config=config,
-        workdir=setup.workdir,
+        workdir=setup.store.folder,
         replicas=replicas,
         feed=feed,
         train_step=feed.spread(program.train_step, replicas, config.data.image_size),

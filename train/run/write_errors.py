@@ -44,11 +44,16 @@ def unwritten(number: int, what: str, newest: str) -> UserError:
       An error that says why, where the newest whole checkpoint lies, and what to do.
     """
     why = f"the disk is full: {what}" if number in _FULL else what
-    kept = f"the newest whole checkpoint is {newest}" if newest else "no checkpoint is whole yet"
     remedy = _REMEDY.get(number, "check the disk")
     return UserError(
-        f"{why} could not be written ({os.strerror(number)}); {kept}; {remedy}, then run the same command to resume"
+        f"{why} could not be written ({os.strerror(number)}); {newest_whole(newest)}; {remedy}, then run the "
+        "same command to resume"
     )
+
+
+def newest_whole(newest: str) -> str:
+    """The newest whole checkpoint in words; `newest` is empty without one."""
+    return f"the newest whole checkpoint is {newest}" if newest else "no checkpoint is whole yet"
 
 
 def silence_background_errors() -> None:
