@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
 from train.run import seal
+from train.run.non_finite import NonFinite
 from train.run.write_errors import error_number, silence_background_errors, unwritten
 
 PyTree = Any
@@ -231,10 +232,11 @@ class Checkpoints:
         self.finish()
         self._writer.close()
 
-    def _candidates(self) -> list[int]:
+    def _candidates(self, before: int | None = None) -> list[int]:
         """What may be restored, newest first: whole ones, then those without digests, which are better than nothing."""
         unsealed = [step for step, problem in self._problems.items() if isinstance(problem, seal.Unsealed)]
-        return sorted(self._whole, reverse=True) + sorted(unsealed, reverse=True)
+        found = sorted(self._whole, reverse=True) + sorted(unsealed, reverse=True)
+        return [step for step in found if before is None or step < before]
 
     def newest_run(self) -> dict[str, Any] | None:
         """Settings of the checkpoint that `restore` will read, without its arrays; None without one."""
@@ -252,11 +254,12 @@ class Checkpoints:
             raise ValueError(f"{item}/metadata is changed")
         return read
 
-    def restore(self, like: State) -> Restored | None:
+    def restore(self, like: State, before: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is whole; one without digests only if there is no other, and says so.
 
         Args:
-          like: a state of the same run, for shapes, dtypes and devices.
+          like: a state of the same run, or its `jax.ShapeDtypeStruct`, for shapes, dtypes and devices.
+          before: only one of those before this step; later ones are deleted.
 
         Returns:
           The checkpoint, or None when there is none at all.
@@ -264,9 +267,10 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
+        self.finish()
         _wait_for_all("compared")  # before one of them moves what is damaged
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
-        for step in self._candidates():
+        for step in self._candidates(before):
             try:
                 data, run = self._read(step, "data"), self._read(step, "run")
                 with quiet():
@@ -277,6 +281,10 @@ class Checkpoints:
                 self._whole.pop(step, None)
                 self._problems[step] = error
                 continue
+            for later in [other for other in self._whole if before is not None and other >= before]:
+                del self._whole[later]
+                if self._primary:
+                    self._delete(later)
             return Restored(step, like.replace(**items.state), data, run, tuple(self._set_aside(step)))
         if self._problems:
             found = "; ".join(self._problem(step) for step in sorted(self._problems, reverse=True))
@@ -315,9 +323,10 @@ class Checkpoints:
         # On the host, which gets a copy for the checkpoint anyway: a program for hundreds of arrays compiles slowly.
         if all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(parts)):
             return
-        raise UserError(
-            f"the parameters or the statistics are not finite after step {step}; {self.last_good(step)}; "
-            "lower optim.learning_rate and start in a new --workdir"
+        raise NonFinite(
+            f"the parameters or the statistics are not finite after step {step}",
+            f"{self.last_good(step)}; lower optim.learning_rate and start in a new --workdir",
+            before=step,
         )
 
     def last_good(self, bad: int) -> str:
