@@ -74,11 +74,9 @@ class Trainer:
     _compiled: Callable[..., Any] | None = field(default=None, init=False)
     _done: int = field(default=0, init=False)  # steps of this process, those included that it went back over
     _good: int = field(default=-1, init=False)  # the last step whose state gave finite figures in the next one
-    _shapes: TrainState = field(init=False)
 
     def __post_init__(self) -> None:
         self._position = self.feed.loader.get_state()
-        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
 
     def train(self) -> bool:
         """Runs to the last step; False when a signal stopped it before."""
@@ -299,8 +297,9 @@ class Trainer:
                 raise
             self._pending.clear()
             position = fault.position or self._position
-            self.state = self._shapes  # frees the memory of the arrays
-            restored = self.checkpoints.restore(self._shapes, before=fault.before)
+            # The shapes in place of the arrays, whose memory the restored ones need.
+            self.state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+            restored = self.checkpoints.restore(self.state, before=fault.before)
             if restored is None:
                 raise
             if not self.progress.rollbacks.go(restored.step):
