@@ -188,6 +188,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(clicks, tmp_path):
     )
 
 
+def spoil(patch, numbers):
+    """Makes the labels of these steps NaN, counted from 0."""
+    original = train.ctr.loop.make_train_step
+
+    def make(*arguments):
+        step = original(*arguments)
+
+        def spoiled(state, batch):
+            bad = int(state.step) in numbers
+            return step(state, {**batch, "labels": np.full_like(batch["labels"], np.nan)} if bad else batch)
+
+        return spoiled
+
+    patch.setattr(train.ctr.loop, "make_train_step", make)
+
+
+def test_updates_that_are_not_finite_can_be_left_out(clicks, tmp_path, monkeypatch):
+    optim = Optim(learning_rate=0.02, non_finite="skip")
+    config = settings(clicks, model=Model(name="lr"), optim=optim, epochs=2, log_every_steps=2)
+    spoil(monkeypatch, {2, 3, 6})
+    whole = run(config, tmp_path / "whole")
+    assert f"\n3 of {whole.step} updates left out: the loss or the gradient was not finite\n" in str(whole)
+    one = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    lines = [row for row in one if "skipped" in row]
+    assert [(row["step"], row["skipped"], "loss" in row) for row in lines[:4]] == [
+        (2, 0, True),
+        (4, 2, False),
+        (6, 0, True),
+        (8, 1, True),
+    ]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, None)
+        assert run(config, tmp_path / "parts").step == 3
+    again = run(config, tmp_path / "parts")
+    assert (again.skips, again.eval) == (whole.skips, whole.eval)
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == one
+    spoil(monkeypatch, range(9, 99))
+    with pytest.raises(UserError, match=r"^the loss or the gradient's norm was not finite in 20 steps in a row, up to"):
+        run(replace(config, epochs=3), tmp_path / "bad")
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run(clicks, tmp_path):
     """One step in all, so no later loss shows it."""
     config = settings(clicks, optim=Optim(learning_rate=3e38), epochs=1)
@@ -255,6 +296,10 @@ def test_the_training_program_runs_a_recipe_for_tables(tmp_path, capsys, monkeyp
         ([FRAPPE, WORKDIR, "--config.epochs=many"], r"got --config\.epochs=many; a whole number is expected"),
         ([FRAPPE, WORKDIR, "--config.model.name=ffm"], r"unknown model\.name 'ffm'; closest: fm"),
         ([FRAPPE, WORKDIR, "--config.model.hidden=(0,)"], r"got model\.hidden=\(0,\); widths must be at least 1"),
+        (
+            [FRAPPE, WORKDIR, "--config.optim.non_finite=rollback"],
+            r"got optim\.non_finite='rollback', which runs on tables do not have; give stop or skip",
+        ),
         ([FRAPPE, WORKDIR, "--config.model.dropout=1"], r"got model\.dropout=1\.0; a probability below 1"),
         ([FRAPPE, WORKDIR, "--config.data.train="], r"data\.train is empty; give --config\.data\.train=csv:<path>"),
         ([FRAPPE, WORKDIR, "--config.data.batch_size=0"], r"got data\.batch_size=0; it must be at least 1"),

@@ -136,7 +136,7 @@ def test_the_bars_rate_is_of_training_steps_alone(tmp_path, monkeypatch, capsys)
     report.start()
     for _ in range(8):
         clock.now += 0.5
-        report.advance(1.25, 0.5)
+        report.advance((1.25, 0.5))
         with report.paused():  # an evaluation
             clock.now += 100
     report.close()
@@ -149,7 +149,7 @@ def test_a_second_host_reports_nothing(tmp_path, capsys):
     report = Report(tmp_path / "x", total_steps=2, batch_size=4, start_step=0, primary=False)
     report.start()
     with report.paused():
-        report.advance(1.0, 0.5)
+        report.advance((1.0, 0.5))
     report.write(1, 0.5, {"loss": 1.0})
     report.draw()
     report.close()

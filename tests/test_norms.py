@@ -1,4 +1,4 @@
-"""Norms that have a single value to take their statistics of: its gradient would be zero, and they say so instead."""
+"""Norms at their limits: one value, which they refuse; no variance; the largest values of 16 bits."""
 
 import re
 from functools import partial
@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import random_variables
+from test_gradients import NORMS, UNITS
 
 import se_flax
 from se_flax import CBAM, BatchNorm, UserError
 from se_flax.attention import GlobalContext
+from se_flax.lowering.dispatch import force
 from se_flax.nn.norm import EvoNormS0, GroupNorm, LayerNorm
 
 BATCH_REMEDY = (
@@ -109,3 +112,79 @@ def test_attention_that_is_one_channel_wide_inside_is_refused():
     module, x = GlobalContext(reduction=4), jnp.ones((2, 3, 3, 4))
     variables = module.init(jax.random.key(0), x)
     refused(lambda: module.apply(variables, x), "LayerNorm at mlp_scale/norm", "one channel", CHANNEL_REMEDY)
+
+
+# --- No variance, and the largest values ------------------------------------------------------------------------------
+
+
+def derived(module, train, platform, shape, dtype, without=()):
+    """A compiled function of x, of the output and all gradients of a weighted sum of it, and the variables."""
+    variables = random_variables(module, jax.ShapeDtypeStruct(shape, jnp.float32))
+    params = {name: part for name, part in variables["params"].items() if name not in without}
+    rest = {} if without or "batch_stats" not in variables else {"batch_stats": variables["batch_stats"]}
+    weights = np.random.default_rng(1).standard_normal(shape[:-1])[..., None].astype(np.float32)
+
+    def loss(params, x):
+        y, new = module.apply({"params": params, **rest}, x, train=train, mutable=["batch_stats"])
+        return jnp.sum(y.astype(jnp.float32) * weights), (y, new)
+
+    with force(platform):
+        example = params, jax.ShapeDtypeStruct(shape, dtype)
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*example).compile()
+    return lambda x: compiled(params, jnp.asarray(x, dtype)), params
+
+
+FORMS = {name: (module, train, "cpu", shape, ()) for name, (module, shape, train) in NORMS.items()} | {
+    name: (module, train, platform, (2, 4, 3, 6), ("norm",) if name.startswith("folded") else ())
+    for name, (module, train, platform) in UNITS.items()
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_without_variance_everything_is_finite(name):
+    """Every pixel and image the same, and within a pixel every channel."""
+    module, train, platform, shape, without = FORMS[name]
+    call, params = derived(module, train, platform, shape, jnp.bfloat16, without)
+    for value in (0.0, 1e-30, 1.0, -3.140625, 1e4):
+        (_, (y, new)), gradients = call(np.full(shape, value))
+        for leaf in jax.tree.leaves((y, new, gradients)):
+            assert np.isfinite(np.asarray(leaf, np.float32)).all(), value
+        if train and name in ("batch", "batch of vectors", "group", "instance", "layer"):
+            # A float32 mean is off by a rounding, which a variance of zero multiplies by 1 / sqrt(epsilon).
+            error = 2**-23 * abs(value) * 1e5**0.5 * 4
+            np.testing.assert_allclose(
+                np.asarray(y, np.float32), np.broadcast_to(params["bias"], shape), rtol=0.01, atol=error
+            )
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(jnp.float16, 65504.0), (jnp.bfloat16, 1e18)])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_largest_values_are_normalised(name, dtype, largest):
+    """The largest of float16; of bfloat16 those whose squares are float32 numbers with room for a sum."""
+    module, train, platform, shape, _ = FORMS[name]
+    call, params = derived(module, train, platform, shape, dtype)
+    rng = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(largest * rng.uniform(-1, 1, shape), dtype), np.float64)
+    x[(0,) * x.ndim] = np.asarray(jnp.asarray(largest, dtype), np.float64)
+    (_, (y, new)), gradients = call(x)
+    for leaf in jax.tree.leaves((new, gradients)):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    y = np.asarray(y, np.float64)
+    if name in ("batch evaluated", "evo linear"):  # no statistics of x: the largest values may leave the range
+        assert not np.isnan(y).any()
+        return
+    grouped = {"group": 4, "instance": 1, "evo": 4, "layer": 8}.get(name)
+    if grouped is None:
+        mean, var = (f(x, tuple(range(x.ndim - 1)), keepdims=True) for f in (np.mean, np.var))
+    else:
+        parts = x.reshape(*shape[:-1], -1, grouped)
+        axes = (4,) if name == "layer" else (1, 2, 4)
+        mean, var = (np.repeat(f(parts, axes, keepdims=True)[..., 0], grouped, -1) for f in (np.mean, np.var))
+    params = {key: np.float64(value) for key, value in params.items()}
+    if name == "evo":
+        z = params["v"] * x
+        expected = x / (1 + np.exp(-np.clip(z, -700, 700))) / np.sqrt(var + 1e-5)
+    else:
+        expected = (x - mean) / np.sqrt(var + 1e-5)
+    expected = expected * params.get("scale", 1.0) + params["bias"]
+    np.testing.assert_allclose(y, expected, rtol=0.01, atol=0.01)

@@ -118,6 +118,7 @@ def test_the_defaults_and_every_optimizer_pass():
         ({"name": "adam"}, r"optim\.name is 'adam', which does not exist; closest: adamw"),
         ({"name": "zzz"}, r"optim\.name is 'zzz', which does not exist; allowed: adamw, lamb, muon, rmsprop, sgd"),
         ({"schedule": "cosin"}, r"optim\.schedule is 'cosin', which does not exist; closest: cosine"),
+        ({"non_finite": "skipp"}, r"optim\.non_finite is 'skipp', which does not exist; closest: skip"),
         ({"learning_rate": -0.1}, r"optim\.learning_rate is -0\.1; it must be 0 or a positive number"),
         ({"learning_rate": math.inf}, r"optim\.learning_rate is inf; it must be 0 or a positive number"),
         ({"learning_rate": math.nan}, r"optim\.learning_rate is nan; it must be 0 or a positive number"),

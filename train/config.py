@@ -116,6 +116,7 @@ class Optim:
     weight_decay: float = 5e-4
     decay_norm_and_bias: bool = False  # False: kernels only
     clip_norm: float = 0.0  # global norm of the gradient; 0: off
+    non_finite: str = "stop"  # loss or gradient: stop | skip (the update) | rollback (to a checkpoint, with new data)
     accumulate: int = 1  # micro-batches per update
     ema_decay: float = 0.0  # moving average of parameters and batch statistics; 0: off
     label_smoothing: float = 0.0
@@ -210,8 +211,8 @@ SAME_NUMBERS = (
     "data.data_dir",
     "data.place",
 )
-# What may differ when a run is resumed: how long it lasts, too.
-RESUMABLE = ("epochs", "steps", *SAME_NUMBERS)
+# What may differ when a run is resumed: how long it lasts, too, and what follows when it diverges.
+RESUMABLE = ("epochs", "steps", "optim.non_finite", *SAME_NUMBERS)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

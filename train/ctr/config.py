@@ -56,6 +56,7 @@ class Optim:
 
     learning_rate: float = 1e-3
     l2: float = 0.0  # times half the sum of squares of all embeddings, the linear weights included
+    non_finite: str = "stop"  # loss or gradient: stop | skip (the update, and count it)
     patience: int = 2  # evaluations without a better AUC after which the run ends; 0: never
 
 
@@ -91,6 +92,7 @@ _CHOICES = {
     "model.bilinear": ("all", "each", "interaction", "hadamard"),
     "data.bucketing": ("quantile", "log"),
     "data.encoding": ("vocabulary", "hash"),
+    "optim.non_finite": ("stop", "skip"),
 }
 _AT_LEAST = {
     "model.embedding_size": 1,
@@ -127,6 +129,8 @@ def check(config: Config) -> None:
     Raises:
       UserError: one of them is out of range; the sentence names it.
     """
+    if config.optim.non_finite == "rollback":
+        raise UserError("got optim.non_finite='rollback', which runs on tables do not have; give stop or skip")
     for name, allowed in _CHOICES.items():
         value = _value(config, name)
         if value not in allowed:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from train.ctr.sources import Splits, Table, open_splits
 from train.ctr.step import State, build_model, init_state, make_eval_step, make_train_step
 from train.ctr.stream import Batch, batches, encoded, shuffled
 from train.run.checkpoint import Checkpoints
+from train.run.non_finite import Skips
 from train.run.report import Metrics, ending, say, write_settings, write_whole
 from train.run.runtime import use_compilation_cache
 from train.run.stopping import Stop, Stopped, stop_signals
@@ -57,6 +58,7 @@ class Outcome:
       test: the test rows under its parameters, if there are any.
       checkpoint: where the last checkpoint lies.
       seconds: that this process took.
+      skips: updates that were left out.
       bad_images: always None; part of what the command line asks of an outcome.
     """
 
@@ -68,16 +70,18 @@ class Outcome:
     test: Result | None
     checkpoint: str
     seconds: float
+    skips: Skips
     bad_images: str | None = None
 
     def __str__(self) -> str:
         sets = {"evaluation": self.eval, "test": self.test}
+        figures = [f"{name} {result}" for name, result in sets.items() if result is not None]
         return ending(
             self.step,
             self.seconds,
             self.checkpoint,
             best=f"best epoch {self.epoch}",
-            figures=[f"{name} {result}" for name, result in sets.items() if result is not None],
+            figures=figures + self.skips.ending(self.step),
             completed=self.completed,
         )
 
@@ -93,7 +97,9 @@ class Progress:
       best_log_loss: of the same evaluation.
       best_epoch: after which it was, counted from 1.
       worse: evaluations since then.
-      losses: of the steps since the last record.
+      losses: of the steps since the last record, those left out excepted.
+      skipped: updates since the last record that were left out.
+      skips: those of the whole run.
     """
 
     epoch: int = 0
@@ -103,6 +109,13 @@ class Progress:
     best_epoch: int = 0
     worse: int = 0
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skips: Skips = field(default_factory=Skips)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Progress":
+        """That of a checkpoint."""
+        return cls(**{**data, "skips": Skips(**data.get("skips", {}))})
 
     def over(self, config: Config) -> bool:
         """Whether the run has done all its epochs, or stopped getting better."""
@@ -151,13 +164,14 @@ def _run(config: Config, store: Store, name: str, started: float) -> Outcome:
     restored = checkpoints.restore(state)
     progress = Progress()
     if restored is not None:
-        state, progress = restored.state, Progress(**restored.data)
+        state, progress = restored.state, Progress.of(restored.data)
         for line in restored.lines():
             say(line)
     write_settings(store.folder, flatten(config))
     step = restored.step if restored else 0
     # An epoch that has begun is evaluated at its end, which may be this step.
-    unrecorded = {"loss": progress.losses or not restored, _METRIC: progress.batch or not restored}
+    steps = progress.losses or progress.skipped
+    unrecorded = {"loss": steps, "skipped": steps, _METRIC: progress.batch} if restored else {"epoch": True}
 
     trainer = Trainer(
         config=config,
@@ -167,7 +181,7 @@ def _run(config: Config, store: Store, name: str, started: float) -> Outcome:
         step=step,
         saved=step if restored else None,
         progress=progress,
-        train_step=make_train_step(model, optimizer, config.optim.l2),
+        train_step=make_train_step(model, optimizer, config.optim.l2, config.optim.non_finite == "skip"),
         eval_step=make_eval_step(model),
         checkpoints=checkpoints,
         log=Metrics(store.folder / "metrics.jsonl", step, [name for name, open_ in unrecorded.items() if open_]),
@@ -191,6 +205,7 @@ def _run(config: Config, store: Store, name: str, started: float) -> Outcome:
         test=test,
         checkpoint=checkpoints.newest(),
         seconds=time.monotonic() - started,
+        skips=progress.skips,
     )
 
 
@@ -289,29 +304,44 @@ class Trainer:
         say(f"epoch {progress.epoch}: {result}" + (f", best in epoch {progress.best_epoch}" if progress.worse else ""))
         self._save(metrics=figures)
 
-    def _look_at_losses(self) -> float:
-        """Fetches the losses since the last record, and refuses to go on from a mean that is not finite."""
-        self.progress.losses += [float(loss) for loss in jax.device_get(self._losses)]
+    def _look_at_losses(self) -> dict[str, float]:
+        """The figures since the last record; refuses to go on from losses that are not finite."""
+        progress, skip = self.progress, self.config.optim.non_finite == "skip"
+        fetched = [float(loss) for loss in jax.device_get(self._losses)]
         self._losses.clear()
-        losses = np.asarray(self.progress.losses, np.float32)
+        for step, loss in enumerate(fetched, self.step - len(fetched) + 1):
+            skipped = skip and not math.isfinite(loss)
+            if progress.skips.count(skipped):
+                self._refuse(step - progress.skips.in_a_row, progress.skips.why(step))
+            progress.skipped += skipped
+            progress.losses += [] if skipped else [loss]
+        figures: dict[str, float] = {"skipped": progress.skipped} if skip else {}
+        if not progress.losses:
+            return figures
+        losses = np.asarray(progress.losses, np.float32)
         loss = float(np.mean(losses))
         if not math.isfinite(loss):
             bad = self.step - len(losses) + int(np.argmin(np.isfinite(losses)))  # updates done in the first such state
-            raise UserError(
-                f"the loss became {losses[bad - self.step]} at step {bad + 1}; "
-                f"{self.checkpoints.last_good(bad)}; lower "
-                f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
-            )
-        return loss
+            self._refuse(bad, f"the loss became {losses[bad - self.step]} at step {bad + 1}")
+        return {"loss": loss, **figures}
+
+    def _refuse(self, bad: int, what: str) -> NoReturn:
+        """Ends the run; `bad` is the first step whose state gives numbers that are not finite."""
+        raise UserError(
+            f"{what}; {self.checkpoints.last_good(bad)}; lower "
+            f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
+        )
 
     def _write_losses(self) -> None:
         """Records the mean loss since the last record, if there were steps."""
-        if not self._losses and not self.progress.losses:
+        progress = self.progress
+        if not self._losses and not progress.losses and not progress.skipped:
             return
-        loss = self._look_at_losses()
-        self.progress.losses = []
-        self.log.write(self.step, self.progress.epoch, {"loss": loss})
-        say(f"epoch {self.progress.epoch + 1}, step {self.step:,}: loss {loss:.4f}")
+        figures = self._look_at_losses()
+        progress.losses, progress.skipped = [], 0
+        self.log.write(self.step, progress.epoch, figures)
+        said = [f"{name} {value:.4f}" if name == "loss" else f"{value} {name}" for name, value in figures.items()]
+        say(f"epoch {progress.epoch + 1}, step {self.step:,}: {', '.join(said)}")
 
     def evaluate(self, table: Table, params: dict, stop: Stop | None = None) -> Result:
         """Exact figures of a whole table: every row counts once.
@@ -330,11 +360,7 @@ class Trainer:
             raise UserError(f"{table.name} has no rows to evaluate on; give a file with some, or raise its share")
         x, y = np.concatenate(logits), np.concatenate(labels)
         if not np.isfinite(x).all():
-            raise UserError(
-                f"the evaluation after step {self.step} has logits that are not finite; "
-                f"{self.checkpoints.last_good(self.step)}; lower "
-                f"optim.learning_rate={self.config.optim.learning_rate} and start in a new --workdir"
-            )
+            self._refuse(self.step, f"the evaluation after step {self.step} has logits that are not finite")
         return Result(auc(x, y), log_loss(x, y), len(y))
 
     def _save(self, metrics: Mapping[str, float] | None = None) -> None:

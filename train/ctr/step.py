@@ -13,6 +13,7 @@ import optax
 from se_flax.ctr import FIBINET_SE, FM, FiBiNET, LogisticRegression, SqueezeExciteFields
 from train.ctr.config import Model
 from train.ctr.stream import Batch
+from train.run.non_finite import keep_if_not
 
 Array = jax.Array
 _EMBEDDING = "embedding"  # what `flax.linen.Embed` calls its parameter
@@ -105,7 +106,7 @@ def embedding_penalty(params: dict) -> Array:
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, l2: float = 0.0
+    model: nn.Module, optimizer: optax.GradientTransformation, l2: float = 0.0, skip: bool = False
 ) -> Callable[[State, Batch], tuple[State, Array]]:
     """One compiled update.
 
@@ -113,10 +114,11 @@ def make_train_step(
       model: the network.
       optimizer: its optimizer.
       l2: weight of `embedding_penalty` in the loss.
+      skip: leave out updates whose loss or gradient norm is not finite; the step is counted.
 
     Returns:
       A function of state and batch (see `train.ctr.stream.batches`), which gives the next state and the mean log loss
-      of the batch without the penalty. It takes the state's memory.
+      of the batch without the penalty, NaN for an update that was left out. It takes the state's memory.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -132,7 +134,11 @@ def make_train_step(
         gradients, loss = jax.grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), loss
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if skip:
+            finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+            new, loss = keep_if_not(finite, new, state).replace(step=new.step), jnp.where(finite, loss, jnp.nan)
+        return new, loss
 
     return train_step
 

@@ -5,7 +5,7 @@ module counts *updates*; the training step accumulates micro-batches.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,6 +29,9 @@ class _Limit(NamedTuple):
     holds: Callable[[float], bool]
     allowed: str
     remedy: str
+
+
+NON_FINITE = ("stop", "skip", "rollback")
 
 
 def _at_least_zero(remedy: str) -> _Limit:
@@ -69,7 +72,7 @@ _LIMITS = {
 }
 
 
-def _check_name(field: str, given: str, allowed: Mapping[str, Any]) -> None:
+def _check_name(field: str, given: str, allowed: Collection[str]) -> None:
     if given not in allowed:
         raise UserError(f"optim.{field} is {given!r}, which does not exist; {closest(given, allowed)}")
 
@@ -85,6 +88,7 @@ def check(settings: Optim) -> None:
     """
     _check_name("name", settings.name, OPTIMIZERS)
     _check_name("schedule", settings.schedule, SCHEDULES)
+    _check_name("non_finite", settings.non_finite, NON_FINITE)
     for field, limit in _LIMITS.items():
         value = getattr(settings, field)
         if not limit.holds(value):  # also refuses NaN

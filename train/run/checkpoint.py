@@ -27,6 +27,7 @@ from se_flax.checkpoints.orbax import quiet
 from se_flax.errors import UserError
 from train.run import seal
 from train.run.hosts import arrays_from_first, from_first, is_first
+from train.run.non_finite import NonFinite
 from train.run.store import Store
 from train.run.write_errors import error_number, newest_whole, silence_background_errors, unwritten
 
@@ -254,10 +255,11 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.close()
 
-    def _candidates(self) -> list[int]:
+    def _candidates(self, before: int | None = None) -> list[int]:
         """What may be restored, newest first: whole ones, then those without digests, which are better than nothing."""
         unsealed = [step for step, problem in self._problems.items() if isinstance(problem, seal.Unsealed)]
-        return sorted(self._whole, reverse=True) + sorted(unsealed, reverse=True)
+        found = sorted(self._whole, reverse=True) + sorted(unsealed, reverse=True)
+        return [step for step in found if before is None or step < before]
 
     def newest_run(self) -> dict[str, Any] | None:
         """Settings of the checkpoint that `restore` will read, without its arrays; None without one."""
@@ -279,11 +281,12 @@ class Checkpoints:
             raise ValueError(f"{item}/metadata is changed")
         return read
 
-    def restore(self, like: State) -> Restored | None:
+    def restore(self, like: State, before: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is whole; one without digests only if there is no other, and says so.
 
         Args:
-          like: a state of the same run, for shapes, dtypes and devices.
+          like: a state of the same run, or its `jax.ShapeDtypeStruct`, for shapes, dtypes and devices.
+          before: only one of those before this step; later ones are deleted.
 
         Returns:
           The checkpoint, or None when there is none at all.
@@ -291,13 +294,14 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
+        self.finish()
         # Every host needs arrays to receive into; one host reads them where they belong.
         several = jax.process_count() > 1
         read = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if several else _abstract(x), _tree(like))
 
         def answer() -> dict[str, Any] | None:
             nonlocal read
-            if (found := self._newest(read)) is None:
+            if (found := self._newest(read, before)) is None:
                 return None
             said, read = found
             return {**said, "skipped": list(self._set_aside(said["step"])), "whole": list(self._whole.items())}
@@ -311,10 +315,10 @@ class Checkpoints:
             items = jax.tree.map(_placed, _tree(like), items)
         return Restored(said["step"], like.replace(**items), said["data"], said["run"], tuple(said["skipped"]))
 
-    def _newest(self, template: PyTree) -> tuple[dict[str, Any], PyTree] | None:
+    def _newest(self, template: PyTree, before: int | None) -> tuple[dict[str, Any], PyTree] | None:
         """Reads the newest checkpoint that can be read: number, data and settings, and the state."""
         assert self._writer is not None
-        for step in self._candidates():
+        for step in self._candidates(before):
             try:
                 said = {"step": step, "data": self._read(step, "data"), "run": self._read(step, "run")}
                 with quiet():
@@ -325,6 +329,10 @@ class Checkpoints:
                 self._whole.pop(step, None)
                 self._problems[step] = error
                 continue
+            for later in [other for other in self._whole if before is not None and other >= before]:
+                del self._whole[later]
+                self._store.remove(self.path(later))
+                self._delete(later)
             return said, items.state
         if self._problems:
             found = "; ".join(self._problem(step) for step in sorted(self._problems, reverse=True))
@@ -363,9 +371,10 @@ class Checkpoints:
         # On the host, which gets a copy for the checkpoint anyway: a program for hundreds of arrays compiles slowly.
         if all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(parts)):
             return
-        raise UserError(
-            f"the parameters or the statistics are not finite after step {step}; {self.last_good(step)}; "
-            "lower optim.learning_rate and start in a new --workdir"
+        raise NonFinite(
+            f"the parameters or the statistics are not finite after step {step}",
+            f"{self.last_good(step)}; lower optim.learning_rate and start in a new --workdir",
+            before=step,
         )
 
     def last_good(self, bad: int) -> str:

@@ -10,6 +10,7 @@ import jax
 from se_flax.runtime import keep_memory
 from train.config import Config
 from train.run.evaluate import Result
+from train.run.non_finite import Skips
 from train.run.report import ending, say, write_settings
 from train.run.runtime import join_hosts, leaving_with_a_lost_host, use_compilation_cache
 from train.run.save_model import MODEL, save_model
@@ -28,6 +29,7 @@ class Outcome:
       checkpoint: where the last checkpoint lies.
       seconds: that this process took.
       bad_images: what could not be read, in words, or None.
+      skips: updates that were left out.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Outcome:
     checkpoint: str
     seconds: float
     bad_images: str | None
+    skips: Skips
 
     def __str__(self) -> str:
         evaluated = self.result is not None
@@ -45,7 +48,7 @@ class Outcome:
             self.seconds,
             self.checkpoint,
             best=f"best top-1 {100 * self.best_top1:.2f} %" if evaluated else "",
-            figures=[str(self.result)] if evaluated else [],
+            figures=[*([str(self.result)] if evaluated else []), *self.skips.ending(self.step)],
             completed=self.completed,
         )
 
@@ -99,8 +102,9 @@ def _run(setup: Setup, started: float) -> Outcome:
         step=trainer.step,
         completed=completed,
         result=trainer.result,
-        best_top1=trainer.best_top1,
+        best_top1=trainer.progress.best_top1,
         checkpoint=setup.checkpoints.newest(),
         seconds=time.monotonic() - started,
         bad_images=setup.bad.report(),
+        skips=trainer.progress.skips,
     )

@@ -87,6 +87,7 @@ def make_program(
         accumulate=config.optim.accumulate,
         frozen=frozen,
         examples=round(per_epoch * config.data.batch_size),
+        skip=config.optim.non_finite == "skip",
     )
     eval_step = make_eval_step(model, **pixels, views=VIEWS[config.eval_tta])
     ema = config.optim.ema_decay > 0

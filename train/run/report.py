@@ -186,15 +186,31 @@ class Report:
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._metrics = Metrics(self._path, start_step, unrecorded)
+        self._open(start_step, unrecorded)
+
+    def _open(self, step: int, unrecorded: Collection[str]) -> None:
+        """Opens the files as of a step."""
+        self._metrics = Metrics(self._path, step, unrecorded)
         # A killed run loses the events that were not flushed, and leaves some of steps that are done again. So they are
         # made from `metrics.jsonl` at each start.
-        events = workdir / "events"
+        events = self._path.parent / "events"
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._events = SummaryWriter(str(events))
         for row in self._metrics.rows:
             self._show(row["step"], {name: value for name, value in row.items() if name not in ("step", "epoch")})
+
+    def go_back(self, step: int, unrecorded: Collection[str]) -> None:
+        """Training goes on from an earlier step: the files become those of a run that has come so far."""
+        if not self._primary:
+            return
+        self._events.close()
+        self._open(step, unrecorded)
+        if self._bar is not None:
+            images = step * self._batch_size - self._bar.n
+            for name in ("n", "last_print_n", "initial"):  # its rate is of all images, those included
+                setattr(self._bar, name, getattr(self._bar, name) + images)
+            self._start_step += images // self._batch_size
 
     def start(self) -> None:
         """Training begins: what came before, compilation above all, is no part of its rate."""
@@ -225,14 +241,24 @@ class Report:
         finally:
             self._paused += time.monotonic() - begun
 
-    def advance(self, loss: float, accuracy: float) -> None:
-        """One step is done."""
+    def advance(self, figures: tuple[float, float] | None, skipped: int = 0) -> None:
+        """One step is done.
+
+        Args:
+          figures: its loss and accuracy; None when its update was left out.
+          skipped: updates that were left out since the run began.
+        """
         if self._bar is None:
             return
         images = self._bar.n + self._batch_size - self._start_step * self._batch_size
         seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
         rate = tqdm.format_sizeof(images / seconds)
-        self._bar.set_postfix_str(f"{rate} img/s, loss {loss:.3f}, acc {100 * accuracy:.1f} %", refresh=False)
+        said = [f"{rate} img/s"]
+        if figures is not None:
+            said += [f"loss {figures[0]:.3f}", f"acc {100 * figures[1]:.1f} %"]
+        if skipped:
+            said.append(f"{skipped} skipped")
+        self._bar.set_postfix_str(", ".join(said), refresh=False)
         self._bar.update(self._batch_size)
 
     def write(self, step: int, epoch: float, figures: Mapping[str, float | int]) -> None:

@@ -27,11 +27,11 @@ from train.run.fitted_head import fitted_head
 from train.run.length import length_change, total_steps
 from train.run.parallel import Replicas, make_replicas
 from train.run.program import Program, make_program
+from train.run.progress import Progress
 from train.run.report import Report, say
 from train.run.stopping import Stop
 from train.run.store import Store
-from train.run.trainer import Due, Trainer
-from train.run.window import Window
+from train.run.trainer import Trainer
 from train.run.workdir import opened
 from train.validate import check_batch, check_classes, check_same_classes, check_settings_of_run, check_start
 
@@ -134,15 +134,14 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         state = restored.state
         setup.loader.set_state(restored.data)
     step, run = (restored.step, restored.run) if restored else (0, {})
-    due, window = Due(**run.get("due", {})), Window(run.get("window"))
-    # A new run may find figures of one that was killed before its first checkpoint.
-    unrecorded = {"loss": window.count or not restored, "eval_loss": due.evaluation or not restored}
+    progress = Progress.of(run)
     report = Report(
         setup.store.folder,
         setup.total,
         config.data.batch_size,
         step,
-        unrecorded=[name for name, open_ in unrecorded.items() if open_],
+        # A new run may find figures of one that was killed before its first checkpoint.
+        unrecorded=progress.unrecorded() if restored else ["epoch"],
         training_loss=training_loss(config),
         primary=jax.process_index() == 0,
     )
@@ -164,10 +163,8 @@ def make_trainer(setup: Setup) -> tuple[Trainer, Restored | None]:
         per_epoch=setup.per_epoch,
         state=state,
         step=step,
-        best_top1=run.get("best_top1", 0.0),
-        due=due,
-        saved=(step, due) if restored else None,
-        window=window,
+        progress=progress,
+        saved=(step, progress.due) if restored else None,
     )
     return trainer, restored
 

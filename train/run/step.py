@@ -21,6 +21,7 @@ from train.data.augment import augment, example_keys, mix
 from train.optim.losses import cross_entropy, topk_correct
 from train.optim.optimizers import ema_update
 from train.optim.param_groups import NOTHING, Frozen, evaluation_mode, merge, split
+from train.run.non_finite import keep_if_not
 from train.run.tta import VIEWS, Views
 
 AXIS = "replica"
@@ -69,6 +70,7 @@ def make_train_step(
     accumulate: int = 1,
     frozen: Frozen = NOTHING,
     examples: int = 0,
+    skip: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds the step of one replica.
 
@@ -88,12 +90,14 @@ def make_train_step(
       frozen: parameters that keep their values, to the bit, and modules that run in evaluation mode. With any of
         these, no statistics are recorded.
       examples: training images, from which `augment.alternate_flip` knows the epoch of an image.
+      skip: leave out updates whose loss or gradient norm is not finite on any replica: the step is counted, and all
+        else stays as it was.
 
     Returns:
       `step(state, batch)` for a batch `{"image": uint8 [n, S, S, 3], "label": int32 [n]}` of this replica, giving the
       next state and the metrics `loss`, `accuracy` (share of top-1 on the augmented images, mixed ones by the
       label that weighs more), `grad_norm` (of what is trained), `learning_rate` (the head's): float32 scalars, equal
-      on all replicas.
+      on all replicas. With `skip` also `skipped`, 1 for an update that was left out and else 0.
     """
     if settings.alternate_flip and not examples:
         raise ValueError("alternate_flip needs the number of training examples, which tells the epoch of an image")
@@ -157,6 +161,11 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         new = state.replace(step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state, ema=ema)
+        if skip:
+            # Both are means over all replicas, so that all of them decide alike.
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            new = keep_if_not(finite, new, state).replace(step=new.step)
+            metrics["skipped"] = 1.0 - finite
         return new, metrics
 
     return train_step

@@ -13,11 +13,16 @@ class Window:
 
     Args:
       saved: from `saved` of a window, to go on from.
+
+    Attributes:
+      count: steps that the sums are of.
+      skipped: steps whose update was left out and whose figures are not finite; None where none ever is.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
         saved = saved or {}
         self.count: int = saved.get("count", 0)
+        self.skipped: int | None = saved.get("skipped")
         self._sums: dict[str, float] = dict(saved.get("sums") or dict.fromkeys(_MEANS, 0.0))
         self._learning_rate: float = saved.get("learning_rate", 0.0)
         self._seconds: float = saved.get("seconds", 0.0)
@@ -41,11 +46,20 @@ class Window:
 
     def add(self, figures: Mapping[str, float]) -> None:
         """The figures of one step."""
+        self._learning_rate = figures["learning_rate"]
+        if "skipped" in figures:
+            self.skipped = (self.skipped or 0) + int(figures["skipped"])
+            if figures["skipped"]:
+                return
         # Not `sum` over a list: that rounds in another way on Python 3.12, and a saved window has the sums alone.
         for name in _MEANS:
             self._sums[name] += figures[name]
-        self._learning_rate = figures["learning_rate"]
         self.count += 1
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last record."""
+        return self.count + (self.skipped or 0)
 
     def waited(self, seconds: float) -> None:
         """The loop had no batch to go on with."""
@@ -53,15 +67,16 @@ class Window:
             self._waited += seconds
 
     def close(self, batch_size: int) -> dict[str, float]:
-        """Mean figures of at least one step, and a new window."""
+        """Figures of at least one step, means over those that count, and a new window."""
         running = self._since is not None
         self._stop_clock()
         seconds = max(self._seconds, 1e-9)
         record = {
-            **{name: total / self.count for name, total in self._sums.items()},
+            **({name: total / self.count for name, total in self._sums.items()} if self.count else {}),
             "learning_rate": self._learning_rate,
-            "images_per_second": round(self.count * batch_size / seconds, 2),
+            "images_per_second": round(self.steps * batch_size / seconds, 2),
             "data_wait": round(min(1.0, self._waited / seconds), 4),
+            **({} if self.skipped is None else {"skipped": self.skipped}),
         }
         Window.__init__(self)
         if running:
@@ -73,6 +88,7 @@ class Window:
         with self.paused():
             return {
                 "count": self.count,
+                "skipped": self.skipped,
                 "sums": dict(self._sums),
                 "learning_rate": self._learning_rate,
                 "seconds": self._seconds,
