@@ -84,12 +84,14 @@ class Run:
       workdir: of the run.
       words: of the command line.
       starts: so far.
+      ended: when the newest process did, as `time.time`.
     """
 
     kind: str
     workdir: Path
     words: list[str]
     starts: int = 0
+    ended: float = 0.0
     _process: Any = field(default=None)
 
     @property
@@ -120,6 +122,7 @@ class Run:
                 self.end(signal.SIGKILL, group=True)
                 return 1000  # no program's code: it hung
             self._process.join(0.01)
+        self.ended = time.time()
         return int(self._process.exitcode)
 
     def end(self, number: int, *, group: bool) -> None:
@@ -242,8 +245,10 @@ class Stress:
                 found += [Difference(text) for text in wrong]
                 break
             signalled = run.time_of("signal")
-            if code == 0 and not (name == TERM and signalled):
-                continue  # the run was over before the moment came
+            if code == 0 and not (name == TERM and signalled):  # the run was over before the moment came
+                found += [Difference(text) for text in wrong]
+                expected = newest_whole(run.workdir)
+                continue
             result, expected = self._judged(run, name, code, signalled, started)
             wrong += [f"run {number}: {text}" for text in result.faults]
             ended.append(Ended(kind, name, result.lost, result.seconds, tuple(wrong)))
@@ -283,9 +288,8 @@ class Stress:
         """What an end left: a verdict, and the step that the next start must go on from."""
         steps = run.numbers("step", newest=True)
         reached = max([*steps, *started], default=0)
-        whole = [step for step in whole_steps(run.workdir)] or [0]
-        newest, sealed = whole[-1], max(run.numbers("sealed"), default=0)
-        seconds = max(0.0, time.time() - signalled) if name == TERM else 0.0
+        newest, sealed = newest_whole(run.workdir), max(run.numbers("sealed"), default=0)
+        seconds = max(0.0, run.ended - signalled) if name == TERM else 0.0
         faults = []
         if not signalled or code not in ((0, 130, -signal.SIGTERM) if name == TERM else (-signal.SIGKILL,)):
             said = " / ".join(run.output.read_text().splitlines()[-3:]) if run.output.exists() else ""
@@ -299,6 +303,12 @@ class Stress:
         if remaining := run.remaining():
             faults.append(f"{len(remaining)} processes outlive the program")
         return Ended(run.kind, name, max(0, reached - newest), seconds, tuple(faults)), newest
+
+
+def newest_whole(workdir: Path) -> int:
+    """Step of the newest checkpoint that the next start may go on from: one that waits for its replacement counts."""
+    waiting = [int(path.name.partition("-")[0]) for path in (workdir / ".old").glob("*-replaced")]
+    return max([*whole_steps(workdir), *waiting], default=0)
 
 
 def _wrong_start(run: Run, started: list[int], expected: int) -> Iterator[str]:

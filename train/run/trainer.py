@@ -91,15 +91,17 @@ class Trainer:
         self._position = self.feed.loader.get_state()
 
     def train(self) -> bool:
-        """Runs to the last step; False when a signal stopped it before."""
+        """Runs to the last step, and returns when its checkpoint is whole; False when a signal stopped it before."""
         with stop_signals() as stop:
             try:
                 self._train(stop)
+                completed = True
             except Stopped:
                 if self.saved != (self.step, self._left()):
                     self.save(None)
-                return False
-        return True
+                completed = False
+            self.checkpoints.finish()  # here, where the first signal does not end the program
+        return completed
 
     def _train(self, stop: Stop) -> None:
         if self.step >= self.total and not self.saved:  # a run of no steps
