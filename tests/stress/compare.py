@@ -17,6 +17,8 @@ from tensorboardX.proto.event_pb2 import Event
 from train.run import seal
 
 TIMINGS = ("images_per_second", "data_wait", "seconds", "waited")
+# Of the files that hold the saved network's arrays: Orbax draws their names.
+_DRAWN = ("digests",)
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,10 @@ def batches_of(journals: list[Path]) -> tuple[dict[int, str], list[str]]:
     return batches, faults
 
 
-def _without_timings(value: Any) -> Any:
+def _reproducible(value: Any) -> Any:
+    """Without what no two runs have in common."""
     if isinstance(value, Mapping):
-        return {name: _without_timings(part) for name, part in value.items() if name not in TIMINGS}
+        return {name: _reproducible(part) for name, part in value.items() if name not in TIMINGS + _DRAWN}
     return value
 
 
@@ -136,12 +139,12 @@ def left(workdir: Path, journals: list[Path]) -> Left:
     steps = whole_steps(workdir)
     last = workdir / "checkpoints" / str(steps[-1])
     texts = {
-        f"{item} of the last checkpoint": _without_timings(json.loads((last / item / "metadata").read_bytes()))
+        f"{item} of the last checkpoint": _reproducible(json.loads((last / item / "metadata").read_bytes()))
         for item in ("data", "run")
     }
     for name in ("config.json", "encoder.json", "model/se_flax.json"):
         if (workdir / name).exists():
-            texts[name] = json.loads((workdir / name).read_text())
+            texts[name] = _reproducible(json.loads((workdir / name).read_text()))
     model = workdir / "model" / "variables"
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     batches, faults = batches_of(journals)
@@ -149,7 +152,7 @@ def left(workdir: Path, journals: list[Path]) -> Left:
         arrays=arrays_of(last / "state"),
         network=arrays_of(model) if model.exists() else {},
         texts=texts,
-        lines=[json.dumps(_without_timings(row)) for row in rows],
+        lines=[json.dumps(_reproducible(row)) for row in rows],
         events=_events(workdir / "events"),
         batches=batches,
         steps=steps,
