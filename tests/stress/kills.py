@@ -64,8 +64,8 @@ class Reference:
     Attributes:
       left: what it left.
       calls: how often each moment came.
-      startup: seconds from its begin to its first step.
-      seconds: from there to its end.
+      startup: seconds from the begin to the first step, of the quickest start so far.
+      seconds: from there to the end.
       steps: of the run.
     """
 
@@ -250,6 +250,8 @@ class Stress:
             run.start(end)
             code = self._wait(run, name, end, reference, expected, rng)
             started = run.numbers("restored", newest=True)
+            if run.time_of("step"):
+                reference.startup = min(reference.startup, run.time_of("step") - run.time_of("begin"))
             wrong = [f"run {number}: {text}" for text in _wrong_start(run, started, expected)]
             if code == 0 and not name:  # the last start
                 found += [Difference(text) for text in wrong]
@@ -316,9 +318,13 @@ class Stress:
 
 
 def newest_whole(workdir: Path) -> int:
-    """Step of the newest checkpoint that the next start may go on from: one that waits for its replacement counts."""
+    """Step of the checkpoint that the next start must go on from, 0 without one.
+
+    One that waits for its replacement counts, and where none has digests, so does the newest without.
+    """
     waiting = [int(path.name.partition("-")[0]) for path in (workdir / ".old").glob("*-replaced")]
-    return max([*whole_steps(workdir), *waiting], default=0)
+    others = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max([*whole_steps(workdir), *waiting] or others, default=0)
 
 
 def _wrong_start(run: Run, started: list[int], expected: int) -> Iterator[str]:
