@@ -29,13 +29,13 @@ class Moment:
       where: `module:function`, or the name of an event of Python's audit hooks.
       paths: of an event: what its paths must match, relative to the work directory and joined by a blank.
       kinds: of the runs that have it.
-      late: it comes only when the run has done its steps.
+      order: -1 for what only the first start does, 1 for what comes when the run has done its steps.
     """
 
     where: str
     paths: str = ""
     kinds: tuple[str, ...] = ("images", "workers", "tables")
-    late: bool = False
+    order: int = 0
 
 
 _IMAGES = ("images", "workers")
@@ -56,12 +56,14 @@ MOMENTS = {
     "the start of a data worker": Moment("multiprocessing.popen_spawn_posix:Popen._launch", kinds=("workers",)),
     "a line of metrics": Moment("train.run.report:Metrics.write"),
     "half a line of metrics": Moment("train.run.report:Metrics.write"),
-    "the rename of another file": Moment("os.rename", r"\.(metrics\.jsonl|config\.json|encoder\.json)\.\w+ \S+"),
+    "the rename of another file": Moment(
+        "os.rename", r"\.(metrics\.jsonl|config\.json|encoder\.json)\.\w+ \S+", order=-1
+    ),
     "a restore": Moment("train.run.checkpoint:Checkpoints.restore"),
     "the curves": Moment("train.run.report:draw_curves", kinds=_IMAGES),
-    "the saved network": Moment("train.run.loop:save_model", kinds=_IMAGES, late=True),
-    "a file of the saved network": Moment("open", r"\.model-\S+", kinds=_IMAGES, late=True),
-    "the rename of the saved network": Moment("os.rename", r"\.model-\S+ model", kinds=_IMAGES, late=True),
+    "the saved network": Moment("train.run.loop:save_model", kinds=_IMAGES, order=1),
+    "a file of the saved network": Moment("open", r"\.model-\S+", kinds=_IMAGES, order=1),
+    "the rename of the saved network": Moment("os.rename", r"\.model-\S+ model", kinds=_IMAGES, order=1),
 }
 HALF = "half a line of metrics"
 _EVENTS = {moment.where for moment in MOMENTS.values() if ":" not in moment.where}

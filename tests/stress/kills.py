@@ -201,6 +201,9 @@ class Stress:
             times = [at for at, words in run.events() if words[0] in ("begin", "step", "calls")]
             calls = {" ".join(words[2:]): int(words[1]) for _, words in run.events() if words[0] == "calls"}
             made = left(run.workdir, run.journals)
+            parts = ("params", "opt_state", *(() if kind == "tables" else ("batch_stats", "ema")))
+            if missing := [part for part in parts if not any(f"['{part}']" in name for name in made.arrays)]:
+                raise SystemExit(f"nothing would compare {', '.join(missing)}")
             steps = max(run.numbers("step"))
             self._references[kind] = Reference(made, calls, times[1] - times[0], times[-1] - times[1], steps)
         return self._references[kind]
@@ -222,9 +225,8 @@ class Stress:
             ends.append((name, _drawn(name, calls[name], rng)))
         name = str(rng.choice([name for name in names if name != HALF]))  # which only a kill leaves
         ends.append((TERM, None if rng.random() < 0.5 else _drawn(name, calls[name], rng, signal.SIGTERM)))
-        late = [end for end in ends if end[1] and MOMENTS[end[1].moment].late]
-        early = [end for end in ends if end not in late]
-        return [*(early[i] for i in rng.permutation(len(early))), *late]
+        shuffled = [ends[i] for i in rng.permutation(len(ends))]
+        return sorted(shuffled, key=lambda end: MOMENTS[end[1].moment].order if end[1] else 0)
 
     def once(
         self, number: int, ends: Sequence[tuple[str, End | None]] | None = None
@@ -245,7 +247,7 @@ class Stress:
         expected = 0
         found: list[Difference] = []
         for name, end in [*(self.ends(number) if ends is None else ends), ("", None)]:
-            if expected == reference.steps and name and not (end and MOMENTS[end.moment].late):
+            if expected == reference.steps and name and not (end and MOMENTS[end.moment].order == 1):
                 continue  # nothing else comes in a run that is over
             run.start(end)
             code = self._wait(run, name, end, reference, expected, rng)
@@ -285,7 +287,7 @@ class Stress:
         code = run.wait("begin")
         if code is not None:
             return code
-        rest = reference.seconds * max(0.2, 1 - done / reference.steps)
+        rest = reference.seconds * (1 - done / reference.steps) / 2  # more kills are to come
         time.sleep(share * (reference.startup + rest))
         number = signal.SIGTERM if name == TERM else signal.SIGKILL
         sent = time.time()

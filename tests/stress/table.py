@@ -26,7 +26,7 @@ def of(ended: Sequence[Any], runs: int, wrong: Mapping[int, Sequence[Any]], *, s
     machine = describe()
     lines = [
         f"{datetime.datetime.now(datetime.UTC).date()}, {machine['cores']} cores of an {machine['processor']}, shared; "
-        f"Python {platform.python_version()}, JAX {version('jax')}, Orbax {version('orbax-checkpoint')}; "
+        f"Python {platform.python_version()}, JAX {version('jax')}, Orbax {version('orbax-checkpoint')};",
         f"seed {seed}, {minutes:.0f} minutes: **{len(ended)} ends in {runs} runs, {len(found)} differences, "
         f"{sum(each.lost for each in found)} bytes lost.**",
         "",
