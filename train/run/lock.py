@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from se_flax.checkpoints.atomic_folder import recover
 from se_flax.errors import UserError
 from train.run.report import say
-from train.run.save_model import MODEL
+from train.run.runtime import MODEL
 
 LOCK = ".lock"
 # Names of `se_flax.checkpoints`: files.replacing, atomic_folder.atomic_folder.
