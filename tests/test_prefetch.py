@@ -73,7 +73,7 @@ def make_trainer(tmp_path, *, loader, shard=dict, step=lambda: None, look=lambda
         train_step=SimpleNamespace(lower=lambda state, batch: compiled),
         evaluation=lambda variables, stop: Result(count=1, top1=1, top5=None, loss=0.0),
         replicas=SimpleNamespace(shard=shard),
-        checkpoints=SimpleNamespace(save=lambda *_, **__: None),
+        checkpoints=SimpleNamespace(save=lambda *_, **__: None, finish=lambda: None),
         report=report,
         run_info={},
     )

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -135,27 +134,32 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert figures_of(tmp_path) == figures_of(uninterrupted[0])
 
 
-def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(config, uninterrupted, tmp_path):
-    """SIGKILL gives no chance to save: the run falls back to step 4 or 8 and still ends at the same bits."""
+KILLED = """
+import sys
+from pathlib import Path
+from tests.stress.child import End, train
+
+workdir = Path(sys.argv[2])
+if __name__ == "__main__":
+    end = End("the rename of the digests", 2)
+    train(sys.argv[1:2] + [f"--workdir={workdir}"], workdir, Path(sys.argv[3]), Path(sys.argv[4]), end)
+"""
+
+
+def test_a_killed_run_continues_bit_for_bit_from_its_last_checkpoint(config, uninterrupted, tmp_path, capsys):
+    """SIGKILL gives no chance to save: step 8 has no digests yet, so the run falls back to step 4, to the same bits."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_run\n"
         "def get_config(): return test_run.make_config()\n"
     )
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "train", f"--config={recipe}", f"--workdir={workdir}"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 300
-        while not (workdir / "checkpoints" / "4").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    workdir, output = tmp_path / "run", tmp_path / "output"
+    words = [sys.executable, "-c", KILLED, f"--config={recipe}", str(workdir), str(tmp_path / "journal"), str(output)]
+    code = subprocess.run(words, cwd=ROOT, timeout=300, check=False).returncode
+    assert code == -signal.SIGKILL, output.read_text()
     run(config, workdir)
+    said = capsys.readouterr().err
+    assert "8 is unconfirmed (digests.json is missing)" in said and "resuming from step 4" in said
     assert_same_bits(workdir, uninterrupted[0])
     assert figures_of(workdir) == figures_of(uninterrupted[0])
 

@@ -17,6 +17,7 @@ import pytest
 import se_flax.checkpoints.files
 import train.ctr.loop
 import train.run.report
+from se_flax.checkpoints import atomic_folder
 from se_flax.errors import UserError
 from train.config import Config
 from train.run.checkpoint import Checkpoints
@@ -187,6 +188,31 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder, start, co
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     with locked(tmp_path):
         pass
+
+
+def test_what_a_killed_run_left_half_written_is_deleted(tmp_path, monkeypatch):
+    """Under the lock nobody else writes there; a replaced folder between its two renames comes back first."""
+
+    def killed(*_):
+        raise Killed
+
+    write_settings(tmp_path, {"steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        patch.setattr(se_flax.checkpoints.files.os, "replace", killed)
+        with pytest.raises(Killed):
+            write_settings(tmp_path, {"steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_folder.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed), atomic_folder.atomic_folder(tmp_path / "model"):
+            raise Killed
+    (tmp_path / ".model-old-abcdefgh" / "was").mkdir(parents=True)
+    (tmp_path / ".model-old-abcdefgh" / "was" / "old").touch()
+    (tmp_path / ".notes.json").touch()  # a person's own
+    assert len(list(tmp_path.iterdir())) == 5
+    with locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, ".notes.json", "config.json", "model"]
+    assert (tmp_path / "model" / "old").exists() and json.loads((tmp_path / "config.json").read_text()) == {"steps": 1}
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):

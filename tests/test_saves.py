@@ -233,6 +233,15 @@ def test_a_half_deleted_checkpoint_is_not_seen(workdir, monkeypatch):
     assert not (workdir / ".old").exists()
 
 
+def test_what_a_kill_left_of_a_save_is_deleted(workdir):
+    """The step may never be saved again: it may have been that of a signal."""
+    left = workdir / "checkpoints" / "10.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "manifest.ocdbt").write_bytes(b"half")
+    opened(workdir)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "4", "8"]
+
+
 @pytest.mark.parametrize(("holder", "name"), [(ocp.AsyncCheckpointer, "save"), (seal, "seal")])
 def test_a_checkpoint_is_replaced_only_by_a_whole_one(workdir, monkeypatch, holder, name):
     """Killed while Orbax writes the new one of the same step, or before its digests."""

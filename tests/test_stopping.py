@@ -7,6 +7,7 @@ import signal
 import struct
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from test_run import arrays_of, copy_of, figures_of
 
+import train.ctr.loop
 import train.run.setup
+import train.run.trainer
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
 from train.data.loader import TrainLoader
 from train.run.checkpoint import Checkpoints
@@ -213,6 +216,28 @@ def test_an_evaluation_is_given_up_between_two_batches():
     with stop_signals() as stop, pytest.raises(Stopped):
         evaluate(step, None, range(10), 10, stop)
     assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("loop", [train.run.trainer.Trainer, train.ctr.loop.Trainer])
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_cut_it_off(loop, monkeypatch):
+    """It comes when all steps are done: nothing but the checkpoint, which is under way, is to be waited for."""
+    done = []
+
+    def finish():
+        interrupt()
+        done.append("whole")
+
+    trainer = object.__new__(loop)
+    trainer.checkpoints = SimpleNamespace(finish=finish)
+    trainer.progress, trainer.config = SimpleNamespace(over=lambda config: True), None
+    monkeypatch.setattr(loop, "_train", lambda self, stop: None, raising=False)
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("killed"))  # what would end the program
+    try:
+        assert trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done, ended) == (["whole"], [])
 
 
 def test_the_second_signal_interrupts():

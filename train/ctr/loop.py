@@ -246,18 +246,24 @@ class Trainer:
     _losses: list[jax.Array] = field(default_factory=list)
 
     def train(self) -> bool:
-        """Runs to the last epoch, or until it stops getting better; False when a signal stopped it before."""
+        """Runs to the last epoch, or until it stops getting better, and returns when its checkpoint is whole.
+
+        Returns:
+          False when a signal stopped it before.
+        """
         with stop_signals() as stop:
             try:
                 while not self.progress.over(self.config):
                     for batch in stop.between(self._rest_of_epoch()):
                         self._advance(batch)
                     self._end_epoch(stop)
+                completed = True
             except Stopped:
                 if self.saved != self.step:
                     self._save()
-                return False
-        return True
+                completed = False
+            self.checkpoints.finish()  # here, where the first signal does not end the program
+        return completed
 
     def _advance(self, batch: Batch) -> None:
         """One step, and what is due after it."""

@@ -23,7 +23,7 @@ from train.run import lease, seal
 from train.run.hosts import from_first, is_first
 from train.run.lock import LOCK, locked
 from train.run.report import say
-from train.run.save_model import MODEL
+from train.run.runtime import MODEL
 from train.run.store import Store
 
 CHECKPOINTS = "checkpoints"

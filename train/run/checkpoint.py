@@ -225,7 +225,8 @@ class Checkpoints:
             except (OSError, ValueError):
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 path.rename(self.path(step))
-        shutil.rmtree(self._old, ignore_errors=True)
+        for path in (self._old, *self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self) -> None:
         """Waits for the checkpoint that is being written and for its digests.

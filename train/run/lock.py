@@ -3,24 +3,32 @@
 import errno
 import fcntl
 import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from se_flax.checkpoints.atomic_folder import recover
 from se_flax.errors import UserError
 from train.run.hosts import from_first, is_first
 from train.run.report import say
+from train.run.runtime import MODEL
 
 LOCK = ".lock"
+# Names of `se_flax.checkpoints`: files.replacing, atomic_folder.atomic_folder.
+_FILE = r"\.[a-z]+\.jsonl?\.[0-9a-f]{8}"
+_FOLDER = rf"\.{MODEL}-(old-)?\w{{8}}"
 
 
 @contextmanager
 def locked(workdir: Path, name: str = "") -> Iterator[None]:
     """Holds the lock of a work directory. It ends with the process that holds it, however that ends.
 
-    The first host of a run holds it for all. A file system without locks is used without one, and that is said.
+    The first host of a run holds it for all. A file system without locks is used without one, and that is said. What a
+    run that was killed had not finished writing is deleted: nobody else writes there now.
 
     Args:
       workdir: exists; `.lock` in it names the process that has the lock.
@@ -41,6 +49,7 @@ def locked(workdir: Path, name: str = "") -> Iterator[None]:
                 f"another run is using {name or workdir}{_holder(path)}; wait for its end or stop it, or use another "
                 "--workdir"
             )
+        _delete_unfinished(workdir)
 
     try:
         from_first(take)
@@ -64,6 +73,16 @@ def _take(path: Path, stream: IO[str]) -> bool:
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()
     return True
+
+
+def _delete_unfinished(workdir: Path) -> None:
+    """Deletes what `replacing` and `atomic_folder` were writing when the process was killed."""
+    recover(workdir / MODEL)
+    for path in workdir.iterdir():
+        if re.fullmatch(_FILE, path.name):
+            path.unlink()
+        elif re.fullmatch(_FOLDER, path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _holder(path: Path) -> str:

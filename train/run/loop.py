@@ -12,8 +12,8 @@ from train.config import Config
 from train.run.evaluate import Result
 from train.run.non_finite import Skips
 from train.run.report import ending, say, write_settings
-from train.run.runtime import join_hosts, leaving_with_a_lost_host, use_compilation_cache
-from train.run.save_model import MODEL, save_model
+from train.run.runtime import MODEL, join_hosts, leaving_with_a_lost_host, use_compilation_cache
+from train.run.save_model import save_model
 from train.run.setup import Setup, continuation, introduction, make_trainer, prepare
 
 

@@ -11,6 +11,7 @@ import jax
 
 from se_flax.errors import UserError
 
+MODEL = "model"  # folder of the saved network in the work directory
 # What errors of collectives and barriers say when another process is gone: Gloo, NCCL, JAX's coordination service.
 _LOST = re.compile(
     r"gloo|nccl|unavailable|deadline.?exceeded|connection (reset|closed|refused)|socket closed|coordination|heartbeat"

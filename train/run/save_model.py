@@ -10,8 +10,6 @@ from train.build import network_attributes
 from train.config import Config
 from train.run.evaluate import Result
 
-MODEL = "model"
-
 
 def save_model(
     folder: Path,

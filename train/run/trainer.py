@@ -79,7 +79,7 @@ class Trainer:
         self._position = self.feed.loader.get_state()
 
     def train(self) -> bool:
-        """Runs to the last step; False when a signal stopped it before."""
+        """Runs to the last step, and returns when its checkpoint is whole; False when a signal stopped it before."""
         with stop_signals() as stop:
             completed = False
             try:
@@ -91,6 +91,7 @@ class Trainer:
                 with self._rolling_back():
                     if self.saved != (self.step, self.progress.left()):
                         self.save(None)
+            self.checkpoints.finish()  # here, where the first signal does not end the program
         return completed
 
     def _train(self, stop: Stop) -> None:
