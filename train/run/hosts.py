@@ -59,8 +59,8 @@ def arrays_from_first(tree: PyTree) -> PyTree:
 
 
 def _array_from_first(x: Any) -> np.ndarray:
-    x = np.ascontiguousarray(x)
-    data = x.reshape(-1).view(np.uint8)
+    x = np.asarray(x)
+    data = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     pieces = [_sent(data[start : start + _PIECE]) for start in range(0, data.size, _PIECE)]
     received = np.concatenate(pieces) if pieces else data
     return received.view(x.dtype).reshape(x.shape)
