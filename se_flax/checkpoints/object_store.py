@@ -18,6 +18,7 @@ SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _WAITS = (1.0, 4.0)
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60
 _THREADS = 8
+_COPIES = 3
 # What another attempt does not change. Status codes of gcsfs's `HttpError`; other libraries raise types of their own.
 _FINAL_CODES = ("400", "401", "403", "404")
 _CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "RefreshError")
@@ -56,12 +57,12 @@ class ObjectStore:
         except Exception as error:
             raise self._failed("opened", error) from error
 
-    def find(self) -> dict[str, int]:
-        """All names with their sizes in bytes; empty if there are none."""
+    def find(self, folder: str = "") -> dict[str, int]:
+        """All names, or those in one folder, with their sizes in bytes; empty if there are none."""
 
         def listed() -> dict[str, int]:
             self._fs.invalidate_cache()
-            found = self._fs.find(self._root, detail=True)
+            found = self._fs.find(self._path(folder).rstrip("/"), detail=True)
             prefix = len(self._root) + 1
             return {path[prefix:]: int(info["size"]) for path, info in found.items() if path[prefix:]}
 
@@ -91,18 +92,27 @@ class ObjectStore:
         return True
 
     def upload(self, folder: Path, names: Iterable[str], to: str = "") -> None:
-        """Copies local files.
+        """Copies local files, and compares the sizes of what is there afterwards.
 
         Args:
           folder: where they are.
           names: relative to it.
-          to: put before the names.
+          to: put before the names: a folder that ends with `/`, or nothing.
         """
 
         def one(name: str) -> None:
             self._tried(f"written ({to}{name})", lambda: self._fs.put_file(str(folder / name), self._path(to + name)))
 
-        self._all(one, names)
+        left = list(names)
+        for _ in range(_COPIES):
+            self._all(one, left)
+            if not to:
+                return
+            there = self.find(to)
+            left = [name for name in left if there.get(to + name) != (folder / name).stat().st_size]
+            if not left:
+                return
+        raise self._failed(f"written ({to}{left[0]})", OSError("the server took it and does not have it"))
 
     def download(self, names: Mapping[str, int], folder: Path, strip: str = "") -> None:
         """Copies objects into a local folder.

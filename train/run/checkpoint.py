@@ -14,11 +14,9 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -28,45 +26,15 @@ from se_flax.errors import UserError
 from train.run import seal
 from train.run.hosts import arrays_from_first, from_first, is_first
 from train.run.non_finite import NonFinite
+from train.run.saved_state import Restored, State, abstract, arrays_of, orbax_writer, placed
 from train.run.store import Store
 from train.run.write_errors import error_number, newest_whole, silence_background_errors, unwritten
 
 PyTree = Any
-State = flax.struct.PyTreeNode  # `train.run.step.TrainState`, or another one
 # The newest checkpoint is known to be good when the loss of the step after it was finite. Until then, the one before
 # is the good one.
 _LEAST = 2
 _REPLACED = "-replaced"
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint held.
-
-    Attributes:
-      step: its number.
-      state: the training state, on the devices of the state it was restored like.
-      data: the position in the training data.
-      run: settings and class names.
-      skipped: one sentence for each checkpoint that was damaged.
-    """
-
-    step: int
-    state: Any
-    data: dict[str, Any]
-    run: dict[str, Any]
-    skipped: tuple[str, ...]
-
-    def lines(self) -> Iterator[str]:
-        """What a person should know about it."""
-        for text in self.skipped:
-            yield f"warning: {text}"
-        yield f"resuming from step {self.step:,}"
-
-
-def _tree(state: State) -> dict[str, PyTree]:
-    """The state as a dictionary without the parts it does not have."""
-    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 class Checkpoints:
@@ -94,7 +62,7 @@ class Checkpoints:
         self._saving: tuple[int, threading.Thread | None] | None = None
         self._error: BaseException | None = None
         silence_background_errors()
-        self._writer = _orbax() if is_first() else None
+        self._writer = orbax_writer() if is_first() else None
         self._learn(from_first(self._look))
 
     def _look(self) -> list[tuple[int, float | None]]:
@@ -166,7 +134,7 @@ class Checkpoints:
         if self._writer is None:
             self._saving = step, None
             return
-        tree = _tree(state)
+        tree = arrays_of(state)
         if jax.process_count() > 1:  # Orbax would wait for the devices of other hosts
             tree = jax.tree.map(np.asarray, tree)
         with self._writing(step):
@@ -298,7 +266,7 @@ class Checkpoints:
         self.finish()
         # Every host needs arrays to receive into; one host reads them where they belong.
         several = jax.process_count() > 1
-        read = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if several else _abstract(x), _tree(like))
+        read = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if several else abstract(x), arrays_of(like))
 
         def answer() -> dict[str, Any] | None:
             nonlocal read
@@ -313,7 +281,7 @@ class Checkpoints:
         self._learn(said["whole"])
         items = arrays_from_first(read)
         if several:
-            items = jax.tree.map(_placed, _tree(like), items)
+            items = jax.tree.map(placed, arrays_of(like), items)
         return Restored(said["step"], like.replace(**items), said["data"], said["run"], tuple(said["skipped"]))
 
     def _newest(self, template: PyTree, before: int | None) -> tuple[dict[str, Any], PyTree] | None:
@@ -368,7 +336,7 @@ class Checkpoints:
 
     def _refuse_non_finite(self, step: int, state: State) -> None:
         """Parameters, statistics and their averages must be finite. The optimizer's own state may hold infinities."""
-        parts = {name: tree for name, tree in _tree(state).items() if name != "opt_state"}
+        parts = {name: tree for name, tree in arrays_of(state).items() if name != "opt_state"}
         # On the host, which gets a copy for the checkpoint anyway: a program for hundreds of arrays compiles slowly.
         if all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(parts)):
             return
@@ -408,27 +376,6 @@ class Checkpoints:
         with contextlib.suppress(UserError):  # the checkpoint under way may be whole
             self._join()
         return unwritten(error.errno, str(error.filename or "a file of the run"), self.newest())
-
-
-def _orbax() -> ocp.AsyncCheckpointer:
-    """Orbax on the first host alone: it waits for no other one."""
-    options = ocp.options.MultiprocessingOptions()
-    if jax.process_count() > 1:
-        options = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=options)),
-        # A folder that cannot be made is an error at once; in a thread, others would wait minutes for it.
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        multiprocessing_options=options,
-    )
-
-
-def _placed(like: jax.Array, values: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(like.shape, like.sharding, values.__getitem__)
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _first_line(error: BaseException) -> str:
