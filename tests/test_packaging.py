@@ -125,7 +125,8 @@ def _packages(needs):
 # Where a package is imported by another name than it is installed by.
 IMPORTED_AS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "absl": "absl-py"}
 # Imported where they are needed, with a sentence of their own where they are missing.
-OPTIONAL = {"gcsfs", "aiohttp", "s3fs", "matplotlib", "onnx", "onnxruntime", "tensorflow", "torch", "simplejpeg", "cykooz"}
+OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "tensorflow", "torch", "simplejpeg", "cykooz"}
+OPTIONAL |= {"aiohttp", "gcsfs", "s3fs"}
 
 
 def imported_by(package):
