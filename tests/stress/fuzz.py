@@ -75,7 +75,12 @@ def fuzz(name: str, options: argparse.Namespace) -> Result:
         work = Path(tempfile.mkdtemp(prefix="se-flax-fuzz-", dir=_memory_folder()))
         words = {"target": name, "inputs": options.inputs - result.inputs, "seconds": left, "work": work}
         words |= {"seed": options.seed + start, "findings": options.findings.absolute()}
-        command = [sys.executable, "-m", "tests.stress.fuzz_child", *(f"--{key}={value}" for key, value in words.items())]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.stress.fuzz_child",
+            *(f"--{key}={value}" for key, value in words.items()),
+        ]
         command += ["--random"] * options.random + [f"--known={key}" for key in result.findings]
         with (work / "output").open("wb") as output:
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
@@ -145,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {','.join(TARGETS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", action="store_true", help="without coverage, also where atheris is installed")
-    parser.add_argument("--findings", type=Path, default=Path("runs/fuzz"), help="folder that gets inputs and tracebacks")
+    parser.add_argument(
+        "--findings", type=Path, default=Path("runs/fuzz"), help="folder that gets inputs and tracebacks"
+    )
     parser.add_argument("--write", type=Path, help="page that gets the table")
     options = parser.parse_args(argv)
     names = options.targets.split(",")

@@ -19,10 +19,63 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 NUMBERS = (0, 1, -1, 2, 127, 255, 65_535, 2**31 - 1, 2**31, 2**32 - 1, 10**9, 10**12, 2**62, 2**63 - 1, 2**63, 2**64)
 TEXTS = (
-    *("", " ", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "\x00", "\n", "\x1b[31m", "\u202e", "é", "e\u0301", "日本"),
-    *("\ud800", "\udcff", "٣", "²", "ß", "İ", "𝟙", "-1", "1e400", "nan", "inf", "0x10", "1_0", "None", "null", "true", "x" * 5000),
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "../x",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "\x00",
+        "\n",
+        "\x1b[31m",
+        "\u202e",
+        "é",
+        "e\u0301",
+        "日本",
+    ),
+    *(
+        "\ud800",
+        "\udcff",
+        "٣",
+        "²",
+        "ß",
+        "İ",
+        "𝟙",
+        "-1",
+        "1e400",
+        "nan",
+        "inf",
+        "0x10",
+        "1_0",
+        "None",
+        "null",
+        "true",
+        "x" * 5000,
+    ),
     *("float32", "object", "dtype", "class", "arguments", "SqueezeExcite", "__class__", "seresnet50", "n01440764"),
-    *("(", "[", "{", "((((", "'", '"', ",", ":", "=", "-", "--", "%s", "{0}", "$HOME", "`id`", "os.system", "1:2:3", "0:1:1"),
+    *(
+        "(",
+        "[",
+        "{",
+        "((((",
+        "'",
+        '"',
+        ",",
+        ":",
+        "=",
+        "-",
+        "--",
+        "%s",
+        "{0}",
+        "$HOME",
+        "`id`",
+        "os.system",
+        "1:2:3",
+        "0:1:1",
+    ),
 )
 ODD: tuple[Any, ...] = (
     *NUMBERS,
@@ -136,7 +189,22 @@ def _safetensors(data: bytes, rng: random.Random) -> bytes:
 safetensors = sometimes_blind(_safetensors)
 """Changes the JSON of the header, whose length stays right."""
 
-_DESCRIPTIONS = ("<f4", ">f8", "|b1", "|O", "<U9", "|V2", "<c8", "|S3", "[('a', '<f4')]", "<M8[s]", "<f2", "|i1", "{}", "<i9")
+_DESCRIPTIONS = (
+    "<f4",
+    ">f8",
+    "|b1",
+    "|O",
+    "<U9",
+    "|V2",
+    "<c8",
+    "|S3",
+    "[('a', '<f4')]",
+    "<M8[s]",
+    "<f2",
+    "|i1",
+    "{}",
+    "<i9",
+)
 
 
 def _npy(data: bytes, rng: random.Random) -> bytes:
@@ -146,7 +214,9 @@ def _npy(data: bytes, rng: random.Random) -> bytes:
     if kind == 0:
         text = re.sub(r"'descr': [^,]*", lambda _: f"'descr': {rng.choice(_DESCRIPTIONS)!r}", text)
     elif kind <= 2:
-        sizes = [rng.choice([*NUMBERS, 3, 4, 5, "True", "1.0", "'a'", "()"]) for _ in range(rng.choice((0, 1, 2, 3, 33, 70)))]
+        sizes = [
+            rng.choice([*NUMBERS, 3, 4, 5, "True", "1.0", "'a'", "()"]) for _ in range(rng.choice((0, 1, 2, 3, 33, 70)))
+        ]
         text = re.sub(r"'shape': \([^)]*\)", f"'shape': ({''.join(f'{size},' for size in sizes)})", text)
     elif kind == 3:
         text = text.replace("False", rng.choice(("True", "0", "None", "[]")))
@@ -202,7 +272,12 @@ def zipped(member: Callable[[str], Mutation], share: float = 0.3) -> Mutation:
             content[at] = (name, content[other][1])
         else:
             content[at] = (name, member(name)(raw, rng))
-        methods = (zipfile.ZIP_STORED,) * 6 + (zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        methods = (zipfile.ZIP_STORED,) * 6 + (
+            zipfile.ZIP_DEFLATED,
+            zipfile.ZIP_DEFLATED,
+            zipfile.ZIP_BZIP2,
+            zipfile.ZIP_LZMA,
+        )
         return archive(content, rng.choice(methods))
 
     return sometimes_blind(mutate, share)
