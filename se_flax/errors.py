@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-
 MOST = 4000  # characters of a message
 # Characters that end a line, or that a terminal acts on; surrogates, which no stream can write.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -171,7 +171,7 @@ def test_an_archive_that_declares_more_than_it_holds_is_refused_without_memory(t
     np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**12, 2)})
     with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
         archive.writestr("a_ids.npy", header.getvalue())
-    with pytest.raises(UserError, match="'a_ids' declares shape .*, which its bytes cannot hold"):
+    with pytest.raises(UserError, match=r"'a_ids' declares shape .*, which its bytes cannot hold"):
         open_table(f"npz:{tmp_path}/t.npz:a", Data())
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_csv_file_is_one_sentence(tmp_path, name, raw, message):
 @pytest.mark.parametrize("delimiter", ["", ",,", '"', "\n"])
 def test_a_delimiter_is_one_character(tmp_path, delimiter):
     data = csv_data(tmp_path / "t.csv", delimiter=delimiter)
-    with pytest.raises(UserError, match="got data.delimiter=.*; give one character"):
+    with pytest.raises(UserError, match=r"got data\.delimiter=.*; give one character"):
         open_table(data.train, data)
 
 

@@ -2,9 +2,10 @@
 
 Command: make fuzz, which is python -m tests.stress.fuzz --inputs=10000 --write=docs/reliability.md
 
-Each format (`fuzz_targets`) has a process of its own (`fuzz_child`), with little memory and an audit hook. A finding is
-any exception but `UserError`, a message of several lines, memory or time beyond the bounds, a crash, and whatever starts
-a program, executes code, connects, or writes outside the input's folder. Its input and traceback are files in --findings.
+Each format (`fuzz_targets`) has a process of its own (`fuzz_child`), with little memory and an audit hook. A finding
+is any exception but `UserError`, a message of several lines, memory or time beyond the bounds, a crash, and whatever
+starts a program, executes code, connects, or writes outside the input's folder. Its input and traceback are files in
+--findings.
 """
 
 import argparse
@@ -158,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"unknown --targets={','.join(unknown)}; allowed: {', '.join(TARGETS)}")
-    begun, results = time.monotonic(), []
+    guided = not options.random and bool(_version("atheris"))
+    begun, results, text = time.monotonic(), [], ""
     for name in names:
         result = fuzz(name, options)
         results.append(result)
@@ -166,11 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
         for finding in result.findings:
             print(f"  {finding}", flush=True)
-    guided = not options.random and bool(_version("atheris"))
-    text = as_table(results, seed=options.seed, guided=guided, minutes=(time.monotonic() - begun) / 60)
+        text = as_table(results, seed=options.seed, guided=guided, minutes=(time.monotonic() - begun) / 60)
+        if options.write:
+            table.write(options.write, text, BEGIN, FINISH)
     print(text)
-    if options.write:
-        table.write(options.write, text, BEGIN, FINISH)
     return 1 if any(result.findings for result in results) else 0
 
 

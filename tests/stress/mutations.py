@@ -43,7 +43,7 @@ TEXTS = (
         "²",
         "ß",
         "İ",
-        "𝟙",
+        "\N{MATHEMATICAL DOUBLE-STRUCK DIGIT ONE}",
         "-1",
         "1e400",
         "nan",
@@ -336,7 +336,7 @@ table = sometimes_blind(_table, 0.15)
 _CRC32C = []
 for _byte in range(256):
     for _ in range(8):
-        _byte = _byte >> 1 ^ (0x82F63B78 if _byte & 1 else 0)  # noqa: PLW2901
+        _byte = _byte >> 1 ^ (0x82F63B78 if _byte & 1 else 0)
     _CRC32C.append(_byte)
 
 
