@@ -10,7 +10,7 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart trained test test-fast test-newest stress lint types check docs package clean
+.PHONY: help quickstart trained test test-fast test-newest stress fuzz lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
 	@echo "make lint types    ruff; mypy"
 	@echo "make stress        kill trainings 200 times, compare what they leave, and write docs/reliability.md"
+	@echo "make fuzz          give every reader of foreign files 10,000 mutated inputs, and write docs/reliability.md"
 	@echo "make check         lint, types, test"
 	@echo "make docs          build the documentation into site/, strictly (open site/index.html)"
 	@echo "make package       build wheel and source distribution into dist/, install the wheel afresh and run it"
@@ -56,6 +57,11 @@ SEED ?= 0
 stress: $(VENV)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m tests.stress.kills \
 	  --kills=$(KILLS) --seed=$(SEED) --write=docs/reliability.md
+
+# Coverage-guided where atheris is installed; inputs and tracebacks of findings are in runs/fuzz.
+INPUTS ?= 10000
+fuzz: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.stress.fuzz --inputs=$(INPUTS) --seed=$(SEED) --write=docs/reliability.md
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

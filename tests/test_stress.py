@@ -1,12 +1,15 @@
 """The short form of the stress program (`make stress`): a few kills of a run on a table, and its own comparison."""
 
 import copy
+import json
+import random
 import signal
+import struct
 import sys
 
 import numpy as np
 import pytest
-from stress import kills, table
+from stress import kills, mutations, table
 from stress.child import End
 from stress.compare import Left, batches_of, differences
 
@@ -88,3 +91,12 @@ def test_the_table_is_written_between_its_lines(tmp_path):
     assert text.startswith(f"before\n{table.BEGIN}") and text.endswith(f"{table.FINISH}after\n") and "old" not in text
     assert "seed 3, 2 minutes: **2 ends in 1 runs, 1 differences, 7 bytes lost.**" in text
     assert "| a save | 0 | 1 | 0 | 3 |\n| SIGTERM | 1 | 0 | 1 | 0 |" in text and "2.5 s at most" in text
+
+
+def test_mutations_keep_lengths_and_checksums():
+    assert mutations.crc32c(b"123456789") == 0xE3069283  # RFC 3720, appendix B.4
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(4)
+    changed = [mutations.safetensors(data, random.Random(seed)) for seed in range(20)]
+    assert sum(bytes(4) == each[8 + int.from_bytes(each[:8], "little") :] for each in changed) >= 5
+    assert len(set(changed)) >= 15

@@ -44,10 +44,10 @@ def of(ended: Sequence[Any], runs: int, wrong: Mapping[int, Sequence[Any]], *, s
     return "\n".join(lines) + "\n"
 
 
-def write(page: Path, text: str) -> None:
-    """Replaces the part of a page that this program writes."""
-    head, begin, rest = page.read_text().partition(BEGIN)
-    _, finish, tail = rest.partition(FINISH)
+def write(page: Path, text: str, first: str = BEGIN, last: str = FINISH) -> None:
+    """Replaces the part of a page between two lines."""
+    head, begin, rest = page.read_text().partition(first)
+    _, finish, tail = rest.partition(last)
     if not begin or not finish:
-        raise SystemExit(f"{page} has no place for the table: the lines {BEGIN.strip()} and {FINISH.strip()}")
-    page.write_text(f"{head}{BEGIN}\n{text}\n{FINISH}{tail}")
+        raise SystemExit(f"{page} has no place for the table: the lines {first.strip()} and {last.strip()}")
+    page.write_text(f"{head}{first}\n{text}\n{last}{tail}")

@@ -3,6 +3,8 @@
 A recipe (`configs/ctr_<name>.py`) builds a `Config` in `get_config()`; the command line overrides single fields.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -160,6 +162,9 @@ def check(config: Config) -> None:
         )
 
 
+_MOST_COLUMNS = 100_000
+
+
 def expand(names: str) -> tuple[str, ...]:
     """Column names from a setting.
 
@@ -170,13 +175,15 @@ def expand(names: str) -> tuple[str, ...]:
       The names in order.
 
     Raises:
-      UserError: a range that ends before it starts, or a name given twice.
+      UserError: a range that ends before it starts, a name given twice, or more names than a table has.
     """
     found: list[str] = []
     for part in (p.strip() for p in names.split(",")):
         if part:
             found.extend(_range(part))
-    twice = sorted({name for name in found if found.count(name) > 1})
+        if len(found) > _MOST_COLUMNS:
+            raise UserError(f"{names!r:.80} names over {_MOST_COLUMNS:,} columns; name those of the file")
+    twice = sorted(name for name, count in Counter(found).items() if count > 1)
     if twice:
         raise UserError(f"column {twice[0]!r} is named twice in {names!r}; name each column once")
     return tuple(found)
@@ -186,8 +193,9 @@ def _range(part: str) -> Sequence[str]:
     first, dash, last = part.partition("-")
     stem = first.rstrip("0123456789")
     low, high = first[len(stem) :], last[len(stem) :]
-    if not dash or not last.startswith(stem) or not low.isdigit() or not high.isdigit():
+    if not dash or not last.startswith(stem) or not re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", f"{low}-{high}"):
         return [part]
     if int(low) > int(high):
         raise UserError(f"the range of columns {part!r} ends before it starts; write {stem}{high}-{stem}{low}")
-    return [f"{stem}{i}" for i in range(int(low), int(high) + 1)]
+    last_one = min(int(high), int(low) + _MOST_COLUMNS)  # one more than is allowed
+    return [f"{stem}{i}" for i in range(int(low), last_one + 1)]

@@ -8,17 +8,19 @@ import csv
 import glob
 import gzip
 import itertools
-import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from se_flax.checkpoints.files import open_arrays
 from se_flax.errors import UserError, closest
 from train.ctr.config import Data, expand
 
 KINDS = ("csv", "libsvm", "npz")
+_MOST_OF_A_LINE = 1 << 20
 _LABELS = {"0": 0.0, "1": 1.0, "-1": 0.0, "+1": 1.0, "0.0": 0.0, "1.0": 1.0, "-1.0": 0.0}
 
 
@@ -84,6 +86,16 @@ def _label(text: str, where: str, line: int) -> float:
     return value
 
 
+def _rows(lines: Iterable[str], where: str, delimiter: str) -> Iterator[list[str]]:
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(
+            f"line {reader.line_num} of {where} is no CSV ({error}); mend the line, or set data.delimiter"
+        ) from error
+
+
 def read_csv(
     lines: Iterable[str],
     where: str,
@@ -111,7 +123,7 @@ def read_csv(
     Raises:
       UserError: a column that is not there, a row with another number of values, or a label that is none.
     """
-    reader = csv.reader(lines, delimiter=delimiter)
+    reader = _rows(lines, where, delimiter)
     line = 0
     if not names:
         names, line = [name.strip() for name in next(reader, [])], 1
@@ -209,8 +221,15 @@ def _files(pattern: str) -> list[str]:
 
 def _lines(path: str) -> Iterator[str]:
     opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        yield from stream
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            # Not whole lines: a packed file of a megabyte can hold one of a gigabyte.
+            for number, line in enumerate(iter(lambda: stream.readline(_MOST_OF_A_LINE), ""), 1):
+                if len(line) == _MOST_OF_A_LINE:
+                    raise UserError(f"line {number} of {path} is longer than {_MOST_OF_A_LINE:,} characters; mend it")
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); give another, or pack it again") from error
 
 
 def _open_csv(pattern: str, data: Data) -> Table:
@@ -222,6 +241,11 @@ def _open_csv(pattern: str, data: Data) -> Table:
             "data.numeric and data.categorical are empty; name the columns to use, such as --config.data.numeric=I1-I13"
         )
     expand(f"{data.numeric},{data.categorical}")  # a column in both is one too many
+    delimiter = data.delimiter.replace("\\t", "\t")
+    if len(delimiter) != 1 or delimiter in '\r\n"':
+        raise UserError(
+            f"got data.delimiter={data.delimiter!r}; give one character that is no quote and no end of a line"
+        )
 
     def read() -> Iterator[Chunk]:
         for path in files:
@@ -231,7 +255,7 @@ def _open_csv(pattern: str, data: Data) -> Table:
                 names=expand(data.columns),
                 label=data.label,
                 fields=fields,
-                delimiter=data.delimiter.replace("\\t", "\t"),
+                delimiter=delimiter,
                 chunk_rows=data.chunk_rows,
             )
 
@@ -257,16 +281,11 @@ def _open_npz(text: str, data: Data) -> Table:
     if not path:
         raise UserError(f"got npz:{text}; give npz:<path>:<name>, where <name>_ids and <name>_y are arrays of the file")
     wanted = (f"{name}_ids", f"{name}_y")
-    try:
-        with np.load(_files(path)[0], allow_pickle=False) as archive:
-            for array in wanted:
-                if array not in archive:
-                    raise UserError(f"{path} has no array {array!r}; {closest(array, archive.files)}")
-            ids, labels = (archive[array] for array in wanted)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no npz archive of plain arrays; write one with numpy.savez") from error
+    with open_arrays(_files(path)[0]) as archive:
+        for array in wanted:
+            if array not in archive:
+                raise UserError(f"{path} has no array {array!r}; {closest(array, archive)}")
+        ids, labels = (np.asarray(archive[array]) for array in wanted)
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or labels.shape != ids.shape[:1]:
         raise UserError(
             f"{wanted[0]} of {path} is {ids.dtype} {ids.shape} and {wanted[1]} {labels.shape}; "
