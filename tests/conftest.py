@@ -5,6 +5,7 @@ the flops and bytes that it counts, stays. The tests of whole runs compile the s
 processes; their cache lives as long as the test run, so no result depends on an earlier one.
 """
 
+import ctypes
 import os
 import shutil
 import sys
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in slow:
             item.add_marker(pytest.mark.slow)
+
+
+# Bytes in use after a test, from which on memory that was freed goes back to the system: glibc keeps most of it.
+_LARGE = 3e9
+
+
+def pytest_runtest_teardown():
+    statistics = Path("/proc/self/statm")
+    if statistics.exists() and int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _LARGE:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def pytest_unconfigure():
