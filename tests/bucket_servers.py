@@ -127,13 +127,13 @@ class FaultProxy:
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = handle_one
 
             def log_message(self, *args):
-                pass
+                """The tests read `seen` instead."""
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
             def handle_error(self, request, client_address):
-                pass  # of connections that were cut
+                """Connections that were cut are no errors here."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]

@@ -310,6 +310,57 @@ def test_the_lease_of_a_dead_run_expires_and_a_run_that_lost_it_stops(url, anoth
                 save(checkpoints, 4)
 
 
+def test_while_a_run_is_fetched_nothing_of_it_is_copied_back(url, monkeypatch):
+    figures = b"".join(b'{"step": %d, "epoch": 0.1}\n' % step for step in range(100))
+    with bucket.opened(url) as store:
+        (store.folder / "metrics.jsonl").write_bytes(figures)
+    monkeypatch.setattr(lease, "RENEW", 0.02)
+    download = ObjectStore.download
+
+    def slow(self, names, folder, strip=""):
+        if "metrics.jsonl" in names:
+            (folder / "metrics.jsonl").write_bytes(figures[:600])  # half of it has arrived
+            time.sleep(0.5)
+            assert self.read("metrics.jsonl") == figures
+        download(self, names, folder, strip)
+
+    monkeypatch.setattr(ObjectStore, "download", slow)
+    with bucket.opened(url) as store:
+        assert (store.folder / "metrics.jsonl").read_bytes() == figures
+
+
+def test_the_lease_is_renewed_while_a_checkpoint_is_copied(url, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW", 0.02)
+    renewed, upload, during = [], ObjectStore.upload, []
+
+    def slow(self, folder, names, to=""):
+        before = len(renewed)
+        if to:
+            time.sleep(0.5)
+            during.append(len(renewed) - before)
+        upload(self, folder, names, to)
+
+    monkeypatch.setattr(ObjectStore, "upload", slow)
+    monkeypatch.setattr(lease.Lease, "renew", lambda self: renewed.append(1))
+    with bucket.opened(url) as store:
+        checkpoints = checkpoints_of(store)
+        save(checkpoints, 4)
+        checkpoints.close()
+    assert len(during) == 2 and min(during) >= 2
+
+
+def test_a_file_comes_with_its_description(url):
+    objects = ObjectStore(url)
+    for name in ("a.npz", "a.npz.json", "b.npz"):
+        objects.write(name, name.encode())
+    with object_store.local_copy(f"{url}/a.npz", (".npz",), "se_flax.json") as path:
+        assert path.read_text() == "a.npz"
+        assert {each.name for each in path.parent.iterdir()} == {"a.npz", "a.npz.json"}
+    with pytest.raises(UserError, match=r"c\.npz: no such file or folder"):  # noqa: SIM117
+        with object_store.local_copy(f"{url}/c.npz", (".npz",), "se_flax.json"):
+            pass
+
+
 def _unless(event, method):
     def call(self):
         if not event.is_set():

@@ -225,10 +225,11 @@ def local_copy(ref: str, suffixes: tuple[str, ...], manifest: str) -> Iterator[P
         if ref.endswith(suffixes):
             parent, _, name = ref.rpartition("/")
             store = ObjectStore(parent)
-            sizes = {found: size for found, size in store.find().items() if found == name}
+            beside = (name, f"{name}.json")  # the description, see `description.beside`
+            sizes = {found: size for found, size in store.find().items() if found in beside}
             path = Path(temporary) / name
         else:
-            store, sizes, path = ObjectStore(ref), {}, Path(temporary) / ref.rstrip("/").rpartition("/")[2]
+            store, path = ObjectStore(ref), Path(temporary) / ref.rstrip("/").rpartition("/")[2]
             sizes = store.find()
             if manifest not in sizes and f"model/{manifest}" in sizes:
                 sizes = {name: size for name, size in sizes.items() if name.startswith("model/")}

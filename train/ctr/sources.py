@@ -8,6 +8,7 @@ import csv
 import glob
 import gzip
 import itertools
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from se_flax.checkpoints.files import open_arrays
 from se_flax.errors import UserError, closest
 from train.ctr.config import Data, expand
 
@@ -281,11 +281,16 @@ def _open_npz(text: str, data: Data) -> Table:
     if not path:
         raise UserError(f"got npz:{text}; give npz:<path>:<name>, where <name>_ids and <name>_y are arrays of the file")
     wanted = (f"{name}_ids", f"{name}_y")
-    with open_arrays(_files(path)[0]) as archive:
-        for array in wanted:
-            if array not in archive:
-                raise UserError(f"{path} has no array {array!r}; {closest(array, archive)}")
-        ids, labels = (np.asarray(archive[array]) for array in wanted)
+    try:
+        with np.load(_files(path)[0], allow_pickle=False) as archive:
+            for array in wanted:
+                if array not in archive:
+                    raise UserError(f"{path} has no array {array!r}; {closest(array, archive.files)}")
+            ids, labels = (archive[array] for array in wanted)
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no npz archive of plain arrays; write one with numpy.savez") from error
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or labels.shape != ids.shape[:1]:
         raise UserError(
             f"{wanted[0]} of {path} is {ids.dtype} {ids.shape} and {wanted[1]} {labels.shape}; "

@@ -49,7 +49,7 @@ class BucketStore(Store):
         self._lease = lease.Lease(self._bucket)
         self._there: dict[str, int] = {}  # names and sizes in the bucket
         self._sent: Stamps = {}  # of the files that were copied
-        self._pushing = threading.Lock()
+        self._copying = threading.RLock()
         self._over = threading.Event()
         self._lost: UserError | None = None
         self._renewing = threading.Thread(target=self._renew, name="bucket", daemon=True)
@@ -69,15 +69,17 @@ class BucketStore(Store):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._lease.take(say)
         self._renewing.start()
-        self._there = self._bucket.find()
-        chosen, rest = _checkpoints(self._there)
-        self._delete(rest)
-        for step, folder in chosen.items():
-            names = {name: size for name, size in self._there.items() if name.startswith(folder)}
-            self._bucket.download(names, self.folder / CHECKPOINTS / step, strip=folder)
-        files = {n: size for n, size in self._there.items() if "/" not in n and n != lease.NAME and n != "curves.png"}
-        self._bucket.download(files, self.folder)
-        self._sent = {name: _stamp(self.folder / name) for name in files}
+        with self._copying:
+            self._there = self._bucket.find()
+            chosen, rest = _checkpoints(self._there)
+            self._delete(rest)
+            for step, folder in chosen.items():
+                names = {name: size for name, size in self._there.items() if name.startswith(folder)}
+                self._bucket.download(names, self.folder / CHECKPOINTS / step, strip=folder)
+            apart = (lease.NAME, "curves.png")
+            files = {name: size for name, size in self._there.items() if "/" not in name and name not in apart}
+            self._bucket.download(files, self.folder)
+            self._sent = {name: _stamp(self.folder / name) for name in files}
 
     def check(self) -> None:
         """Raises `UserError` if another run has taken the lease."""
@@ -87,28 +89,34 @@ class BucketStore(Store):
     def add(self, checkpoint: Path) -> None:
         """Copies a checkpoint, and the figures before it."""
         self.check()
-        self.push()
-        step = checkpoint.name
-        old = [name for name in self._there if (found := _VERSION.match(name)) and found[1] == step]
-        version = 1 + max((int(_VERSION.match(name)[2] or 0) for name in old), default=-1)  # type: ignore[index]
-        to = f"{CHECKPOINTS}/{step}{f'.{version}' if version else ''}/"
-        names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-        self._upload(checkpoint, [name for name in names if name != seal.SEAL], to)
-        self._upload(checkpoint, [seal.SEAL], to)
-        self._delete(old)
+        with self._copying:
+            self.push()
+            old = self._copies(checkpoint)
+            version = 1 + max((version for version, _ in old.values()), default=-1)
+            to = f"{CHECKPOINTS}/{checkpoint.name}{f'.{version}' if version else ''}/"
+            names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+            self._upload(checkpoint, [name for name in names if name != seal.SEAL], to)
+            self._upload(checkpoint, [seal.SEAL], to)
+            self._delete(list(old))
 
     def remove(self, checkpoint: Path) -> None:
         """Deletes a checkpoint's copy."""
-        self._delete([n for n in self._there if (found := _VERSION.match(n)) and found[1] == checkpoint.name])
+        with self._copying:
+            self._delete(list(self._copies(checkpoint)))
 
     def move(self, checkpoint: Path, place: Path) -> None:
         """Moves a checkpoint's copy."""
         to = place.relative_to(self.folder.absolute()).as_posix() + "/"
-        old = [n for n in self._there if (found := _VERSION.match(n)) and found[1] == checkpoint.name]
-        for name in old:
-            folder = _VERSION.match(name)[0]  # type: ignore[index]
-            self._bucket.copy([name], folder, to)
-        self._delete(old)
+        with self._copying:
+            old = self._copies(checkpoint)
+            for folder in {folder for _, folder in old.values()}:
+                self._bucket.copy([name for name in old if name.startswith(folder)], folder, to)
+            self._delete(list(old))
+
+    def _copies(self, checkpoint: Path) -> dict[str, tuple[int, str]]:
+        """Names of a step's objects in the bucket, with number and folder of the copy that they belong to."""
+        found = {name: _VERSION.match(name) for name in self._there}
+        return {n: (int(m[2] or 0), m[0]) for n, m in found.items() if m is not None and m[1] == checkpoint.name}
 
     def push(self) -> None:
         """Copies all other files that have changed since they were copied.
@@ -116,7 +124,7 @@ class BucketStore(Store):
         Raises:
           UserError: the bucket cannot be written.
         """
-        with self._pushing:
+        with self._copying:
             now = {}
             for path in self.folder.rglob("*"):
                 name = path.relative_to(self.folder).as_posix()
@@ -141,6 +149,8 @@ class BucketStore(Store):
             return
         self._delete([n for n in self._there if n == manifest or (n.startswith(f"{top}/") and n not in inside)])
         self._send({name: changed.pop(name) for name in inside & changed.keys() - {manifest}})
+        if last:  # it was deleted above
+            changed[manifest] = now[manifest]
 
     def _send(self, files: Stamps) -> None:
         for name, stamp in files.items():
@@ -175,12 +185,17 @@ class BucketStore(Store):
         while not self._over.wait(lease.RENEW):
             try:
                 self._lease.renew()
-                self.push()
+                # Not while a checkpoint is copied, which may take longer than the lease lasts.
+                if self._copying.acquire(blocking=False):
+                    try:
+                        self.push()
+                    finally:
+                        self._copying.release()
                 failed = False
+            except lease.InUse as error:
+                self._lost = error
+                return
             except UserError as error:
-                if "another run" in str(error):
-                    self._lost = error
-                    return
                 if not failed:
                     say(f"warning: {error}")
                 failed = True

@@ -17,6 +17,10 @@ RENEW, EXPIRES = 10.0, 60.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
+class InUse(UserError):
+    """Another run has the lease."""
+
+
 class Lease:
     """The lock object of a folder in a bucket.
 
@@ -44,7 +48,8 @@ class Lease:
           say: is told what is waited for.
 
         Raises:
-          UserError: another run renews its lease, or the bucket cannot be written.
+          InUse: another run renews its lease.
+        UserError: the bucket cannot be written.
         """
         # Not every server knows writes that must not replace anything, so it is asked first and afterwards.
         while (other := self._read()) is not None or not self._store.write(NAME, self._text(), new=True):
@@ -69,7 +74,7 @@ class Lease:
         """Tells other runs that this one is alive.
 
         Raises:
-          UserError: another run has taken the lease, since this one was silent for too long.
+          InUse: another run has taken the lease, since this one was silent for too long.
         """
         other = self._read()
         if other is not None and other.get("run") != self._said["run"]:
@@ -95,8 +100,8 @@ class Lease:
             said = {}
         return said if isinstance(said, dict) or said is None else {}
 
-    def _in_use(self, other: dict[str, object] | None) -> UserError:
-        return UserError(
+    def _in_use(self, other: dict[str, object] | None) -> InUse:
+        return InUse(
             f"another run is using {self._store.url}{_holder(other or {})}; wait for its end or stop it, or use "
             "another --workdir"
         )
