@@ -4,9 +4,24 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+MOST = 4000  # characters of a message
+# Characters that end a line, or that a terminal acts on; surrogates, which no stream can write.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(ValueError):
-    """An error that the user can correct. The command lines print it as one line, without a traceback."""
+    """An error that the user can correct. The command lines print it as one line, without a traceback.
+
+    A message may quote a foreign file: ends of lines become blanks, other control characters `?`, and of more than
+    `MOST` characters the middle is left out.
+
+    Args:
+      message: one sentence.
+    """
+
+    def __init__(self, message: object):
+        text = _CONTROL.sub("?", re.sub(r"[\r\n]+", " ", str(message)))
+        super().__init__(text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 3 :]}")
 
 
 def respelled(text: str, names: Mapping[str, str]) -> str:

@@ -307,6 +307,16 @@ def test_odd_values_in_timms_description_are_one_sentence_or_without_effect(tmp_
             locate(tmp_path)
 
 
+def test_a_message_that_quotes_a_file_is_one_printable_line(tmp_path):
+    for architecture in ("a\x1b[31m\nb\u202e\ud800", "x" * 100_000):
+        (tmp_path / "se_flax.json").write_text(json.dumps({"format": 1, "architecture": architecture}))
+        with pytest.raises(UserError, match="unknown model") as caught:
+            locate(tmp_path)
+        text = str(caught.value)
+        assert text.isprintable() and len(text) < 4000
+    assert str(UserError("a\x1b[31m\r\nb\u202e\ud800é")) == "a?[31m b??é"
+
+
 # ---- what a file's name says
 
 

@@ -92,6 +92,17 @@ def test_a_claimed_size_is_not_allocated(tmp_path):
     assert done.stdout.split() == ["refused"] * len(paths), done.stderr
 
 
+def test_a_length_in_a_bare_pickle_is_not_allocated(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"\x80\x02X" + struct.pack("<I", (1 << 31) - 1) + b"abc")
+    tracemalloc.start()
+    refuses(path, "PyTorch finds no plain arrays in it")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 256 << 20, peak
+
+
 def test_a_shape_that_numpy_cannot_count_is_refused(tmp_path):
     path = tmp_path / "w.npz"
     path.write_bytes(raw_npz((0, 2**62, 2**62), b""))

@@ -1,6 +1,7 @@
 """Readers of single files: safetensors, NumPy, HDF5, PyTorch."""
 
 import importlib
+import mmap
 import re
 import warnings
 import zipfile
@@ -171,9 +172,11 @@ def open_torch(source: Source) -> ArrayFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats, which the user of a published file cannot change
-            # Only the ZIP format can be memory-mapped.
-            mapped = zipfile.is_zipfile(source.path)
-            content = torch.load(source.path, map_location="cpu", weights_only=True, mmap=mapped)
+            # PyTorch maps only the ZIP format. It reads the others with the lengths that they declare, for which a file
+            # object would allocate memory; a mapped file gives no more bytes than there are.
+            zipped = zipfile.is_zipfile(source.path)
+            file: Any = source.path if zipped else _mapped(source)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         # PyTorch's own message advises weights_only=False, which executes code in the file.
         needs = re.search(r"GLOBAL `?([\w.]+)", str(error))
@@ -200,6 +203,11 @@ def open_torch(source: Source) -> ArrayFile:
         dtype = str(value.dtype).removeprefix("torch.")
         arrays[name] = lazy(source, name, value.shape, dtype, partial(_read_torch, torch, name, value))
     return ArrayFile(arrays)
+
+
+def _mapped(source: Source) -> mmap.mmap:
+    with source.path.open("rb") as stream:
+        return source.closing.enter_context(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _read_torch(torch: Any, name: str, value: Any) -> np.ndarray:

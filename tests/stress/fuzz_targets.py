@@ -14,25 +14,30 @@ from typing import Any
 
 import h5py
 import numpy as np
-from PIL import Image
 
 import se_flax
 from se_flax.checkpoints import description, orbax, resolve
-from se_flax.checkpoints.files import open_arrays, write_arrays
-from se_flax.cli.labelled import labelled_images
+from se_flax.checkpoints.files import write_arrays
 from se_flax.errors import UserError
 from se_flax.images.class_names import ClassNames
 from se_flax.images.preprocess import Preprocess
 from train import validate
 from train.cli import parse
-from train.config import Data
 from train.ctr import config as ctr_config
 from train.ctr.encode import fit
 from train.ctr.sources import open_splits
-from train.data.examples import PrepareEval, PrepareTrain
-from train.data.sources import FolderSource, ImageData
 
 from . import mutations
+from .fuzz_folders import (
+    checkpoint_seeds,
+    folder_seeds,
+    in_checkpoint,
+    pictures,
+    read_all,
+    run_checkpoint,
+    run_folder,
+    run_image,
+)
 
 assert orbax  # imports it for its coverage
 
@@ -70,15 +75,9 @@ def _read(suffix: str) -> Callable[[bytes, Path], None]:
         path.write_bytes(data)
         with contextlib.suppress(UserError):
             description.of_file(path)
-        _read_all(path)
+        read_all(path)
 
     return run
-
-
-def _read_all(path: Path) -> None:
-    with open_arrays(path) as arrays:
-        for array in arrays.values():
-            np.asarray(array)
 
 
 def _written(suffix: str, write: Callable[[Path], None]) -> Callable[[Path], list[bytes]]:
@@ -174,119 +173,6 @@ def _torch_seeds(_: Path) -> list[bytes]:
             torch.save(content, out, _use_new_zipfile_serialization=new)
             found.append(out.getvalue())
     return found
-
-
-# --- Folders: an input is a ZIP archive of their files ----------------------------------------------------------------
-
-
-def _packed(folder: Path) -> bytes:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return mutations.archive([(path.relative_to(folder).as_posix(), path.read_bytes()) for path in files])
-
-
-def _unpack(data: bytes, folder: Path) -> None:
-    """Writes files of an archive; one that a file system cannot have, or that leads out of the folder, is left out."""
-    try:
-        content = mutations.members(data)
-    except Exception as error:
-        raise UserError("no folder") from error
-    for name, raw in content:
-        path = folder / name
-        if ".." in path.parts or not path.is_relative_to(folder):
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if raw.startswith(b"-> "):
-                path.symlink_to(raw[3:].decode())
-            else:
-                path.write_bytes(raw)
-
-
-def _checkpoint_seeds(folder: Path) -> list[bytes]:
-    ocp = importlib.import_module("orbax.checkpoint")
-    found = []
-    tree = {"params": {"stem": {"kernel": ARRAYS["params/stem/kernel"]}}, "batch_stats": {"mean": ARRAYS["half"]}}
-    for ocdbt in (True, False):
-        path = folder / str(ocdbt)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
-            checkpointer.save(path, tree)
-        shutil.rmtree(path / "ocdbt.process_0", ignore_errors=True)  # merged already
-        found.append(_packed(path))
-    return found
-
-
-def _in_checkpoint(name: str) -> mutations.Mutation:
-    if name.endswith(("METADATA", ".zarray", "_sharding")):
-        return mutations.as_json
-    return mutations.sealed if "ocdbt" in name or name.startswith("d/") else mutations.blind
-
-
-def _run_checkpoint(data: bytes, folder: Path) -> None:
-    _unpack(data, folder)
-    _read_all(folder)
-
-
-def _picture(kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).save(out, kind, **options)
-    return out.getvalue()
-
-
-def _pictures() -> list[bytes]:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    kinds = [
-        ("PNG", {}),
-        ("JPEG", {"exif": exif}),
-        ("JPEG", {"progressive": True}),
-        ("BMP", {}),
-        ("GIF", {}),
-        ("PPM", {}),
-    ]
-    kinds += [
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-        ("TIFF", {}),
-        ("AVIF", {}),
-    ]
-    return [_picture(kind, **options) for kind, options in kinds if kind in Image.registered_extensions().values()]
-
-
-def _run_image(data: bytes, folder: Path) -> None:
-    (folder / "1.jpg").write_bytes(data)
-    source = FolderSource(str(folder), ("1.jpg",), (0,))
-    refused = None
-    for crop in ("random_resized", "center", "resize"):
-        settings = Data(image_size=8, train_crop=crop)
-        try:
-            PrepareTrain(source, settings)(0, np.random.default_rng(0))
-            PrepareEval(source, settings)(0)
-        except UserError as error:
-            refused = error
-    if refused:
-        raise refused
-    Preprocess(image_size=8).pixels(folder / "1.jpg")
-
-
-def _folder_seeds(_: Path) -> list[bytes]:
-    small = _picture("PNG")
-    plain = [("cat/1.png", small), ("cat/2.png", small), ("dog/1.png", small), ("dog/x/2.png", small)]
-    split = [(f"{part}/{name}", small) for part in ("train", "val") for name, _ in plain]
-    linked = [*plain, ("dog/link", b"-> ../cat"), ("dog/3.png", b"-> ../cat/1.png"), ("other", b"-> cat")]
-    named = [("n01440764_1.png", small), ("0_1.png", small), ("12_x.JPEG", small)]
-    return [mutations.archive(files) for files in (plain, split, linked, named)]
-
-
-def _run_folder(data: bytes, folder: Path) -> None:
-    _unpack(data, folder)
-    settings = Data(source=f"folder:{folder}", image_size=8, eval_fraction=0.5)
-    for labels in (None, ("cat", "dog"), ("n01440764 tench", "cat", "0")):
-        with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
-            labelled_images(folder, labels, len(labels or "ab"))
-    splits = ImageData(settings).open()
-    for i in range(min(4, len(splits.train))):
-        PrepareTrain(splits.train, settings)(i, np.random.default_rng(i))
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
@@ -445,10 +331,10 @@ TARGETS: dict[str, Target] = {
     "h5": Target(_h5_seeds, _mutate_h5, _read(".h5")),
     "pth": Target(_torch_seeds, mutations.zipped(lambda _: mutations.blind), _read(".pth"), needs="torch"),
     "checkpoint JSON": Target(_json_seeds, mutations.as_json, _run_json),
-    "zarr and OCDBT": Target(_checkpoint_seeds, mutations.zipped(_in_checkpoint, 0.02), _run_checkpoint, 4096),
+    "zarr and OCDBT": Target(checkpoint_seeds, mutations.zipped(in_checkpoint, 0.02), run_checkpoint, 4096),
     "config overrides": Target(_prefixed_seed, mutations.table, _run_overrides),
-    "images": Target(lambda _: _pictures(), mutations.image, _run_image, 2048),
-    "image folders": Target(_folder_seeds, mutations.zipped(lambda _: mutations.image, 0.02), _run_folder),
+    "images": Target(lambda _: pictures(), mutations.image, run_image, 2048),
+    "image folders": Target(folder_seeds, mutations.zipped(lambda _: mutations.image, 0.02), run_folder),
     "label maps": Target(_label_seeds, mutations.as_json, _run_labels),
     "CSV": Target(lambda _: [CSV, _gzip(CSV)], mutations.table, _tables("csv", ".csv")),
     "libsvm": Target(
