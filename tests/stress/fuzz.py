@@ -13,6 +13,7 @@ import datetime
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,11 @@ def fuzz(name: str, options: argparse.Namespace) -> Result:
         ]
         command += ["--random"] * options.random + [f"--known={key}" for key in result.findings]
         with (work / "output").open("wb") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            limit = left + 3 * SECONDS_PER_INPUT
+            try:
+                code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=limit).returncode
+            except subprocess.TimeoutExpired:
+                code = -signal.SIGKILL
         _add(result, work, code, options.findings / f"{name.replace(' ', '_')}-crash-{start}")
         shutil.rmtree(work)
     return result

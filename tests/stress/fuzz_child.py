@@ -150,7 +150,8 @@ class Child:
             error, found = caught, type(caught).__name__
         finally:
             self.guard.watching = False
-            faulthandler.cancel_dump_traceback_later()
+            # What follows has a limit too: the next mutation, in which a library may hang as well.
+            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
         seconds = time.monotonic() - begun
         self.report["seconds"] = max(self.report["seconds"], seconds)
         self.report["inputs"] += 1
