@@ -31,6 +31,7 @@ def test_an_archive_that_declares_more_than_it_holds_is_one_sentence(tmp_path):
         ("t.csv.gz", b"\x1f\x8b\x08" + bytes(30), r"cannot be read \("),
         ("t.csv.gz", b"label", r"cannot be read \(Not a gzipped file"),
     ],
+    ids=["field", "line", "cut", "header", "text"],
 )
 def test_a_damaged_csv_file_is_one_sentence(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)

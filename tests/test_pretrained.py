@@ -182,6 +182,7 @@ def test_every_changed_byte_is_noticed(saved):
         ({"architecture": None}, "has architecture=None; the name of a network is needed"),
         ({"architecture": "seresnet32"}, "does not fit seresnet32; missing: "),
         ({"arguments": {"attention": {"class": "os.system", "arguments": {}}}}, "unknown module 'os.system'"),
+        ({"arguments": {"attention": {"class": ["ECA"], "arguments": {}}}}, r"unknown module \['ECA'\]"),
         ({"arguments": {"attention": {"eval": "1"}}}, "is not an argument of a network"),
         ({"arguments": {"dtype": {"dtype": "object"}}}, "unknown dtype 'object'"),
         ({"arguments": {"depht": 3}}, "has no attribute 'depht'; closest: depth"),

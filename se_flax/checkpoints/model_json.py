@@ -86,7 +86,7 @@ def from_json(data: Any) -> Any:
             raise UserError(f"unknown dtype {data['dtype']!r}; {closest(str(data['dtype']), DTYPES)}")
         return np.dtype(jnp.dtype(data["dtype"]))
     if data.keys() == {"class", "arguments"} and isinstance(data["arguments"], Mapping):
-        if data["class"] not in CLASSES:
+        if data["class"] not in tuple(CLASSES):  # which no kind of value breaks
             raise UserError(f"unknown module {data['class']!r}; {closest(str(data['class']), CLASSES)}")
         cls: Any = CLASSES[data["class"]]
         arguments = {str(key): from_json(item) for key, item in data["arguments"].items()}

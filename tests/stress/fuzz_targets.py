@@ -18,7 +18,7 @@ import numpy as np
 import se_flax
 from se_flax.checkpoints import description, orbax, resolve
 from se_flax.checkpoints.files import write_arrays
-from se_flax.errors import UserError
+from se_flax.errors import MOST, UserError
 from se_flax.images.class_names import ClassNames
 from se_flax.images.preprocess import Preprocess
 from train import validate
@@ -217,7 +217,7 @@ def _run_json(data: bytes, folder: Path) -> None:
 
 def _check(error: UserError) -> None:
     text = str(error)
-    if "\n" in text or len(text) > 3000:
+    if "\n" in text or len(text) > MOST:
         raise AssertionError(f"a message of {len(text)} characters and {len(text.splitlines())} lines") from error
 
 
