@@ -242,6 +242,7 @@ def test_help_names_every_axis_and_flag(capsys):
 def test_seeds_are_a_number_or_a_list():
     words = [f"{RECIPE}:squeeze", "--workdir", "x", *TINY]
     assert read_study([*words, "--seeds", "2"]).seeds == (0, 1)
+    assert read_study([*words, "--seeds=7,"]).seeds == (7,)
     study = read_study([*words, "--seeds=5,3"])
     assert study.seeds == (5, 3)
     config = study.config(study.cells[1], 5)

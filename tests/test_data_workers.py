@@ -62,7 +62,7 @@ def test_workers_end_when_the_program_is_killed(tmp_path):
 def test_a_group_signal_leaves_workers_alone_and_a_dead_one_is_one_sentence():
     loader = train_loader(open_data(DATA), DATA, seed=0, process_index=0, process_count=1)
     try:
-        next(loader)
+        next(loader), next(loader)  # one from each: both have set up their signals
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         for worker in workers:
