@@ -29,7 +29,8 @@ Train every cell of an ablation with several seeds, and write one table.
                              3x3, nosqueeze, attention, all. AXIS@RECIPE takes the settings of configs/RECIPE.py
                              (reduction@imagenet, reduction@cifar100:seresnet110; otherwise cifar10)
   --workdir=DIR              table.md, table.csv and one folder per run, DIR/<cell>/seed<n>
-  --seeds=N                  so many seeds, 0 to N - 1; or the seeds themselves: --seeds=0,3,7 or --seeds=3, (default: 3)
+  --seeds=N                  so many seeds, 0 to N - 1 (default: 3); or the seeds themselves: --seeds=0,3,7, for one of
+                             them --seeds=7,
   --cells=A,B                only these cells of the axis (default: all)
   --results=FILE             a file of finished runs, to which every run adds a line; runs that are in it are not run
                              again. Concatenate the files of several machines to merge them
@@ -150,7 +151,7 @@ def _seeds(text: str) -> tuple[int, ...]:
         numbers = []
     seeds = tuple(range(numbers[0])) if "," not in text and numbers else tuple(numbers)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError(f"got --seeds={text}; give how many (3), different seeds (0,1,2), or one seed (3,)")
+        raise UserError(f"got --seeds={text}; give how many (3), or different seeds (0,1,2; one alone is 7,)")
     return seeds
 
 
