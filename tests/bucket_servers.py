@@ -2,9 +2,11 @@
 
 import contextlib
 import http.client
+import json
 import socket
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BUCKET = "bucket"
@@ -34,15 +36,35 @@ def s3_server():
 @contextlib.contextmanager
 def gcs_server():
     """The port of a GCS server with one bucket."""
-    from gcp_storage_emulator.server import create_server
+    from gcp_storage_emulator import server as emulator
 
     port = free_port()
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    original, emulator._read_data = emulator._read_data, partial(_read_data, emulator, emulator._read_data)
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     try:
         yield port
     finally:
         server.stop()
+        emulator._read_data = original
+
+
+def _read_data(emulator, original, handler, query):
+    """What was sent, with the content of an upload as it is.
+
+    The emulator (2026.7) takes an upload apart as an e-mail. gcsfs ends the content by `\\n`, so that of a file whose
+    last byte is `\\r` that byte is taken for a part of the end of the line: one file in 256 loses a byte.
+    """
+    kind = handler.headers.get("Content-Type", "")
+    if not kind.startswith("multipart/related"):
+        return original(handler, query)
+    data = emulator._decode_raw_data(emulator._read_raw_data(handler), handler)
+    boundary = b"--" + kind.partition("boundary=")[2].strip('"').encode()
+    newline = data[len(boundary) : data.index(b"\n") + 1]
+    start, end = data.index(newline + boundary, 1), data.rindex(newline + boundary)
+    head, _, content = data[start + len(newline + boundary + newline) : end].partition(2 * newline)
+    meta = data[:start].partition(2 * newline)[2]
+    return {"meta": json.loads(meta), "content": content, "content-type": head.partition(b":")[2].strip().decode()}
 
 
 def request(method, port, path, body=None):
