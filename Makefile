@@ -10,7 +10,7 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart trained test test-fast test-newest stress fuzz lint types check docs package clean
+.PHONY: help quickstart trained test test-fast test-newest parity stress fuzz lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test          run the tests (.venv, pinned by constraints.txt)"
 	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
+	@echo "make parity        compare every network with timm's numbers, and write docs/parity.md (an hour or more)"
 	@echo "make lint types    ruff; mypy"
 	@echo "make stress        kill trainings 200 times, compare what they leave, and write docs/reliability.md"
 	@echo "make fuzz          give every reader of foreign files 10,000 mutated inputs, and write docs/reliability.md"
@@ -50,6 +51,11 @@ test-fast: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
+
+# `make test` compares one network of each kind. Reference numbers are in tests/parity; timm is not needed.
+parity: $(VENV)/ready
+	SE_FLAX_ALL=1 $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) tests/test_parity.py
+	$(BIN)/python -m benchmarks.parity --all
 
 # Takes hours on two cores; a failure is repeated by its seed and number, see tests/stress/kills.py.
 KILLS ?= 200

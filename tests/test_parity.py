@@ -1,9 +1,8 @@
 """Every network with reference numbers held against timm's.
 
-Names, shapes, counts and the way back bit for bit; logits and features; and for networks under 30 M parameters loss,
-gradients and batch statistics of one training step. The deepest networks take minutes to compile and differ from others
-in their depth alone: of these the names, shapes and counts, and of the training steps one of each kind, unless
-SE_FLAX_ALL=1 asks for everything. `python -m benchmarks.parity` writes the same comparisons of all of them into
+Names, shapes and counts for all; the way back bit for bit, logits and features for one network of each kind, the
+smallest; and for some of these loss, gradients and batch statistics of one training step. What is left out differs from
+them in widths and depths alone, and is compared as well with SE_FLAX_ALL=1, as in `make parity`, which also writes
 docs/parity.md.
 """
 
@@ -22,15 +21,52 @@ FIXTURES, SPECS = (
 )
 ALL = "SE_FLAX_ALL" in os.environ
 STEPS = [name for name in FIXTURES if "train" in compare.fixture(name)]
-LARGE = 30_000_000
-# Large, and of a kind of which there is no smaller one.
-ONE_OF_A_KIND = {"inception_resnet_v2", "legacy_senet154", "tf_efficientnet_cc_b1_8e"}
-COMPUTED = [name for name in FIXTURES if ALL or name in ONE_OF_A_KIND or compare.fixture(name)["num_params"] <= LARGE]
-# A training step takes ten times as long as an evaluation: one of each kind of network here, all of them on request
-# (and in docs/parity.md).
+KINDS = {
+    "ecaresnet26t",
+    "ecaresnet50d_pruned",
+    "ecaresnext26t_32x4d",
+    "efficientnet_b0",
+    "efficientnet_b0_g8_gn",
+    "efficientnet_b2_pruned",
+    "efficientnet_blur_b0",
+    "efficientnet_cc_b0_4e",
+    "efficientnet_x_b3",
+    "efficientnetv2_rw_t",
+    "fbnetv3_b",
+    "gc_efficientnetv2_rw_t",
+    "hardcorenas_a",
+    "inception_resnet_v2",
+    "inception_v3",
+    "lcnet_035",
+    "legacy_senet154",
+    "legacy_seresnet18",
+    "legacy_seresnext26_32x4d",
+    "mixnet_s",
+    "mobilenetv3_large_100",
+    "mobilenetv3_large_150d",
+    "mobilenetv3_rw",
+    "mobilenetv3_small_050",
+    "regnety_002",
+    "regnety_008_tv",
+    "resnest26d",
+    "semnasnet_050",
+    "seresnet34",
+    "seresnet50",
+    "seresnext26d_32x4d",
+    "skresnet18",
+    "test_efficientnet",
+    "test_efficientnet_evos",
+    "test_efficientnet_gn",
+    "tf_efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "tf_mixnet_s",
+    "tf_mobilenetv3_small_075",
+    "tinynet_e",
+}
+COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
+# A training step takes up to ten times as long as an evaluation.
 CHOSEN = {
     "ecaresnet26t",
-    "efficientnet_b0_g8_gn",
     "hardcorenas_a",
     "lcnet_035",
     "legacy_seresnet18",
@@ -43,7 +79,6 @@ CHOSEN = {
     "test_efficientnet_evos",
     "test_efficientnet_gn",
     "tf_efficientnetv2_b0",
-    "tf_mixnet_s",
     "tinynet_e",
 }
 
@@ -53,6 +88,7 @@ def test_there_are_fixtures_of_every_family():
     with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 11}
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
     assert len(STEPS) == 92
+    assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
