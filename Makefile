@@ -15,7 +15,7 @@ TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2);
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
 	@echo "make trained       train CIFAR-10 to the end with and without SE, and write docs/trained.md"
-	@echo "make test          run the tests (.venv, pinned by constraints.txt)"
+	@echo "make test          run the tests (.venv, pinned by constraints.txt); ORDER=1 shuffles them"
 	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
 	@echo "make parity        compare every network with timm's numbers, and write docs/parity.md (an hour or more)"
@@ -49,8 +49,10 @@ trained: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) -m "not slow"
 
+# ORDER=<number> shuffles the tests.
+ORDER ?=
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
+	SE_FLAX_ORDER=$(ORDER) $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
 
 # `make test` compares one network of each kind. Reference numbers are in tests/parity; timm is not needed.
 parity: $(VENV)/ready

@@ -7,6 +7,7 @@ processes; their cache lives as long as the test run, so no result depends on an
 
 import ctypes
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `make test-fast` leaves out; `tools/slow_tests.py` writes the list."""
+    """Marks what `make test-fast` leaves out (`tools/slow_tests.py` writes the list); with SE_FLAX_ORDER, shuffles.
+
+    Files in random order, and the tests of each file: one by one they would build the fixtures of a file again and
+    again.
+    """
+    if order := os.environ.get("SE_FLAX_ORDER"):
+        random.Random(order).shuffle(items)
+        files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+        items.sort(key=lambda item: files[item.path])
     slow = set((Path(__file__).parent / "slow.txt").read_text().split())
     for item in items:
         if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in slow:

@@ -168,6 +168,34 @@ def test_a_lost_host_ends_the_others_in_one_sentence():
             host.communicate()
 
 
+UNION = """
+import sys
+from train.run.hosts import of_all
+from train.run.runtime import join_hosts
+join_hosts(30)
+import jax
+mine = [{70_000, 3}, {5, 3, 0}][jax.process_index()]
+print(sorted(of_all(mine)), sorted(of_all(mine if 5 in mine else set())), sorted(of_all(set())))
+"""
+
+
+def test_what_each_host_found_is_known_to_all():
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNION],
+            cwd=ROOT,
+            env={**os.environ, **address, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for host in hosts:
+        assert finish(host) == "[0, 3, 5, 70000] [0, 3, 5] []\n"
+
+
 def test_hosts_join_with_the_heartbeat_that_was_set(monkeypatch):
     given = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **keywords: given.update(keywords))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -132,6 +134,23 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert finished.completed and finished.step == STEPS
     assert_same_bits(tmp_path, uninterrupted[0])
     assert figures_of(tmp_path) == figures_of(uninterrupted[0])
+
+
+def test_a_clock_that_jumps_changes_nothing(config, uninterrupted, tmp_path, monkeypatch):
+    """Every look at it finds it ten minutes earlier, and files of the first start are of the future and out of order."""
+    times = itertools.count(time.time(), -600)
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    monkeypatch.setattr(time, "time_ns", lambda: int(next(times) * 1e9))
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        assert run(config, tmp_path).step == 7
+    for number, path in enumerate(sorted(tmp_path.rglob("*"))):
+        os.utime(path, (4e9 - number, 4e9 - number))
+    assert run(config, tmp_path).completed
+    assert_same_bits(tmp_path, uninterrupted[0])
+    assert figures_of(tmp_path) == figures_of(uninterrupted[0])
+    folders = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (tmp_path, uninterrupted[0])]
+    assert folders[0] == folders[1]
 
 
 KILLED = """

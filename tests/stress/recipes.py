@@ -1,6 +1,11 @@
-"""The smallest trainings that have everything: `--config=tests/stress/recipes.py:images`, `:workers` or `:tables`."""
+"""The smallest trainings that have everything, for `--config=tests/stress/recipes.py:KIND` (`get_config`)."""
+
+import dataclasses
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import train.ctr.config
 from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parallel
@@ -57,6 +62,43 @@ def write_table(path) -> None:
     path.write_text("label,I1,C1,C2,C3\n" + rows)
 
 
+def hosts() -> Config:
+    """The image run over all devices of all hosts: the same figures however many there are, so without dropout."""
+    config = images(workers=0)
+    return dataclasses.replace(
+        config,
+        model=Model(name="se_airbench94_050"),
+        data=dataclasses.replace(config.data, eval_batch_size=40, bad_images="skip"),
+        parallel=Parallel(batch_norm="global", distributed=True, heartbeat_seconds=10),
+        compilation_cache="",
+        steps=12,
+        eval_every_epochs=0.5,
+        log_every_steps=1,
+    )
+
+
+HOSTS_IMAGES = 192  # of training, twelve batches; and a third as many of evaluation
+BAD = {"train": (17, 100), "val": (5,)}
+
+
+def write_images(folder: Path) -> list[str]:
+    """Digits as class folders, three of them damaged; names of these."""
+    digits = load_digits()
+    count, damaged = 0, []
+    for split, size in (("train", HOSTS_IMAGES), ("val", HOSTS_IMAGES // 3)):
+        for index in range(size):
+            path = folder / split / str(digits.target[count]) / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[count] * 15).astype(np.uint8)).save(path)
+            if index in BAD[split]:
+                path.write_bytes(path.read_bytes()[:40])
+                damaged.append(path.name)
+            count += 1
+    return damaged
+
+
 def get_config(kind: str):
-    """The settings of a kind of run: images, workers (the same with a data worker) or tables."""
+    """The settings of a kind of run: images, workers (the same with a data worker), hosts or tables."""
+    if kind == "hosts":
+        return hosts()
     return tables() if kind == "tables" else images(workers=int(kind == "workers"))

@@ -59,7 +59,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> float:
 class BadImages:
     """Collects images that could not be read (`data.bad_images="skip"`), for the report at the end of a run.
 
-    Each host collects the images of its own share.
+    Each host collects those of its own share; at the end of a run they are put together.
 
     Attributes:
       train: indices into the training split.

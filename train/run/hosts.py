@@ -1,4 +1,4 @@
-"""What the first host of a run tells the others. It alone reads and writes the work directory."""
+"""What the hosts of a run tell each other. The first one alone reads and writes the work directory."""
 
 import json
 from collections.abc import Callable
@@ -56,6 +56,20 @@ def arrays_from_first(tree: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(_array_from_first, tree)
+
+
+def of_all(found: set[int]) -> set[int]:
+    """The union of the sets of all hosts, on every host. All hosts must call this together.
+
+    Args:
+      found: integers of this host, from 0 to 2^31 - 1.
+    """
+    if jax.process_count() == 1:
+        return found
+    most = int(multihost_utils.process_allgather(np.asarray(len(found), np.int32)).max())
+    padded = np.full(most, -1, np.int32)
+    padded[: len(found)] = sorted(found)
+    return set(np.asarray(multihost_utils.process_allgather(padded)).ravel().tolist()) - {-1}
 
 
 def _array_from_first(x: Any) -> np.ndarray:

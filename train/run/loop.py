@@ -10,6 +10,7 @@ import jax
 from se_flax.runtime import keep_memory
 from train.config import Config
 from train.run.evaluate import Result
+from train.run.hosts import of_all
 from train.run.non_finite import Skips
 from train.run.report import ending, say, write_settings
 from train.run.runtime import MODEL, join_hosts, leaving_with_a_lost_host, use_compilation_cache
@@ -98,6 +99,7 @@ def _run(setup: Setup, started: float) -> Outcome:
     finally:
         setup.loader.close()
         trainer.report.close()
+    setup.bad.train, setup.bad.eval = of_all(setup.bad.train), of_all(setup.bad.eval)
     return Outcome(
         step=trainer.step,
         completed=completed,
