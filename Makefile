@@ -65,6 +65,7 @@ SEED ?= 0
 stress: $(VENV)/ready
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m tests.stress.kills \
 	  --kills=$(KILLS) --seed=$(SEED) --write=docs/reliability.md
+	$(BIN)/python -m tests.stress.hosts --write=docs/reliability.md
 
 # Coverage-guided where atheris is installed; inputs and tracebacks of findings are in runs/fuzz.
 INPUTS ?= 10000

@@ -36,7 +36,7 @@ if importlib.util.find_spec("se_flax") is None:
     if not os.path.exists("se-flax"):
         subprocess.run(["git", "clone", "--depth=1", "https://github.com/se-flax/se-flax"], check=True)
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train{extra}]"], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"./se-flax[train,gcs{extra}]"], check=True
     )
 sys.path.insert(0, os.path.abspath("se-flax"))
 
@@ -100,7 +100,7 @@ print(config.model, config.data, config.optim, sep="\n")
 #
 # Colab ends its machines after some hours. To resume on another one, keep the work directory:
 # - `drive`: on your Google Drive.
-# - `bucket`: here, fetched from the bucket before training and copied there once a minute.
+# - `bucket`: in Google Cloud Storage, which also works where Drive does not: on any machine.
 # - `here`: lost with the machine.
 
 # %%
@@ -108,55 +108,18 @@ KEEP = "drive"  # @param ["drive", "bucket", "here"]
 BUCKET = "gs://your-bucket/se-flax/run"  # @param {type: "string"}
 NAME = "digits"  # @param {type: "string"}
 
-import threading
-from contextlib import contextmanager
-from pathlib import Path
-
-WORKDIR = Path("runs") / NAME
+WORKDIR = f"runs/{NAME}"
 if KEEP == "drive" and IN_COLAB:
     from google.colab import drive
 
     drive.mount("/content/drive")
-    WORKDIR = Path("/content/drive/MyDrive/se-flax") / NAME
-if KEEP == "bucket" and IN_COLAB:
-    from google.colab import auth
+    WORKDIR = f"/content/drive/MyDrive/se-flax/{NAME}"
+if KEEP == "bucket":
+    WORKDIR = BUCKET
+    if IN_COLAB:
+        from google.colab import auth
 
-    auth.authenticate_user()
-
-
-def gcloud(*words, check=True):
-    """Runs `gcloud storage`, which Colab has."""
-    return subprocess.run(["gcloud", "storage", *map(str, words)], check=check, capture_output=True, text=True)
-
-
-@contextmanager
-def mirrored(folder, bucket, seconds):
-    """Fetches what an earlier machine left in the bucket, and copies the folder there again and again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    there = gcloud("ls", bucket, check=False)
-    if there.returncode == 0:
-        gcloud("rsync", "--recursive", bucket, folder)
-    elif "matched no objects" not in there.stderr:  # no right to read it, for example: do not start anew over it
-        raise RuntimeError(there.stderr)
-
-    def copy(check):
-        same = ("--recursive", "--delete-unmatched-destination-objects", "--exclude=.*orbax-checkpoint-tmp.*")
-        gcloud("rsync", *same, folder, bucket, check=check)
-
-    def copy_now_and_then():
-        while not done.wait(seconds):
-            copy(check=False)
-
-    done = threading.Event()
-    copies = threading.Thread(target=copy_now_and_then, daemon=True)
-    copies.start()
-    try:
-        yield
-    finally:
-        done.set()
-        copies.join()
-        copy(check=True)
-
+        auth.authenticate_user()
 
 # %% [markdown]
 # ## Train
@@ -166,12 +129,9 @@ def mirrored(folder, bucket, seconds):
 # raise `config.epochs`; for another run choose another `NAME`.
 
 # %%
-from contextlib import nullcontext
-
 from train.run.loop import run
 
-with mirrored(WORKDIR, BUCKET, seconds=0.1 if SMALL else 60) if KEEP == "bucket" else nullcontext():
-    outcome = run(config, WORKDIR)
+outcome = run(config, WORKDIR)
 print(outcome)
 assert outcome.completed, "not finished: run this cell again to go on"
 
@@ -182,9 +142,10 @@ assert outcome.completed, "not finished: run this cell again to go on"
 # figures are in `metrics.jsonl`, and for TensorBoard in `events/`.
 
 # %%
+from etils import epath
 from IPython.display import Image, display
 
-display(Image(str(WORKDIR / "curves.png")))
+display(Image((epath.Path(WORKDIR) / "curves.png").read_bytes()))
 
 # %% [markdown]
 # ## Load the result

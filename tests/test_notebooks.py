@@ -9,12 +9,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import bucket_servers
 import nbformat
 import pytest
 from PIL import Image
 
+from se_flax.checkpoints.object_store import ObjectStore
 from tools.notebooks import FOLDER, notebook_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,45 +150,6 @@ def test_own_model(tmp_path):
     assert has_a_picture(tmp_path / "losses.png")
 
 
-# `gcloud storage ls` and `rsync` for a bucket that is a folder. After an upload that holds a sealed checkpoint it ends
-# the notebook that called it, where the test says so: a machine that is taken away.
-GCLOUD = """#!{python}
-import os, re, shutil, signal, sys
-from pathlib import Path
-
-storage, verb, *words = sys.argv[1:]
-assert storage == "storage"
-flags = [word for word in words if word.startswith("--")]
-paths = [Path(word.replace("gs:/", "{buckets}")) for word in words if not word.startswith("--")]
-if verb == "ls":
-    if not paths[0].exists():
-        sys.exit("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
-    sys.exit(0)
-assert verb == "rsync" and "--recursive" in flags
-exclude = [re.compile(flag.partition("=")[2]) for flag in flags if flag.startswith("--exclude=")]
-
-
-def files(folder):
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {{path for path in found if not any(pattern.match(str(path)) for pattern in exclude)}}
-
-
-source, target = paths
-failed = False
-for path in sorted(files(source)):
-    (target / path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copyfile(source / path, target / path)
-    except FileNotFoundError:  # an older checkpoint was just deleted
-        failed = True
-if "--delete-unmatched-destination-objects" in flags:
-    for path in files(target) - files(source):
-        (target / path).unlink()
-if "END_MACHINE" in os.environ and any(target.glob("checkpoints/*/digests.json")):
-    os.kill(os.getppid(), signal.SIGKILL)
-sys.exit(failed)
-"""
-
 IN_A_KERNEL = """
 import sys, nbformat, nbclient
 notebook = nbformat.read(sys.argv[1], as_version=4)
@@ -194,35 +158,50 @@ nbformat.write(notebook, sys.argv[1])
 """
 
 
-def test_training_goes_on_from_a_bucket_on_another_machine(tmp_path):
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    (programs / "gcloud").write_text(GCLOUD.format(python=sys.executable, buckets=tmp_path / "buckets"))
-    (programs / "gcloud").chmod(0o755)
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    chosen = ('KEEP = "drive"', 'KEEP = "bucket"')
+def on_a_machine(folder, *command, **more):
+    """Starts a program where no other one has left files."""
+    (folder / "temporary").mkdir(parents=True)
+    env = environment(TMPDIR=str(folder / "temporary"), **more)
+    return subprocess.Popen(
+        [sys.executable, "-c", *command], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
-    first = tmp_path / "first"
-    first.mkdir()
-    script = (FOLDER / "train_on_tpu.py").read_text()
-    assert chosen[0] in script
-    (first / "notebook.py").write_text(script.replace(*chosen))
-    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, "notebook.py"]
-    env = environment(PATH=path, END_MACHINE="1")
-    ended = subprocess.run(command, cwd=first, env=env, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == -9, ended.stdout + ended.stderr
-    bucket = tmp_path / "buckets/your-bucket/se-flax/run"
-    saved = {int(step.name) for step in (bucket / "checkpoints").iterdir() if step.name.isdigit()}
 
-    second = tmp_path / "second"
-    second.mkdir()
+def test_training_goes_on_from_a_bucket_on_another_machine(tmp_path, monkeypatch):
+    with bucket_servers.gcs_server() as port:
+        servers = bucket_servers.environment("gs", port)
+        for name, value in servers.items():
+            monkeypatch.setenv(name, value)
+        go_on_from_a_bucket(tmp_path, f"gs://{bucket_servers.BUCKET}/colab/run", servers)
+
+
+def go_on_from_a_bucket(tmp_path, url, servers):
+    def chosen(text):
+        for old, new in (('KEEP = "drive"', 'KEEP = "bucket"'), ("gs://your-bucket/se-flax/run", url)):
+            text = text.replace(old, new)
+        return text
+
+    first, second, bucket = tmp_path / "first", tmp_path / "second", ObjectStore(url)
+    first.mkdir(), second.mkdir()
+    script = chosen((FOLDER / "train_on_tpu.py").read_text())
+    assert 'KEEP = "bucket"' in script and url in script
+    (first / "notebook.py").write_text(script)
+    run = on_a_machine(first, WITHOUT_TENSORFLOW, "notebook.py", **servers)
+    deadline = time.monotonic() + 600
+    while not any(name.endswith("digests.json") for name in bucket.find()):
+        assert run.poll() is None and time.monotonic() < deadline, run.stderr.read() if run.poll() else ""
+        time.sleep(0.1)
+    run.kill()
+    run.communicate()
+    saved = {int(name.split("/")[1]) for name in bucket.find() if name.endswith("digests.json")}
+
     notebook = nbformat.read(FOLDER / "train_on_tpu.ipynb", as_version=4)
     for cell in notebook.cells:
-        cell.source = cell.source.replace(*chosen)
+        cell.source = chosen(cell.source)
     nbformat.write(notebook, second / "notebook.ipynb")
-    command = [sys.executable, "-c", IN_A_KERNEL, "notebook.ipynb"]
-    done = subprocess.run(command, cwd=second, env=environment(PATH=path), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run = on_a_machine(second, IN_A_KERNEL, "notebook.ipynb", **servers)
+    _, error = run.communicate(timeout=600)
+    assert run.returncode == 0, error
 
     cells = nbformat.read(second / "notebook.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
@@ -232,8 +211,7 @@ def test_training_goes_on_from_a_bucket_on_another_machine(tmp_path):
     right, count = map(int, re.search(r"best top-1 .*\ntop-1 [\d.]+ % \((\d+) of (\d+)\), top-5 ", printed).groups())
     assert count == 360 and right > 180
     assert [o for o in outputs if o.output_type == "display_data" and "image/png" in o.data]
-    assert has_a_picture(second / "runs/digits/curves.png")
     # The figures of both machines make one curve, and the bucket has all of it.
-    rows = [json.loads(line) for line in (bucket / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in bucket.read("metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 31, 2))
-    assert (bucket / "model/se_flax.json").is_file()
+    assert {"model/se_flax.json", "curves.png"} <= bucket.find().keys()

@@ -137,7 +137,7 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
 
 
 def test_a_clock_that_jumps_changes_nothing(config, uninterrupted, tmp_path, monkeypatch):
-    """Every look at it finds it ten minutes earlier, and files of the first start are of the future and out of order."""
+    """Every look at it finds it ten minutes earlier; files of the first start are of the future and out of order."""
     times = itertools.count(time.time(), -600)
     monkeypatch.setattr(time, "time", lambda: next(times))
     monkeypatch.setattr(time, "time_ns", lambda: int(next(times) * 1e9))
