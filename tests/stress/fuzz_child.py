@@ -62,7 +62,7 @@ class Guard:
             writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or any(c in (mode or "") for c in "wax+")
             if writes and isinstance(path, str | bytes) and not self._inside(path):
                 self.seen.append(f"open {path!r} to write")
-        elif event in _CHANGES and not self._inside(arguments[0]):
+        elif event in _CHANGES and not self._inside(arguments[event == "os.symlink"]):  # what is made comes second
             self.seen.append(f"{event} {arguments!r:.300}")
 
     def _inside(self, path: Any) -> bool:

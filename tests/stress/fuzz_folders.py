@@ -42,7 +42,9 @@ def _unpack(data: bytes, folder: Path) -> None:
         path = folder / name
         if ".." in path.parts or not path.is_relative_to(folder):
             continue
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            if not path.parent.resolve().is_relative_to(folder.resolve()):
+                continue  # behind a link
             path.parent.mkdir(parents=True, exist_ok=True)
             if raw.startswith(b"-> "):
                 path.symlink_to(raw[3:].decode())

@@ -336,7 +336,7 @@ TARGETS: dict[str, Target] = {
     "zarr and OCDBT": Target(checkpoint_seeds, mutations.zipped(in_checkpoint, 0.02), run_checkpoint, 4096),
     "config overrides": Target(_prefixed_seed, mutations.table, _run_overrides),
     "images": Target(lambda _: pictures(), mutations.image, run_image, 2048),
-    "image folders": Target(folder_seeds, mutations.zipped(lambda _: mutations.image, 0.02), run_folder),
+    "image folders": Target(folder_seeds, mutations.zipped(lambda _: mutations.image, 0.02), run_folder, 2048),
     "label maps": Target(_label_seeds, mutations.as_json, _run_labels),
     "CSV": Target(lambda _: [CSV, _gzip(CSV)], mutations.table, _tables("csv", ".csv")),
     "libsvm": Target(
