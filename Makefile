@@ -10,13 +10,14 @@ WORKDIR ?= runs/digits
 # Compiling is single-threaded for the most part: one test process per core.
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help quickstart trained test test-fast test-newest parity stress fuzz lint types check docs package clean
+.PHONY: help quickstart trained test test-fast test-oldest test-newest parity stress fuzz lint types check docs package clean
 
 help:
 	@echo "make quickstart    train on digits into $(WORKDIR)"
 	@echo "make trained       train CIFAR-10 to the end with and without SE, and write docs/trained.md"
 	@echo "make test          run the tests (.venv, pinned by constraints.txt); ORDER=1 shuffles them"
 	@echo "make test-fast     the tests without the slow ones (under 2 minutes on 2 cores)"
+	@echo "make test-oldest   the same with the oldest releases that pyproject.toml allows (.venv-oldest)"
 	@echo "make test-newest   the same on Python >= 3.12 with the newest releases (.venv-newest)"
 	@echo "make parity        compare every network with timm's numbers, and write docs/parity.md (an hour or more)"
 	@echo "make lint types    ruff; mypy"
@@ -107,6 +108,16 @@ package:
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
 	@touch $@
 
+# uv chooses them: pip has no such option. Packages that ours need, and ours do not name, are the newest ones.
+.venv-oldest/ready: pyproject.toml
+	"$(PYTHON)" -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution=lowest-direct --editable ".[dev]"
+	@touch $@
+
+test-oldest: .venv-oldest/ready
+	SE_FLAX_ORDER=$(ORDER) .venv-oldest/bin/python -m pytest --numprocesses=$(TEST_PROCESSES)
+
 test-newest:
 	@if [ -z "$$(sh tools/find_python.sh 12)" ]; then \
 	  echo "no Python 3.12 or newer here; nothing was tested"; \
@@ -116,4 +127,4 @@ test-newest:
 	fi
 
 clean:
-	rm -rf .venv .venv-newest .venv-package build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-package build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -38,7 +38,8 @@ Compare networks with and without channel attention, trained to the end on real 
 
 - **Error**: top-1 error of the last evaluation, not of the best one: mean ± standard deviation over the seeds.
 - **Difference**: error minus that of the network without attention and the same seed, with the 95 % confidence interval
-  of the mean (Student's t). An interval without zero is a difference beyond the spread of the seeds.
+  of the mean (Student's t). An interval without zero is a difference beyond the spread of the seeds; one seed has no
+  interval, and its difference may be chance.
 - **Paper**: Hu et al. 2020, tables 10 to 16: error of SE-ResNet-50 on ImageNet and the difference from ResNet-50. On
   CIFAR-10 (table 4) SE lowers the error of ResNet-110 from 6.37 to 5.21 %.
 
@@ -96,12 +97,16 @@ def section(study: str, runs: Mapping[results_file.Run, results_file.Result]) ->
         )
         text += "| " + " | ".join(cells) + " |\n"
     where = dict.fromkeys(
-        f"{r['date']}, {r['machine']['devices']} x {r['machine']['device']} ({r['machine']['cores']} cores), JAX "
-        f"{r['versions']['jax']}"
+        f"{r['date']}, {r['machine']['devices']} x {r['machine']['device']} ({_counted(r['machine']['cores'], 'core')}), "
+        f"JAX {r['versions']['jax']}"
         for r in runs.values()
     )
     evaluated = f"evaluated on {last['count']:,} images" if "count" in last else ""
     return text + f"\nData: {Path(config['data.source']).name}, {evaluated}. Runs: {'; '.join(where)}.\n"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _mean_and_spread(values: list[float]) -> str:
@@ -131,10 +136,10 @@ def picture(runs: Mapping[results_file.Run, results_file.Result], cells: Sequenc
                     statistics.fmean(values) for values in zip(*([y for _, y in line] for line in lines), strict=True)
                 ]
                 label_ = {PLAIN: "without attention", "se": "squeeze-and-excitation"}.get(cell, cell)
-                axes.plot([x for x, _ in lines[0]], means, color=colour, lw=2, label=f"{label_}, {len(lines)} seeds")
+                seeds = _counted(len(lines), "seed")
+                axes.plot([x for x, _ in lines[0]], means, color=colour, lw=2, label=f"{label_}, {seeds}")
         axes.set_xlabel("epoch")
         axes.set_title(label, fontsize=10)
-        axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both", lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=9)

@@ -57,6 +57,15 @@ def test_data_may_lie_elsewhere_and_machines_may_differ(results, tmp_path):
     assert run_study(study, again, lambda line: None) and again.runs == []
 
 
+def test_a_shared_file_does_not_say_where_a_folder_lay(tmp_path):
+    results_file.append(
+        tmp_path / "a.jsonl", "x", ("se", 0), {"config": {"data.source": "folder:/home/me/cats"}}, tmp_path
+    )
+    results_file.append(tmp_path / "a.jsonl", "x", ("se", 1), {"config": {"data.source": "tfds:a/b:1"}}, tmp_path)
+    sources = [row["config"]["data.source"] for row in results_file.read(tmp_path / "a.jsonl")]
+    assert sources == ["folder:cats", "tfds:a/b:1"]
+
+
 def test_runs_of_other_settings_are_refused(results, tmp_path):
     text = r"merged.jsonl have runs of other settings in the study excitation \(steps=2 there and 3 here\); give every"
     with pytest.raises(UserError, match=text):

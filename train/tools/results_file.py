@@ -108,11 +108,15 @@ def append(path: Path, study: str, run: Run, result: Result, folder: Path) -> No
     import jax
 
     cell, seed = run
-    machine = {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "cores": os.cpu_count()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "cores": cores}
     versions = {"jax": jax.__version__, "python": platform.python_version()}
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     row = {"study": study, "cell": cell, "seed": seed, "date": date, **result, "machine": machine, "versions": versions}
     row["curves"] = curves_of(folder / "metrics.jsonl")
+    kind, _, source = result["config"]["data.source"].partition(":")
+    if kind == "folder":  # the file is shared, and where the folder lay helps nobody
+        row["config"] = {**result["config"], "data.source": f"folder:{Path(source).name}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:  # one write, so that two processes do not mix their lines
         stream.write(json.dumps(row) + "\n")
