@@ -97,8 +97,8 @@ def section(study: str, runs: Mapping[results_file.Run, results_file.Result]) ->
         )
         text += "| " + " | ".join(cells) + " |\n"
     where = dict.fromkeys(
-        f"{r['date']}, {r['machine']['devices']} x {r['machine']['device']} ({_counted(r['machine']['cores'], 'core')}), "
-        f"JAX {r['versions']['jax']}"
+        f"{r['date']}, {r['machine']['devices']} x {r['machine']['device']} "
+        f"({_counted(r['machine']['cores'], 'core')}), JAX {r['versions']['jax']}"
         for r in runs.values()
     )
     evaluated = f"evaluated on {last['count']:,} images" if "count" in last else ""
