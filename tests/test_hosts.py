@@ -140,11 +140,12 @@ with leaving_with_a_lost_host():
 """
 
 
-def test_a_lost_host_ends_the_others_in_one_sentence():
+def two_scripts(script):
+    """Starts two processes that know of each other."""
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    first, second = (
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", HOST],
+            [sys.executable, "-c", script],
             cwd=ROOT,
             env={**os.environ, **address, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
@@ -152,7 +153,11 @@ def test_a_lost_host_ends_the_others_in_one_sentence():
             text=True,
         )
         for index in range(2)
-    )
+    ]
+
+
+def test_a_lost_host_ends_the_others_in_one_sentence():
+    first, second = two_scripts(HOST)
     try:
         for host in (first, second):
             assert "ready\n" in iter(host.stdout.readline, "")
@@ -180,19 +185,7 @@ print(sorted(of_all(mine)), sorted(of_all(mine if 5 in mine else set())), sorted
 
 
 def test_what_each_host_found_is_known_to_all():
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", UNION],
-            cwd=ROOT,
-            env={**os.environ, **address, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [finish(host).splitlines()[-1] for host in hosts]  # behind lines of Gloo
+    said = [finish(host).splitlines()[-1] for host in two_scripts(UNION)]  # behind lines of Gloo
     assert said == ["[0, 3, 5, 70000] [0, 3, 5] []"] * 2
 
 
