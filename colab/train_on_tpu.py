@@ -100,7 +100,7 @@ print(config.model, config.data, config.optim, sep="\n")
 #
 # Colab ends its machines after some hours. To resume on another one, keep the work directory:
 # - `drive`: on your Google Drive.
-# - `bucket`: in Google Cloud Storage, which also works where Drive does not: on any machine.
+# - `bucket`: in Google Cloud Storage, which any machine reaches.
 # - `here`: lost with the machine.
 
 # %%
