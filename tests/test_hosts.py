@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from bucket_servers import BUCKET, environment, s3_server
+from stress.hosts import environments
 
 import se_flax
 from se_flax.checkpoints.object_store import ObjectStore
@@ -32,18 +32,12 @@ SETTINGS = (
 )
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def start(workdir, *more, devices, **environment):
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "train", *SETTINGS, f"--workdir={workdir}", *more],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, **environment},
+        env={**os.environ, **environment, "XLA_FLAGS": flags},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -73,19 +67,8 @@ def start_two():
 
 
 def two_hosts(workdir, *more):
-    address = f"localhost:{free_port()}"
-    return [
-        start(
-            workdir,
-            "--config.parallel.distributed=true",
-            *more,
-            devices=1,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
+    words = (workdir, "--config.parallel.distributed=true", *more)
+    return [start(*words, devices=1, **environment) for environment in environments(2)]
 
 
 def test_two_hosts_with_a_bucket_train_evaluate_and_save_like_one(tmp_path, start_two, monkeypatch):
@@ -142,17 +125,10 @@ with leaving_with_a_lost_host():
 
 def two_scripts(script):
     """Starts two processes that know of each other."""
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env={**os.environ, **address, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        for environment in environments(2)
     ]
 
 
@@ -174,7 +150,6 @@ def test_a_lost_host_ends_the_others_in_one_sentence():
 
 
 UNION = """
-import sys
 from train.run.hosts import of_all
 from train.run.runtime import join_hosts
 join_hosts(30)

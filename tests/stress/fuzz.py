@@ -9,9 +9,7 @@ starts a program, executes code, connects, or writes outside the input's folder.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import shutil
 import signal
 import subprocess
@@ -20,10 +18,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-
-from benchmarks.machine import describe
 
 from . import table
 from .fuzz_child import SECONDS_PER_INPUT
@@ -117,14 +114,10 @@ def _add(result: Result, work: Path, code: int, crash: Path) -> None:
 
 def as_table(results: Sequence[Result], *, seed: int, guided: bool, minutes: float) -> str:
     """The results in Markdown."""
-    machine = describe()
     how = f"coverage-guided (atheris {version('atheris')})" if guided else "at random, without coverage"
-    packages = {"safetensors": "safetensors", "h5py": "h5py", "torch": "PyTorch", "orbax-checkpoint": "Orbax"}
-    packages |= {"tensorstore": "TensorStore", "pillow": "Pillow", "numpy": "NumPy"}
-    versions = ", ".join(f"{title} {number}" for name, title in packages.items() if (number := _version(name)))
+    packages = ("safetensors", "h5py", "torch", "orbax-checkpoint", "tensorstore", "pillow", "numpy")
     lines = [
-        f"{datetime.datetime.now(datetime.UTC).date()}, {machine['cores']} cores of an {machine['processor']}, shared; "
-        f"Python {platform.python_version()}, {versions};",
+        f"{table.heading(*packages)};",
         f"{how}, seed {seed}, {minutes:.0f} minutes: **{sum(each.inputs for each in results):,} inputs, "
         f"{sum(len(each.findings) for each in results)} findings.**",
         "",
@@ -139,13 +132,6 @@ def as_table(results: Sequence[Result], *, seed: int, guided: bool, minutes: flo
         counts = f"{each.inputs:,} | {each.accepted:,} | {each.refused:,} | {len(each.findings)}"
         lines.append(f"| {each.name} | {counts} | {memory} | {each.seconds:.2f} s |")
     return "\n".join(lines) + "\n"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"unknown --targets={','.join(unknown)}; allowed: {', '.join(TARGETS)}")
-    guided = not options.random and bool(_version("atheris"))
+    guided = not options.random and find_spec("atheris") is not None
     begun, results, text = time.monotonic(), [], ""
     for name in names:
         result = fuzz(name, options)

@@ -8,21 +8,19 @@ bit for bit what a run left that lost a host, started again with as many.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.machine import describe
+from tests.bucket_servers import free_port
+from train.run.report import read_metrics
 
 from . import recipes, table
 from .compare import TIMINGS, differences, left, whole_steps
@@ -51,38 +49,30 @@ OTHERS = (*(Layout(1, n) for n in (1, 2, 4, 8)), Layout(2, 1), Layout(2, 2), Lay
 
 @dataclass
 class Ended:
-    """The processes of a run that has ended, host by host: exit codes, what they said, seconds after the first end."""
+    """The processes of a run that has ended, host by host: exit codes, what they said, seconds since one was killed."""
 
     codes: list[int]
     said: list[str]
     seconds: list[float]
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """What tells each of several processes of this machine about the others."""
+    address = f"localhost:{free_port()}"
+    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    return [{**os.environ, **several, "JAX_PROCESS_ID": str(index)} for index in range(count)]
+
+
 def start(workdir: Path, data: Path, layout: Layout) -> list[subprocess.Popen[bytes]]:
     """Starts the hosts of a run; what they say goes to files beside the work directory."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    words = ["--config=tests/stress/recipes.py:hosts", f"--workdir={workdir}", f"--config.data.source=folder:{data}"]
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={layout.devices}"
     found = []
-    for index in range(layout.hosts):
-        words = [
-            "--config=tests/stress/recipes.py:hosts",
-            f"--workdir={workdir}",
-            f"--config.data.source=folder:{data}",
-        ]
-        several = {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(layout.hosts),
-            "JAX_PROCESS_ID": str(index),
-        }
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={layout.devices}"
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **several}
+    for index, environment in enumerate(environments(layout.hosts)):
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         with Path(f"{workdir}.output{index}").open("wb") as output:
-            found.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "train", *words], cwd=ROOT, env=environment, stdout=output, stderr=output
-                )
-            )
+            command = [sys.executable, "-m", "train", *words]
+            found.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
     return found
 
 
@@ -109,7 +99,7 @@ def wait(workdir: Path, hosts: Sequence[subprocess.Popen[bytes]], *, kill: int |
 
 def figures(workdir: Path) -> list[dict[str, float]]:
     """Rows of `metrics.jsonl` without timings."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
 
 
@@ -146,10 +136,15 @@ class Stress:
                 self.faults.append(f"{name}: host {index} of {layout} does not name the images {', '.join(missing)}")
         return workdir
 
-    def row(self, what: str, layout: Layout, found: float, more: str = "") -> None:
-        """A line of the table; a fault if the difference is more than rounding."""
-        self.rows.append(f"| {what} | {layout} | {found:.1e}{more} |")
+    def row(self, what: str, layout: Layout, found: str) -> None:
+        """A line of the table."""
+        self.rows.append(f"| {what} | {layout} | {found} |")
         print(self.rows[-1], flush=True)
+
+    def compare(self, what: str, layout: Layout, here: Path, there: Path) -> None:
+        """A line of the table on the figures of two runs; a fault if they differ by more than rounding."""
+        found = largest_difference(figures(here), figures(there))
+        self.row(what, layout, f"{found:.1e}")
         if not found <= ROUNDING:
             self.faults.append(f"{what}, {layout}: the figures differ by {found:.1e}")
 
@@ -157,10 +152,8 @@ class Stress:
         """Everything."""
         alone = {layout: self.train(f"alone-{layout.hosts}x{layout.devices}", layout) for layout in ALONE}
         base = alone[LOST]
-        first = figures(alone[ALONE[0]])
-        for layout, workdir in alone.items():
-            if layout != ALONE[0]:
-                self.row(f"trained, against {ALONE[0]}", layout, largest_difference(figures(workdir), first))
+        for layout in ALONE[1:]:
+            self.compare(f"trained, against {ALONE[0]}", layout, alone[layout], alone[ALONE[0]])
         for victim in (LOST.hosts - 1, 0):
             self.lose(base, victim)
         for layout in OTHERS:
@@ -172,21 +165,15 @@ class Stress:
         workdir = self.work / name
         print(f"{name} ...", flush=True)
         ended = wait(workdir, start(workdir, self.data, LOST), kill=victim)
-        own = 0
         for index, (code, said) in enumerate(zip(ended.codes, ended.said, strict=True)):
-            if code == -signal.SIGABRT and "coordination" in said:
-                own += 1  # JAX ends a process itself if no collective tells of the lost host
-            elif index != victim and (code != 1 or "error: another host was lost" not in said):
+            if index != victim and (code != 1 or "error: another host was lost" not in said):
                 self.faults.append(f"{name}: host {index} ended with {code} and said {said.splitlines()[-1:]}")
         slowest = max(seconds for index, seconds in enumerate(ended.seconds) if index != victim)
         self.train(name, LOST)
         found = [each.text for each in differences(left(workdir, []), left(base, []))]
         self.faults += [f"{name}, resumed: {text}" for text in found]
         what = f"host {victim} killed, then resumed, against the run that was left alone"
-        self.rows.append(
-            f"| {what} | {LOST} | {len(found)} differences of a bit; the others left after {slowest:.1f} s |"
-        )
-        print(self.rows[-1], flush=True)
+        self.row(what, LOST, f"{len(found)} differences of a bit; the others left after {slowest:.1f} s")
 
     def move(self, base: Path, layout: Layout) -> None:
         """Goes on from a checkpoint with another number of hosts and devices."""
@@ -197,15 +184,14 @@ class Stress:
         self.train(workdir.name, layout, self.damaged[-1:])  # the others were met before
         if f"resuming from step {steps[-2]}" not in Path(f"{workdir}.output0").read_text():
             self.faults.append(f"{workdir.name} did not go on from step {steps[-2]}")
-        self.row(f"saved on {LOST} at step {steps[-2]}", layout, largest_difference(figures(workdir), figures(base)))
+        self.compare(f"saved on {LOST} at step {steps[-2]}", layout, workdir, base)
 
 
 def as_table(rows: Sequence[str], faults: Sequence[str], minutes: float) -> str:
     """The result in Markdown."""
-    machine = describe()
     lines = [
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {machine['cores']} cores of an {machine['processor']}, shared; "
-        f"JAX {version('jax')}, {minutes:.0f} minutes: **{len(faults)} faults.**",
+        f"{table.heading('jax', 'orbax-checkpoint')};",
+        f"{minutes:.0f} minutes: **{len(faults)} faults.**",
         "",
         "| run | hosts x devices | largest relative difference of any figure |",
         "|---|---|---|",

@@ -3,13 +3,36 @@
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
 
 BEGIN, FINISH = "<!-- written by make stress -->\n", "<!-- end of what make stress writes -->\n"
+
+
+_TITLES = {
+    "jax": "JAX",
+    "orbax-checkpoint": "Orbax",
+    "torch": "PyTorch",
+    "tensorstore": "TensorStore",
+    "pillow": "Pillow",
+    "numpy": "NumPy",
+}
+
+
+def heading(*packages: str) -> str:
+    """Date, machine, and the versions of Python and of those packages that are installed."""
+    machine = describe()
+    versions = [f"Python {platform.python_version()}"]
+    for name in packages:
+        try:
+            versions.append(f"{_TITLES.get(name, name)} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    where = f"{machine['cores']} cores of an {machine['processor']}, shared"
+    return f"{datetime.datetime.now(datetime.UTC).date()}, {where}; {', '.join(versions)}"
 
 
 def of(ended: Sequence[Any], runs: int, wrong: Mapping[int, Sequence[Any]], *, seed: int, minutes: float) -> str:
@@ -23,10 +46,8 @@ def of(ended: Sequence[Any], runs: int, wrong: Mapping[int, Sequence[Any]], *, s
       minutes: that it took.
     """
     found = [difference for each in wrong.values() for difference in each]
-    machine = describe()
     lines = [
-        f"{datetime.datetime.now(datetime.UTC).date()}, {machine['cores']} cores of an {machine['processor']}, shared; "
-        f"Python {platform.python_version()}, JAX {version('jax')}, Orbax {version('orbax-checkpoint')};",
+        f"{heading('jax', 'orbax-checkpoint')};",
         f"seed {seed}, {minutes:.0f} minutes: **{len(ended)} ends in {runs} runs, {len(found)} differences, "
         f"{sum(each.lost for each in found)} bytes lost.**",
         "",
