@@ -75,8 +75,9 @@ def test_two_hosts_with_a_bucket_train_evaluate_and_save_like_one(tmp_path, star
     with s3_server() as port:
         for name, value in environment("s3", port).items():
             monkeypatch.setenv(name, value)
-        for host in start_two(f"s3://{BUCKET}/two"):
-            assert "of 360" in finish(host)
+        texts = [finish(host) for host in start_two(f"s3://{BUCKET}/two")]
+        assert all("of 360" in text for text in texts)
+        assert "2 hosts; if one is lost, the others end within 30 s (JAX says that a task died), and the s" in texts[0]
         there = ObjectStore(f"s3://{BUCKET}/two")
         there.download(there.find(), tmp_path / "two")
     finish(start(tmp_path / "one", devices=2))

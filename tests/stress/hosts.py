@@ -28,6 +28,9 @@ from .compare import TIMINGS, differences, left, whole_steps
 ROOT = Path(__file__).parents[2]
 BEGIN, FINISH = "<!-- written by the stress program for hosts -->\n", "<!-- end of what it writes -->\n"
 SECONDS = 900.0  # of a run, on a machine that may have other work
+SLACK = 5  # seconds, from the time without a heartbeat to the end of a process that writes a stack trace
+# How a host ends that has lost another: by our sentence if its collective breaks, or by JAX's, which aborts the process.
+LEAVES = ((1, "error: another host was lost"), (-signal.SIGABRT, "This most likely indicates that another task died"))
 ROUNDING = 1e-4  # of figures: sums over devices in another order, over twelve steps
 
 
@@ -166,9 +169,11 @@ class Stress:
         print(f"{name} ...", flush=True)
         ended = wait(workdir, start(workdir, self.data, LOST), kill=victim)
         for index, (code, said) in enumerate(zip(ended.codes, ended.said, strict=True)):
-            if index != victim and (code != 1 or "error: another host was lost" not in said):
+            if index != victim and not any(code == end and text in said for end, text in LEAVES):
                 self.faults.append(f"{name}: host {index} ended with {code} and said {said.splitlines()[-1:]}")
         slowest = max(seconds for index, seconds in enumerate(ended.seconds) if index != victim)
+        if slowest > (limit := recipes.HEARTBEAT_SECONDS + SLACK):
+            self.faults.append(f"{name}: the others left after {slowest:.1f} s, and not within {limit}")
         self.train(name, LOST)
         found = [each.text for each in differences(left(workdir, []), left(base, []))]
         self.faults += [f"{name}, resumed: {text}" for text in found]

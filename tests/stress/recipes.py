@@ -14,6 +14,7 @@ from train.config import Augment, Checkpoint, Config, Data, Model, Optim, Parall
 STEPS = 24
 SAVE_EVERY = 4
 ROWS = 1500
+HEARTBEAT_SECONDS = 10
 
 
 def images(workers: int) -> Config:
@@ -69,7 +70,7 @@ def hosts() -> Config:
         config,
         model=Model(name="se_airbench94_050"),
         data=dataclasses.replace(config.data, eval_batch_size=40, bad_images="skip"),
-        parallel=Parallel(batch_norm="global", distributed=True, heartbeat_seconds=10),
+        parallel=Parallel(batch_norm="global", distributed=True, heartbeat_seconds=HEARTBEAT_SECONDS),
         compilation_cache="",
         steps=12,
         eval_every_epochs=0.5,

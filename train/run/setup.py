@@ -220,6 +220,11 @@ def introduction(setup: Setup) -> Iterator[str]:
         f"{setup.total:,} steps of {config.data.batch_size} images on {replicas.count} x {kind} "
         f"({replicas.backend}, {config.precision})"
     )
+    if (hosts := jax.process_count()) > 1:
+        yield (
+            f"{hosts} hosts; if one is lost, the others end within {config.parallel.heartbeat_seconds} s (JAX says that a "
+            "task died), and the same command on all hosts resumes from the last checkpoint"
+        )
     if frozen := setup.program.frozen.params:
         trained = sum(x.size for x in jax.tree.leaves(split(shapes, frozen)[0]))
         yield f"training {trained:,} of the {params:,} parameters"
