@@ -101,14 +101,15 @@ package:
 	cd dist && ../.venv-package/fresh/bin/se-flax list '*seresnet50*'
 	rm -rf .venv-package
 
+# uv chooses the releases: pip looks for the newest ones that fit together for ten minutes and more.
 .venv-newest/ready: pyproject.toml
 	rm -rf .venv-newest
 	"$$(sh tools/find_python.sh 12)" -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade pip
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.venv-newest/bin/python -m pip install --quiet uv
+	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade --editable ".[dev]"
 	@touch $@
 
-# uv chooses them: pip has no such option. Packages that ours need, and ours do not name, are the newest ones.
+# Packages that ours need, and ours do not name, are the newest ones; pip has no such option.
 .venv-oldest/ready: pyproject.toml
 	"$(PYTHON)" -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet uv
