@@ -1,9 +1,9 @@
 """What must be settled before JAX is imported: eight devices on one CPU, and programs that compile quickly.
 
 The tests compile thousands of programs and run each a few times, so LLVM does not optimise them, fusions are emitted
-without MLIR (JAX 0.10), and each program in one piece: together less than half of the time to compile. What XLA fuses, and so the
-flops and bytes that it counts, stays. The tests of whole runs compile the same step again and again, in several
-processes; their cache lives as long as the test run, so no result depends on an earlier one.
+without MLIR (JAX 0.10), and each program in one piece: together less than half of the time to compile. What XLA fuses,
+and so the flops and bytes that it counts, stays. The tests of whole runs compile the same step again and again, in
+several processes; their cache lives as long as the test run, so no result depends on an earlier one.
 """
 
 import ctypes

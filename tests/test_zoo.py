@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import pytest
 from costs import count
 from families import model_and_shapes, small_side
+from parity import compare
 
 import se_flax
 from se_flax import SqueezeExcite, UserError, create_model, zoo
 from se_flax.variant import Variant
 
 NAMES = se_flax.list_models()
+REFERENCES = {*compare.FIXTURES, *compare.SPECS}
 
 
 def without_initialisers(monkeypatch):
@@ -47,6 +49,8 @@ def test_every_network_keeps_its_promises(name, monkeypatch):
     variant = se_flax.get_variant(name)
     size, (logits, maps), variables = trace(name, dtype=jnp.bfloat16)
     assert count(variables["params"]) == variant.num_params
+    if name in REFERENCES:
+        compare.check_layout(name, variables)
     assert variant.source
     # Arithmetic in bfloat16 leaves parameters, statistics and logits in float32.
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}

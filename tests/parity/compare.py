@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 import se_flax
 from parity import synthetic
@@ -16,6 +17,10 @@ from se_flax.checkpoints.convert import variable_shapes
 from se_flax.checkpoints.torch import torch_key, torch_shape
 
 HERE = Path(__file__).parent
+FIXTURES, SPECS = (
+    sorted(path.name.removesuffix(".json.gz") for path in (HERE / folder).glob("*.json.gz"))
+    for folder in ("fixtures", "specs")
+)
 
 
 @functools.cache
@@ -47,11 +52,19 @@ def check_names(name):
     return variables
 
 
-def check_layout(name):
-    """Names and shapes are timm's, without computing a weight (`from_timm` needs nothing else)."""
+def check_layout(name, shapes=None):
+    """Names and shapes are timm's, without computing a weight (`from_timm` needs nothing else).
+
+    Args:
+      name: the network.
+      shapes: of its variables; None to trace it.
+    """
     reference = fixture(name)
-    size = reference["input_shape"][-1] if "input_shape" in reference else 64
-    shapes = variable_shapes(se_flax.create_model(name), size)
+    if shapes is None:
+        size = reference["input_shape"][-1] if "input_shape" in reference else 64
+        shapes = variable_shapes(se_flax.create_model(name), size)
+    else:
+        shapes = flatten_dict(shapes)
     ours = {torch_key(path): torch_shape(path, leaf.shape) for path, leaf in shapes.items()}
     theirs = {key: tuple(shape) for key, shape in reference["entries"] if not key.endswith("num_batches_tracked")}
     assert ours == theirs
