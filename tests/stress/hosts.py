@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 BEGIN, FINISH = "<!-- written by the stress program for hosts -->\n", "<!-- end of what it writes -->\n"
 SECONDS = 900.0  # of a run, on a machine that may have other work
 SLACK = 5  # seconds, from the time without a heartbeat to the end of a process that writes a stack trace
-# How a host ends that has lost another: by our sentence if its collective breaks, or by JAX's, which aborts the process.
+# How a host ends that has lost another: by our sentence if its collective breaks, or by JAX's, which aborts it.
 LEAVES = ((1, "error: another host was lost"), (-signal.SIGABRT, "This most likely indicates that another task died"))
 ROUNDING = 1e-4  # of figures: sums over devices in another order, over twelve steps
 
