@@ -223,8 +223,8 @@ def introduction(setup: Setup) -> Iterator[str]:
     if (hosts := jax.process_count()) > 1:
         seconds = config.parallel.heartbeat_seconds
         yield (
-            f"{hosts} hosts; if one is lost, the others end within {seconds} s (JAX says that a task died), and the same "
-            "command on all hosts resumes from the last checkpoint"
+            f"{hosts} hosts; if one is lost, the others end within {seconds} s (JAX says that a task died), and the "
+            "same command on all hosts resumes from the last checkpoint"
         )
     if frozen := setup.program.frozen.params:
         trained = sum(x.size for x in jax.tree.leaves(split(shapes, frozen)[0]))
