@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from stress import kills, mutations, table
+from stress import fuzz, kills, mutations, table
 from stress.child import End
 from stress.compare import Left, batches_of, differences
 
@@ -100,3 +100,19 @@ def test_mutations_keep_lengths_and_checksums():
     changed = [mutations.safetensors(data, random.Random(seed)) for seed in range(20)]
     assert sum(bytes(4) == each[8 + int.from_bytes(each[:8], "little") :] for each in changed) >= 5
     assert len(set(changed)) >= 15
+
+
+def test_a_fuzzed_format_replaces_its_own_row_alone(tmp_path):
+    file = tmp_path / "fuzz.jsonl"
+    fuzz.merged([fuzz.Result("CSV", 10, 3, 7, conditions="one day"), fuzz.Result("h5", skipped="no h5py", conditions="one day")], file)
+    found = fuzz.merged([fuzz.Result("npz", 9, 0, 8, ["KeyError at x.py:1"], conditions="another day")], file)
+    assert [each.name for each in found] == ["npz", "h5", "CSV"]  # in the order of the targets
+    found = fuzz.merged([fuzz.Result("CSV", 2000, 500, 1500, mib=31, seconds=0.5, conditions="another day")], file)
+    lines = fuzz.as_table(found).splitlines()
+    assert lines[0] == "**2,009 inputs, 1 findings.**"
+    assert lines[4:7] == [
+        "| npz | 9 | 0 | 8 | 1 | 0 (512) | 0.00 s |",
+        "| h5 | none: no h5py | | | | | |",
+        "| CSV | 2,000 | 500 | 1,500 | 0 | 31 (512) | 0.50 s |",
+    ]
+    assert lines[-2:] == ["- another day: npz, CSV.", "- one day: h5."]

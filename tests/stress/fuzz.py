@@ -5,10 +5,11 @@ Command: make fuzz, which is python -m tests.stress.fuzz --inputs=10000 --write=
 Each format (`fuzz_targets`) has a process of its own (`fuzz_child`), with little memory and an audit hook. A finding
 is any exception but `UserError`, a message of several lines, memory or time beyond the bounds, a crash, and whatever
 starts a program, executes code, connects, or writes outside the input's folder. Its input and traceback are files in
---findings.
+--findings. All formats take hours, so the formats of a run replace their own rows in --results, and the page has all rows.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import signal
@@ -27,6 +28,8 @@ from .fuzz_child import SECONDS_PER_INPUT
 from .fuzz_targets import TARGETS, missing
 
 BEGIN, FINISH = "<!-- written by make fuzz -->\n", "<!-- end of what make fuzz writes -->\n"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.jsonl"
+PACKAGES = ("safetensors", "h5py", "torch", "orbax-checkpoint", "tensorstore", "pillow", "numpy")
 STARTS = 20  # of one target, whose process may crash
 
 
@@ -43,6 +46,7 @@ class Result:
       mib: most memory beyond the imports and seeds.
       seconds: of the slowest input.
       skipped: why there were no inputs.
+      conditions: date, machine, versions, seed, and what guided the mutations.
     """
 
     name: str
@@ -53,6 +57,16 @@ class Result:
     mib: float = 0.0
     seconds: float = 0.0
     skipped: str = ""
+    conditions: str = ""
+
+
+def merged(results: Sequence[Result], file: Path) -> list[Result]:
+    """Results with those of other formats in a file, which then has all of them; in the order of the targets."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = {row["name"]: Result(**row) for row in map(json.loads, lines)} | {each.name: each for each in results}
+    found = [rows[name] for name in TARGETS if name in rows]
+    file.write_text("".join(json.dumps(dataclasses.asdict(each)) + "\n" for each in found))
+    return found
 
 
 def _memory_folder() -> str | None:
@@ -112,14 +126,11 @@ def _add(result: Result, work: Path, code: int, crash: Path) -> None:
     crash.with_suffix(".txt").write_text(f"{what}\n\n{log}\n{output[-8000:]}")
 
 
-def as_table(results: Sequence[Result], *, seed: int, guided: bool, minutes: float) -> str:
+def as_table(results: Sequence[Result]) -> str:
     """The results in Markdown."""
-    how = f"coverage-guided (atheris {version('atheris')})" if guided else "at random, without coverage"
-    packages = ("safetensors", "h5py", "torch", "orbax-checkpoint", "tensorstore", "pillow", "numpy")
+    inputs, findings = sum(each.inputs for each in results), sum(len(each.findings) for each in results)
     lines = [
-        f"{table.heading(*packages)};",
-        f"{how}, seed {seed}, {minutes:.0f} minutes: **{sum(each.inputs for each in results):,} inputs, "
-        f"{sum(len(each.findings) for each in results)} findings.**",
+        f"**{inputs:,} inputs, {findings} findings.**",
         "",
         "| format | inputs | accepted | refused | findings | most memory (bound), MiB | slowest input |",
         "|---|---|---|---|---|---|---|",
@@ -131,6 +142,10 @@ def as_table(results: Sequence[Result], *, seed: int, guided: bool, minutes: flo
         memory = f"{each.mib:.0f} ({TARGETS[each.name].mebibytes:,})"
         counts = f"{each.inputs:,} | {each.accepted:,} | {each.refused:,} | {len(each.findings)}"
         lines.append(f"| {each.name} | {counts} | {memory} | {each.seconds:.2f} s |")
+    lines.append("")
+    for conditions in dict.fromkeys(each.conditions for each in results):
+        names = [each.name for each in results if each.conditions == conditions]
+        lines.append(f"- {conditions}: {', '.join(names)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -145,21 +160,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--findings", type=Path, default=Path("runs/fuzz"), help="folder that gets inputs and tracebacks"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file whose rows of these targets are replaced")
     parser.add_argument("--write", type=Path, help="page that gets the table")
     options = parser.parse_args(argv)
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"unknown --targets={','.join(unknown)}; allowed: {', '.join(TARGETS)}")
     guided = not options.random and find_spec("atheris") is not None
-    begun, results, text = time.monotonic(), [], ""
+    how = f"coverage-guided (atheris {version('atheris')})" if guided else "at random, without coverage"
+    begun, results = time.monotonic(), []
     for name in names:
         result = fuzz(name, options)
+        result.conditions = f"{table.heading(*PACKAGES)}; {how}, seed {options.seed}"
         results.append(result)
         print(f"{name}: {result.skipped or f'{result.inputs} inputs, {len(result.findings)} findings'}", end="; ")
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
         for finding in result.findings:
             print(f"  {finding}", flush=True)
-        text = as_table(results, seed=options.seed, guided=guided, minutes=(time.monotonic() - begun) / 60)
+        text = as_table(merged(results, options.results))
         if options.write:
             table.write(options.write, text, BEGIN, FINISH)
     print(text)
