@@ -104,7 +104,8 @@ def test_mutations_keep_lengths_and_checksums():
 
 def test_a_fuzzed_format_replaces_its_own_row_alone(tmp_path):
     file = tmp_path / "fuzz.jsonl"
-    fuzz.merged([fuzz.Result("CSV", 10, 3, 7, conditions="one day"), fuzz.Result("h5", skipped="no h5py", conditions="one day")], file)
+    h5 = fuzz.Result("h5", skipped="no h5py", conditions="one day")
+    fuzz.merged([fuzz.Result("CSV", 10, 3, 7, conditions="one day"), h5], file)
     found = fuzz.merged([fuzz.Result("npz", 9, 0, 8, ["KeyError at x.py:1"], conditions="another day")], file)
     assert [each.name for each in found] == ["npz", "h5", "CSV"]  # in the order of the targets
     found = fuzz.merged([fuzz.Result("CSV", 2000, 500, 1500, mib=31, seconds=0.5, conditions="another day")], file)

@@ -5,7 +5,7 @@ Command: make fuzz, which is python -m tests.stress.fuzz --inputs=10000 --write=
 Each format (`fuzz_targets`) has a process of its own (`fuzz_child`), with little memory and an audit hook. A finding
 is any exception but `UserError`, a message of several lines, memory or time beyond the bounds, a crash, and whatever
 starts a program, executes code, connects, or writes outside the input's folder. Its input and traceback are files in
---findings. All formats take hours, so the formats of a run replace their own rows in --results, and the page has all rows.
+--findings. All formats take long, so those of a run replace their own rows in --results, and the page has all rows.
 """
 
 import argparse
