@@ -47,7 +47,7 @@ def start(workdir, *more, devices, **environment):
 def finish(process):
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    return out
+    return err + out
 
 
 @pytest.fixture
