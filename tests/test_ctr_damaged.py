@@ -18,7 +18,29 @@ def test_an_archive_that_declares_more_than_it_holds_is_one_sentence(tmp_path):
     with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
         for name in ("a_ids", "a_y"):
             archive.writestr(f"{name}.npy", header.getvalue())
-    with pytest.raises(UserError, match="is no npz archive of plain arrays"):
+    with pytest.raises(UserError, match=r"t\.npz: array 'a_ids' declares shape \(1000000000000, 2\), which"):
+        open_table(f"npz:{tmp_path}/t.npz:a", Data())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a_ids": b"no array", "a_y": b"neither"},
+            "t.npz: its member 'a_ids' is no .npy array; save ",
+        ),
+        ({"a_ids.npy": np.zeros((2, 2), "i4"), "a_y.npy": np.zeros(2, "V3")}, r"array 'a_y' has dtype \|V3, raw bytes"),
+    ],
+    ids=["bytes", "records"],
+)
+def test_an_archive_of_something_else_is_one_sentence(tmp_path, files, message):
+    with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
+        for name, value in files.items():
+            raw = io.BytesIO()
+            if isinstance(value, np.ndarray):
+                np.lib.format.write_array(raw, value)
+            archive.writestr(name, value if isinstance(value, bytes) else raw.getvalue())
+    with pytest.raises(UserError, match=message):
         open_table(f"npz:{tmp_path}/t.npz:a", Data())
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from se_flax.checkpoints.files import open_arrays
 from se_flax.errors import UserError, closest
 from train.ctr.config import Data, expand
 
@@ -280,21 +281,17 @@ def _open_npz(text: str, data: Data) -> Table:
     if not path:
         raise UserError(f"got npz:{text}; give npz:<path>:<name>, where <name>_ids and <name>_y are arrays of the file")
     wanted = (f"{name}_ids", f"{name}_y")
-    try:
-        with np.load(_files(path)[0], allow_pickle=False) as archive:
-            for array in wanted:
-                if array not in archive:
-                    raise UserError(f"{path} has no array {array!r}; {closest(array, archive.files)}")
-            ids, labels = (archive[array] for array in wanted)
-    except UserError:
-        raise
-    except Exception as error:  # what NumPy raises depends on where the file is damaged
-        raise UserError(f"{path} is no npz archive of plain arrays; write one with numpy.savez") from error
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or labels.shape != ids.shape[:1]:
-        raise UserError(
-            f"{wanted[0]} of {path} is {ids.dtype} {ids.shape} and {wanted[1]} {labels.shape}; "
-            "integers [rows, fields] and [rows] are expected"
-        )
+    with open_arrays(_files(path)[0]) as arrays:
+        for array in wanted:
+            if array not in arrays:
+                raise UserError(f"{path} has no array {array!r}; {closest(array, list(arrays))}")
+        first, second = (arrays[array] for array in wanted)
+        if len(first.shape) != 2 or first.dtype.kind not in "iu" or second.shape != first.shape[:1]:
+            raise UserError(
+                f"{wanted[0]} of {path} is {first.dtype} {first.shape} and {wanted[1]} {second.shape}; "
+                "integers [rows, fields] and [rows] are expected"
+            )
+        ids, labels = np.asarray(first), np.asarray(second)
     if not np.isin(labels, (0, 1)).all():
         raise UserError(f"{wanted[1]} of {path} has values other than 0 and 1; a label is 0 or 1")
     fields = tuple(f"field{i}" for i in range(ids.shape[1]))
