@@ -62,7 +62,7 @@ def test_no_two_labels_of_the_curves_overlap(high, low, loss):
             ticks = [t.label1 for t in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if t.label1.get_visible()]
             low_end, high_end = axis.get_view_interval()
             found = boxes([t for t in ticks if low_end <= t.get_position()[axis is axes.yaxis] <= high_end], renderer)
-            assert len(found) >= 2 or not axis.get_tick_params()["labelbottom" if axis is axes.xaxis else "labelleft"]
+            assert len(found) >= 2 or not ticks  # the upper of two axes has none
             everything += found
         everything += boxes([axes.title, axes.xaxis.label, axes.yaxis.label], renderer)
     for one, other in itertools.combinations(everything, 2):
