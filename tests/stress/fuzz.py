@@ -10,6 +10,7 @@ starts a program, executes code, connects, or writes outside the input's folder.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -30,7 +31,8 @@ from .fuzz_targets import TARGETS, missing
 BEGIN, FINISH = "<!-- written by make fuzz -->\n", "<!-- end of what make fuzz writes -->\n"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.jsonl"
 PACKAGES = ("safetensors", "h5py", "torch", "orbax-checkpoint", "tensorstore", "pillow", "numpy")
-STARTS = 20  # of one target, whose process may crash
+CRASHES = 20  # of one target
+INPUTS = 10_000  # of one process: libraries lose some memory with every file that they refuse
 
 
 @dataclass
@@ -81,12 +83,12 @@ def fuzz(name: str, options: argparse.Namespace) -> Result:
         result.skipped = f"{module} is not installed"
         return result
     deadline = time.monotonic() + options.seconds
-    for start in range(STARTS):
+    for start in itertools.count():
         left = deadline - time.monotonic()
-        if result.inputs >= options.inputs or left < 1:
+        if result.inputs >= options.inputs or left < 1 or start >= CRASHES + result.inputs // INPUTS:
             break
         work = Path(tempfile.mkdtemp(prefix="se-flax-fuzz-", dir=_memory_folder()))
-        words = {"target": name, "inputs": options.inputs - result.inputs, "seconds": left, "work": work}
+        words = {"target": name, "inputs": min(INPUTS, options.inputs - result.inputs), "seconds": left, "work": work}
         words |= {"seed": options.seed + start, "findings": options.findings.absolute()}
         command = [
             sys.executable,
