@@ -15,6 +15,7 @@ from se_flax.attention import CBAM, ECA, EffectiveSE, ScSE, SqueezeExcite
 from se_flax.checkpoints.keras import from_keras, to_keras
 from se_flax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from se_flax.checkpoints.torch import from_timm, to_timm
+from se_flax.checkpoints.torchvision import from_torchvision
 from se_flax.ctr.layers import SqueezeExciteFields
 from se_flax.errors import UserError
 from se_flax.export.folding import fuse
@@ -68,6 +69,7 @@ __all__ = [
     "from_keras",
     "from_nnx",
     "from_timm",
+    "from_torchvision",
     "functional",
     "fuse",
     "get_variant",

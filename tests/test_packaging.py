@@ -95,12 +95,13 @@ def test_the_list_of_slow_tests_names_tests_that_are_there():
 
 
 def test_slow_tests_are_those_whose_calls_take_long_together():
-    lines = (
-        "0.50s call  tests/test_a.py::x[1]",
-        "0.40s setup  tests/test_a.py::x[2 b]",
-        "0.40s call  tests/test_a.py::y",
+    cases = (
+        '<testcase classname="tests.test_a" name="x[1]" time="0.50" />',
+        '<testcase classname="tests.test_a" name="x[2 b]" time="0.40"></testcase>',
+        '<testcase classname="tests.test_a" name="y" time="0.40" />',
     )
-    assert slow_tests.slow_tests("\n".join(lines)) == ["test_a.py::x"]
+    report = f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>"
+    assert slow_tests.slow_tests(report) == ["test_a.py::x"]
 
 
 @pytest.mark.parametrize("extra", ["dev", "docs"])

@@ -1,12 +1,12 @@
 """Writes tests/slow.txt, the tests that `make test-fast` leaves out, from the durations of a whole run.
 
-make test PYTEST_ADDOPTS=--durations=0 > durations.log
-python tools/slow_tests.py durations.log
+make test PYTEST_ADDOPTS=--junitxml=durations.xml
+python tools/slow_tests.py durations.xml
 """
 
 import collections
-import re
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 SLOW = Path(__file__).resolve().parents[1] / "tests" / "slow.txt"
@@ -14,15 +14,16 @@ SLOW = Path(__file__).resolve().parents[1] / "tests" / "slow.txt"
 LIMIT = 0.5
 
 
-def slow_tests(log: str) -> list[str]:
+def slow_tests(report: str) -> list[str]:
     """Tests over the limit, as `test_file.py::test_name`.
 
     Args:
-      log: output of pytest with `--durations=0`.
+      report: of pytest, in JUnit's format.
     """
     seconds: dict[str, float] = collections.defaultdict(float)
-    for match in re.finditer(r"^([\d.]+)s (?:call|setup|teardown)\s+tests/(\S+?)(?:\[.*)?$", log, re.MULTILINE):
-        seconds[match[2]] += float(match[1])
+    for case in xml.etree.ElementTree.fromstring(report).iter("testcase"):
+        file = case.attrib["classname"].removeprefix("tests.")
+        seconds[f"{file}.py::{case.attrib['name'].partition('[')[0]}"] += float(case.attrib["time"])
     return sorted(test for test, taken in seconds.items() if taken > LIMIT)
 
 

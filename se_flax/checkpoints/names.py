@@ -6,22 +6,27 @@ from pathlib import Path
 
 from se_flax.checkpoints import keras_files
 from se_flax.checkpoints.files import open_arrays
+from se_flax.checkpoints.torchvision import NETWORKS
 from se_flax.errors import UserError, closest
 from se_flax.zoo import VARIANTS, get_variant
 
 _BY_LETTERS = {re.sub(r"[^a-z0-9]", "", name): name for name in VARIANTS}
+_EXACT = {theirs.name: ours for ours, theirs in NETWORKS.items()} | {name: name for name in VARIANTS}
+_TORCHVISION = re.compile(r"(^|\.)(features\.0\.0|trunk_output\.block1\.block1-0\.f\.a\.0)\.weight$")
 
 
 def kind_of(keys: Iterable[str]) -> str:
-    """Naming scheme of arrays: `se-flax` (`params/...`), `keras` (`<layer>/<weight>`) or `timm` (`layer.weight`)."""
+    """Naming scheme of arrays: `se-flax` (`params/...`), `keras` (`<layer>/<weight>`), `torchvision` or `timm`."""
     keys = list(keys)
     if any(re.search(r"(^|/)params/", key) for key in keys):
         return "se-flax"
-    return "keras" if any("/" in key for key in keys) else "timm"
+    if any("/" in key for key in keys):
+        return "keras"
+    return "torchvision" if any(_TORCHVISION.search(key) for key in keys) else "timm"
 
 
 def our_name(words: str, *, whole: bool) -> str | None:
-    """The network that words mean, with any separators: `SE-ResNet_50` is `seresnet50`.
+    """The network that words mean, with any separators: `SE-ResNet_50` is `seresnet50`; or torchvision's own spelling.
 
     Args:
       words: joined by `-`, `_` or spaces, in upper or lower case.
@@ -33,7 +38,7 @@ def our_name(words: str, *, whole: bool) -> str | None:
     """
     parts = re.split(r"[-_ ]", words.lower())
     heads = [parts] if whole else [parts[:length] for length in range(len(parts), 0, -1)]
-    exact = (name for head in heads if (name := "_".join(head)) in VARIANTS)
+    exact = (_EXACT[name] for head in heads if (name := "_".join(head)) in _EXACT)
     return next(exact, None) or next((_BY_LETTERS[head] for head in map("".join, heads) if head in _BY_LETTERS), None)
 
 

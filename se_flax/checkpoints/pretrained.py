@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from se_flax import synonyms
-from se_flax.checkpoints import keras, torch
+from se_flax.checkpoints import keras, torch, torchvision
 from se_flax.checkpoints.atomic_folder import atomic_folder, refuse_overwrite
 from se_flax.checkpoints.convert import Layout, import_variables, sizes_in, unprefixed
 from se_flax.checkpoints.description import Description, completed
@@ -83,8 +83,8 @@ def load_pretrained(
       ref: a published checkpoint (`"seresnet50.ra2_in1k"`, or `"owner/name"` on the Hugging Face hub); a folder written
         by `save_pretrained`, by timm or by the training program; a `.safetensors`, `.npz`, `.h5` or `.weights.h5` file
         (`.pth` with PyTorch installed); the folder of an Orbax checkpoint; or one of these in a bucket, `gs://...` or
-        `s3://...`, which is copied for as long as it is read. Names and layouts of timm, Keras and
-        se-flax are told apart by the arrays' names.
+        `s3://...`, which is copied for as long as it is read. Names and layouts of timm, torchvision,
+        Keras and se-flax are told apart by the arrays' names.
       name: the network, if neither metadata nor file name tells it.
       num_classes: number of classes. If it is not the checkpoint's, the classifier is initialised anew, with a sentence
         in `notes`; 0 is a network without classifier.
@@ -162,7 +162,8 @@ def _layout(
     kind = kind_of(arrays)
     if kind == "keras":
         return keras.unprefixed(source.name, arrays)
-    return unprefixed(source.name, arrays, NATIVE if kind == "se-flax" else torch.LAYOUT, given)
+    known = {"se-flax": NATIVE, "timm": torch.LAYOUT}
+    return unprefixed(source.name, arrays, known.get(kind) or torchvision.layout(source.name, **given), given)
 
 
 def _unsaid_sizes(
