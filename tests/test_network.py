@@ -30,6 +30,7 @@ BLOCKS = {
     "test_efficientnet": 5,
     "bn_inception": 1 + 10,  # Ioffe and Szegedy 2015, figure 5
     "inception_resnet_v2": 1 + 1 + 10 + 1 + 20 + 1 + 10,  # released model
+    "ese_vovnet19b_slim_dw": 4,  # Lee and Park 2020, table 1: one aggregation a stage
     "inception_v3": 1 + 3 + 1 + 4 + 1 + 2,  # Szegedy et al. 2016, table 1
     "mnasnet_small": 1 + 1 + 2 + 4 + 3 + 3 + 1,
     "mobilenetv1_100": 13,  # Howard et al. 2017, table 1

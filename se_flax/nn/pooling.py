@@ -35,6 +35,20 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
     return by_platform(x, cpu=by_axis, default=xla_pool)
 
 
+def caffe_max_pool(x: Array) -> Array:
+    """Maximum over 3x3 windows at stride 2, padded after the last row and column only (PyTorch's `ceil_mode`).
+
+    Args:
+      x: [N, H, W, C].
+
+    Returns:
+      [N, H / 2, W / 2, C], halves rounded down except that a map of one pixel keeps it.
+    """
+    x = check_array(x, "caffe_max_pool", "[N, H, W, C]")
+    hang = [(0, max(3 - dim, (dim - 3) % 2)) for dim in x.shape[1:3]]
+    return nn.max_pool(x, (3, 3), (2, 2), hang)
+
+
 def avg_pool(x: Array, size: int, strides: int) -> Array:
     """Mean over size x size windows of x [N, H, W, C]; windows beyond the edge average their pixels inside the map."""
     x = check_array(x, "avg_pool", "[N, H, W, C]")
