@@ -43,6 +43,7 @@ BLOCKS = {
     "shufflenet_g3_100": 16,  # Zhang et al. 2018, table 1
     "regnety_002": 13,  # Radosavovic et al. 2020, table 8: 1, 1, 4, 7
     "skresnet18": 8,
+    "tresnet_m": 3 + 4 + 11 + 3,  # Ridnik et al. 2021, table 1
     "vgg11_bn": 11 - 2,  # Simonyan and Zisserman 2015, table 1
     "wrn16_8": 6,
 }

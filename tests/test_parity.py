@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, vovnet
+from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
 
 FIXTURES, SPECS = compare.FIXTURES, compare.SPECS
 ALL = "SE_FLAX_ALL" in os.environ
@@ -62,6 +62,7 @@ KINDS = {
     "tf_mixnet_s",
     "tf_mobilenetv3_small_075",
     "tinynet_e",
+    "tresnet_m",
 }
 COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
 # A training step takes up to ten times as long as an evaluation.
@@ -86,7 +87,15 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 11, "vovnet": 7}
+    with_attention = {
+        "senet": 9,
+        "resnet": 32,
+        "efficientnet": 62,
+        "mobilenetv3": 20,
+        "regnet": 11,
+        "vovnet": 7,
+        "tresnet": 4,
+    }
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
     assert len(STEPS) == 97
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
@@ -94,7 +103,7 @@ def test_there_are_fixtures_of_every_family():
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, vovnet
+    families = efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
     networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 

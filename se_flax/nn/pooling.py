@@ -57,19 +57,20 @@ def avg_pool(x: Array, size: int, strides: int) -> Array:
     return nn.avg_pool(x, (size, size), (strides, strides), padding, count_include_pad=False)
 
 
-def blur_pool(x: Array) -> Array:
+def blur_pool(x: Array, mode: str = "constant") -> Array:
     """Halves the resolution after a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
 
     Args:
       x: [N, H, W, C].
+      mode: of the padding by one pixel on every side: `constant` (zeros) or `reflect`.
 
     Returns:
-      [N, ceil(H / 2), ceil(W / 2), C]; the map is padded by one pixel of zeros on every side.
+      [N, ceil(H / 2), ceil(W / 2), C].
     """
     x = check_array(x, "blur_pool", "[N, H, W, C]")
     for axis in (1, 2):
         size = x.shape[axis]
-        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)], mode)
         before, here, after = (jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3))
         x = (before + 2 * here + after) * 0.25
     return x
