@@ -73,7 +73,7 @@ def measure(name: str, step: bool = True) -> dict[str, Any]:
         "name": name,
         "parameters": reference["num_params"],
         "logits": float(np.abs(logits - expected).max() / np.abs(expected).max()),
-        "features": max(_feature_error(*pair) for pair in zip(maps, reference["features"], strict=True)),
+        "features": max(_feature_error(*pair) for pair in zip(maps, compare.features(name), strict=True)),
     }
     if "train" in reference and step:
         value, grads, stats = compare.train_step(name, variables, np.float32)

@@ -30,6 +30,7 @@ BLOCKS = {
     "test_efficientnet": 5,
     "bn_inception": 1 + 10,  # Ioffe and Szegedy 2015, figure 5
     "inception_resnet_v2": 1 + 1 + 10 + 1 + 20 + 1 + 10,  # released model
+    "ese_vovnet19b_slim_dw": 4,  # Lee and Park 2020, table 1: one aggregation a stage
     "inception_v3": 1 + 3 + 1 + 4 + 1 + 2,  # Szegedy et al. 2016, table 1
     "mnasnet_small": 1 + 1 + 2 + 4 + 3 + 3 + 1,
     "mobilenetv1_100": 13,  # Howard et al. 2017, table 1
@@ -42,6 +43,7 @@ BLOCKS = {
     "shufflenet_g3_100": 16,  # Zhang et al. 2018, table 1
     "regnety_002": 13,  # Radosavovic et al. 2020, table 8: 1, 1, 4, 7
     "skresnet18": 8,
+    "tresnet_m": 3 + 4 + 11 + 3,  # Ridnik et al. 2021, table 1
     "vgg11_bn": 11 - 2,  # Simonyan and Zisserman 2015, table 1
     "wrn16_8": 6,
 }

@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet
+from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
 
 FIXTURES, SPECS = compare.FIXTURES, compare.SPECS
 ALL = "SE_FLAX_ALL" in os.environ
@@ -29,6 +29,9 @@ KINDS = {
     "efficientnet_cc_b0_4e",
     "efficientnet_x_b3",
     "efficientnetv2_rw_t",
+    "ese_vovnet19b_slim",
+    "ese_vovnet19b_slim_dw",
+    "ese_vovnet39b_evos",
     "fbnetv3_b",
     "gc_efficientnetv2_rw_t",
     "hardcorenas_a",
@@ -59,11 +62,13 @@ KINDS = {
     "tf_mixnet_s",
     "tf_mobilenetv3_small_075",
     "tinynet_e",
+    "tresnet_m",
 }
 COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
 # A training step takes up to ten times as long as an evaluation.
 CHOSEN = {
     "ecaresnet26t",
+    "ese_vovnet19b_slim_dw",
     "hardcorenas_a",
     "lcnet_035",
     "legacy_seresnet18",
@@ -82,15 +87,23 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 11}
+    with_attention = {
+        "senet": 9,
+        "resnet": 32,
+        "efficientnet": 62,
+        "mobilenetv3": 20,
+        "regnet": 11,
+        "vovnet": 7,
+        "tresnet": 4,
+    }
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 92
+    assert len(STEPS) == 97
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet
+    families = efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
     networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 

@@ -16,6 +16,7 @@ from se_flax.attention import SqueezeExcite
 from se_flax.backbones.resnet import D18, D26, D34, D50, D101, D152, SENET, ResNet
 from se_flax.nn.network import reads_images
 from se_flax.nn.norm_attention import norm_act_attend
+from se_flax.nn.pooling import caffe_max_pool
 from se_flax.nn.residual import Block, Bottleneck, ModuleDef, Placement
 from se_flax.variant import Variant
 
@@ -80,8 +81,7 @@ def caffe_max_pooling(x: Array, **parts: Any) -> Array:
       [N, H / 2, W / 2, C], halves rounded down except that a map of one pixel keeps it.
     """
     del parts
-    hang = [(0, max(3 - dim, (dim - 3) % 2)) for dim in x.shape[1:3]]
-    return nn.max_pool(x, (3, 3), (2, 2), hang)
+    return caffe_max_pool(x)
 
 
 class CaffeBasicBlock(Block):

@@ -105,10 +105,11 @@ def import_variables(
     fits = {path for key, path in targets.items() if given.get(key) == wanted[path]}
     # If only part of the classifier fits, such as its bias, all of it is initialised.
     redrawn = head.keys() & shapes.keys() if head.keys() - fits else set()
+    colours = {path: _with_channels(shapes[path].shape, 3, in_channels or 3) for path in stem & shapes.keys()}
     adapted = {
-        path: _with_channels(shapes[path].shape, 3)
-        for path in (stem & shapes.keys()) - fits
-        if given.get(layout.key(path)) == tuple(layout.shape(path, _with_channels(shapes[path].shape, 3)))
+        path: shape
+        for path, shape in colours.items()
+        if path not in fits and given.get(layout.key(path)) == tuple(layout.shape(path, shape))
     }
     settled = fits | redrawn | adapted.keys()
     missing = [key for key, path in targets.items() if key not in given and path not in settled]
@@ -131,7 +132,7 @@ def import_variables(
         source = adapted.get(path, shapes[path].shape)
         value = layout.to_ours(path, _numbers(key, arrays[key]), source)
         if path in adapted:
-            value = adapt_channels(value, shapes[path].shape[-2])
+            value = adapt_channels(value, in_channels or 3)
         flat[path] = jnp.asarray(value, shapes[path].dtype)
     notes = []
     if redrawn or any(layout.key(path) in given for path in head.keys() - fits):
@@ -194,8 +195,14 @@ def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes:
     classes = _classes(_head(model, size, ours), shapes, layout)
     found = {} if classes is None else {"num_classes": classes}
     for path in _stem(model, ours):
-        shape = shapes.get(layout.key(path), ())
-        fitting = [n for n in shape if tuple(layout.shape(path, _with_channels(ours[path].shape, n))) == shape]
+        shape, per_pixel = shapes.get(layout.key(path), ()), ours[path].shape[-2:-1]
+        pixels = per_pixel[0] // model.in_channels if per_pixel else 1
+        fitting = [
+            n // pixels
+            for n in shape
+            if n % pixels == 0
+            and tuple(layout.shape(path, _with_channels(ours[path].shape, n // pixels, model.in_channels))) == shape
+        ]
         found |= {"in_channels": fitting[0]} if fitting and len(shape) == 4 else {}
     return found
 
@@ -206,20 +213,24 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     timm's rule (`timm/models/_manipulate.py`, `adapt_input_conv`).
 
     Args:
-      kernel: HWIO with I = 3.
-      channels: 1 (the sum over I), or any other number (I repeated, times 3 / channels).
+      kernel: HWIO with I = 3, or a multiple of it where the stem reads squares of pixels (the channels of one pixel
+        after the other's).
+      channels: 1 (the sum over the colours), or any other number (the colours repeated, times 3 / channels).
 
     Returns:
-      HWIO with I = channels.
+      HWIO with I = channels, or as many times more.
     """
+    height, width, inputs, outputs = kernel.shape
+    kernel = kernel.reshape(height, width, inputs // 3, 3, outputs)
     if channels == 1:
-        return kernel.sum(axis=-2, keepdims=True)
-    repeated = np.tile(kernel, (1, 1, math.ceil(channels / 3), 1))[:, :, :channels]
-    return repeated * np.float32(3 / channels)
+        return kernel.sum(axis=-2)
+    repeated = np.tile(kernel, (1, 1, 1, math.ceil(channels / 3), 1))[..., :channels, :]
+    return (repeated * np.float32(3 / channels)).reshape(height, width, -1, outputs)
 
 
-def _with_channels(shape: Shape, channels: int) -> Shape:
-    return (*shape[:-2], channels, shape[-1]) if len(shape) == 4 else shape
+def _with_channels(shape: Shape, channels: int, now: int) -> Shape:
+    """The shape of a stem's kernel for other channels than `now`; the stem may read several pixels at once."""
+    return (*shape[:-2], shape[-2] // now * channels, shape[-1]) if len(shape) == 4 else shape
 
 
 def _head(model: Network, size: int, shapes: Mapping[Path, Any]) -> dict[Path, Any]:

@@ -137,7 +137,9 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
         offset = gathered(bias - mean * factor)
-        return Coefficients(x, factor, offset, None if means is None else means * factor + offset)
+        if means is not None:
+            means = means * broadcast_to_rank(factor, means.ndim) + broadcast_to_rank(offset, means.ndim)
+        return Coefficients(x, factor, offset, means)
 
     def _batch_statistics(self, x: Array | DeferredConv, pooled: Array | None) -> tuple[Array, Array, int]:
         across = self.axis_name if not self.is_initializing() else None
@@ -191,11 +193,9 @@ def group_moments(x: Array, group_size: int) -> tuple[Array, Array]:
     return tuple(jnp.repeat(m[..., 0], group_size, axis=-1) for m in (mean, var))  # type: ignore[return-value]
 
 
-def _check_group(module: Any, x: Array) -> None:
+def _check_group(module: Any, x: Array, group_size: int) -> None:
     pixels = x.shape[1] * x.shape[2]
-    check_spread(
-        module, pixels * module.group_size, "one value per group", "give larger images, or more channels per group"
-    )
+    check_spread(module, pixels * group_size, "one value per group", "give larger images, or more channels per group")
 
 
 class GroupNorm(nn.Module):
@@ -233,7 +233,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", self.scale_init, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         scale, bias = (broadcast_to_rank(gathered(p), x.ndim) for p in (scale, bias))
-        _check_group(self, x)
+        _check_group(self, x, self.group_size)
         mean, var = group_moments(x, self.group_size)
         y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.astype(self.dtype or x.dtype)
@@ -287,6 +287,7 @@ class EvoNormS0(nn.Module):
 
     Attributes:
       group_size: channels per group.
+      groups: number of groups, in place of `group_size`; None for that.
       epsilon: added to the variance.
       nonlinear: False leaves only scale and shift, without normalisation (as timm does).
       scale_init: initialiser of the scale.
@@ -294,6 +295,7 @@ class EvoNormS0(nn.Module):
     """
 
     group_size: int = 8
+    groups: int | None = None
     epsilon: float = 1e-5
     nonlinear: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
@@ -322,7 +324,8 @@ class EvoNormS0(nn.Module):
         y = x.astype(jnp.float32)
         if self.nonlinear:
             v = broadcast_to_rank(gathered(self.param("v", nn.initializers.ones_init(), shape, jnp.float32)), x.ndim)
-            _check_group(self, x)
-            _, var = group_moments(x, self.group_size)
+            size = self.group_size if self.groups is None else x.shape[-1] // self.groups
+            _check_group(self, x, size)
+            _, var = group_moments(x, size)
             y = y * jax.nn.sigmoid(y * v) * jax.lax.rsqrt(var + self.epsilon)
         return (y * scale + bias).astype(self.dtype or x.dtype)

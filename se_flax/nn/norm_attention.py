@@ -67,6 +67,7 @@ def norm_act_attend(
         return gate_after_act(u, factor, offset, gates, act, dtype)
     assert means is not None
     gates = attention.gates(means, base_channels=base_channels)
+    factor, offset = (jax.lax.broadcast_to_rank(each, gates.ndim) for each in (factor, offset))
     return norm.affine(x, gates * factor, gates * offset)
 
 

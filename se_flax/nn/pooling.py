@@ -35,6 +35,20 @@ def max_pool(x: Array, size: int = 3, strides: int = 2, padding: int = 1) -> Arr
     return by_platform(x, cpu=by_axis, default=xla_pool)
 
 
+def caffe_max_pool(x: Array) -> Array:
+    """Maximum over 3x3 windows at stride 2, padded after the last row and column only (PyTorch's `ceil_mode`).
+
+    Args:
+      x: [N, H, W, C].
+
+    Returns:
+      [N, H / 2, W / 2, C], halves rounded down except that a map of one pixel keeps it.
+    """
+    x = check_array(x, "caffe_max_pool", "[N, H, W, C]")
+    hang = [(0, max(3 - dim, (dim - 3) % 2)) for dim in x.shape[1:3]]
+    return nn.max_pool(x, (3, 3), (2, 2), hang)
+
+
 def avg_pool(x: Array, size: int, strides: int) -> Array:
     """Mean over size x size windows of x [N, H, W, C]; windows beyond the edge average their pixels inside the map."""
     x = check_array(x, "avg_pool", "[N, H, W, C]")
@@ -43,19 +57,20 @@ def avg_pool(x: Array, size: int, strides: int) -> Array:
     return nn.avg_pool(x, (size, size), (strides, strides), padding, count_include_pad=False)
 
 
-def blur_pool(x: Array) -> Array:
+def blur_pool(x: Array, mode: str = "constant") -> Array:
     """Halves the resolution after a binomial low-pass filter (Zhang 2019, section 3.2: BlurPool, triangle 3).
 
     Args:
       x: [N, H, W, C].
+      mode: of the padding by one pixel on every side: `constant` (zeros) or `reflect`.
 
     Returns:
-      [N, ceil(H / 2), ceil(W / 2), C]; the map is padded by one pixel of zeros on every side.
+      [N, ceil(H / 2), ceil(W / 2), C].
     """
     x = check_array(x, "blur_pool", "[N, H, W, C]")
     for axis in (1, 2):
         size = x.shape[axis]
-        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        x = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)], mode)
         before, here, after = (jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3))
         x = (before + 2 * here + after) * 0.25
     return x
