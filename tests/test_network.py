@@ -41,6 +41,7 @@ BLOCKS = {
     "shake_shake26_2x96d": 12,
     "shufflenet_g3_100": 16,  # Zhang et al. 2018, table 1
     "regnety_002": 13,  # Radosavovic et al. 2020, table 8: 1, 1, 4, 7
+    "rexnet_100": 1 + 2 + 2 + 3 + 3 + 5 + 1,  # released model, with the convolution after its blocks
     "skresnet18": 8,
     "vgg11_bn": 11 - 2,  # Simonyan and Zisserman 2015, table 1
     "wrn16_8": 6,

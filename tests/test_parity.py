@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, regnet, resnest, senet, sknet
+from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
 
 FIXTURES, SPECS = (
     sorted(path.name.removesuffix(".json.gz") for path in (compare.HERE / folder).glob("*.json.gz"))
@@ -51,6 +51,8 @@ KINDS = {
     "regnety_008_tv",
     "regnetz_040_h",
     "resnest26d",
+    "rexnet_100",
+    "rexnetr_100",
     "semnasnet_050",
     "seresnet34",
     "seresnet50",
@@ -75,6 +77,7 @@ CHOSEN = {
     "mobilenetv3_large_100",
     "mobilenetv3_small_050",
     "regnety_002",
+    "rexnet_100",
     "seresnet50",
     "skresnet18",
     "test_efficientnet",
@@ -87,15 +90,15 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14}
+    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14, "rexnet": 8}
     assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 94
+    assert len(STEPS) == 100
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, mnasnet, mobilenetv3, regnet, resnest, senet, sknet
+    families = efficientnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
     networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 

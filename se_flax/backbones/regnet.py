@@ -5,7 +5,7 @@ RegNet-Z has inverted bottlenecks (Dollár et al. 2021); RegNet-V is timm's RegN
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -118,7 +118,7 @@ class RegNet(StagedNetwork, kw_only=True):
     block: ModuleDef = RegNetBlock
 
     head_path = ("head", "fc")
-    stem_path = ("stem", "conv")
+    stem_path: ClassVar[Path] = ("stem", "conv")
 
     @property
     def block_paths(self) -> tuple[Path, ...]:
@@ -151,7 +151,7 @@ class RegNetV(RegNet, kw_only=True):
     act: Callable[[Array], Array] = jax.nn.silu
     block: ModuleDef = partial(PreActRegNetBlock, downsample=project_bare)
 
-    stem_path = ("stem",)
+    stem_path: ClassVar[Path] = ("stem",)
 
     @nn.nowrap
     def first(self, x: Array, train: bool) -> Array:

@@ -137,7 +137,9 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = gathered(scale * jax.lax.rsqrt(var + self.epsilon))
         offset = gathered(bias - mean * factor)
-        return Coefficients(x, factor, offset, None if means is None else means * factor + offset)
+        if means is not None:
+            means = means * broadcast_to_rank(factor, means.ndim) + broadcast_to_rank(offset, means.ndim)
+        return Coefficients(x, factor, offset, means)
 
     def _batch_statistics(self, x: Array | DeferredConv, pooled: Array | None) -> tuple[Array, Array, int]:
         across = self.axis_name if not self.is_initializing() else None
