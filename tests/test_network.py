@@ -28,6 +28,7 @@ BLOCKS = {
     "airbench94_050": 3,  # Jordan 2024, section 3: groups of two convolutions
     "resnet20": 9,  # He et al. 2016, section 4.2: 6n + 2 layers
     "test_efficientnet": 5,
+    "ghostnet_050": 16 + 1,  # Han et al. 2020, table 1
     "bn_inception": 1 + 10,  # Ioffe and Szegedy 2015, figure 5
     "inception_resnet_v2": 1 + 1 + 10 + 1 + 20 + 1 + 10,  # released model
     "inception_v3": 1 + 3 + 1 + 4 + 1 + 2,  # Szegedy et al. 2016, table 1

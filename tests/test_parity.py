@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
+from se_flax.backbones import efficientnet, ghostnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
 
 FIXTURES, SPECS = (
     sorted(path.name.removesuffix(".json.gz") for path in (compare.HERE / folder).glob("*.json.gz"))
@@ -34,6 +34,9 @@ KINDS = {
     "efficientnetv2_rw_t",
     "fbnetv3_b",
     "gc_efficientnetv2_rw_t",
+    "ghostnet_050",
+    "ghostnetv2_100",
+    "ghostnetv3_050",
     "hardcorenas_a",
     "inception_resnet_v2",
     "inception_v3",
@@ -71,6 +74,7 @@ COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
 # A training step takes up to ten times as long as an evaluation.
 CHOSEN = {
     "ecaresnet26t",
+    "ghostnet_050",
     "hardcorenas_a",
     "lcnet_035",
     "legacy_seresnet18",
@@ -90,15 +94,16 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14, "rexnet": 8}
-    assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 100
+    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14}
+    mobile = {"rexnet": 8, "ghostnet": 7}
+    assert families == with_attention | mobile | {"inception_v3": 1, "inception_resnet_v2": 1}
+    assert len(STEPS) == 107
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
+    families = efficientnet, ghostnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
     networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 
