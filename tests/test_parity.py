@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, ghostnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
+from se_flax import backbones
 
 FIXTURES, SPECS = (
     sorted(path.name.removesuffix(".json.gz") for path in (compare.HERE / folder).glob("*.json.gz"))
@@ -41,6 +41,7 @@ KINDS = {
     "inception_resnet_v2",
     "inception_v3",
     "lcnet_035",
+    "lcnetv2_small",
     "legacy_senet154",
     "legacy_seresnet18",
     "legacy_seresnext26_32x4d",
@@ -53,6 +54,9 @@ KINDS = {
     "regnety_002",
     "regnety_008_tv",
     "regnetz_040_h",
+    "repghostnet_080",
+    "repvit_m1",
+    "repvit_m1_1",
     "resnest26d",
     "rexnet_100",
     "rexnetr_100",
@@ -77,10 +81,13 @@ CHOSEN = {
     "ghostnet_050",
     "hardcorenas_a",
     "lcnet_035",
+    "lcnetv2_small",
     "legacy_seresnet18",
     "mobilenetv3_large_100",
     "mobilenetv3_small_050",
     "regnety_002",
+    "repghostnet_080",
+    "repvit_m1",
     "rexnet_100",
     "seresnet50",
     "skresnet18",
@@ -95,16 +102,17 @@ CHOSEN = {
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
     with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14}
-    mobile = {"rexnet": 8, "ghostnet": 7}
+    mobile = {"rexnet": 8, "ghostnet": 7, "repghost": 6, "repvit": 4, "lcnetv2": 3}
     assert families == with_attention | mobile | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 107
+    assert len(STEPS) == 120
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, ghostnet, mnasnet, mobilenetv3, regnet, resnest, rexnet, senet, sknet
-    networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
+    families = "efficientnet ghostnet lcnetv2 mnasnet mobilenetv3 regnet repghost repvit resnest rexnet senet sknet"
+    tables = (getattr(backbones, family).VARIANTS for family in families.split())
+    networks = {name for table in tables for name in table if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 
 

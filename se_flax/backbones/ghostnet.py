@@ -40,7 +40,7 @@ class GhostModule(ParallelBlock):
       conv: as in `nn.residual.Block`.
       norm: as in `nn.residual.Block`.
       act: activation of both halves.
-      long_range: decoupled fully connected attention over rows and columns (Tang et al. 2022, section 3.2).
+      long_range: decoupled fully connected attention over rows and columns (Tang et al. 2022: DFC).
     """
 
     features: int
@@ -321,8 +321,8 @@ v2 = partial(ghostnet, long_range_from=2)
 v3 = partial(v2, block=GhostBottleneckV3)
 
 _V1 = "Han et al. 2020, table 1; timm"
-_V2 = "Tang et al. 2022, section 3.3 and released code; timm"
-_V3 = "Liu et al. 2024, section 3.2 and released code; timm"
+_V2 = "Tang et al. 2022, released code; timm"
+_V3 = "Liu et al. 2024, released code; timm"
 
 VARIANTS: dict[str, Variant] = {
     "ghostnet_050": Variant(ghostnet(0.5), 2_587_292, 224, _V1),

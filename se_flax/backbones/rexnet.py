@@ -24,7 +24,7 @@ Array = jax.Array
 
 
 class ReXNetBlock(nn.Module):
-    """Expand, depthwise convolution, attention, activation, project (Han et al. 2021, section 4 and released code).
+    """Expand, depthwise convolution, attention, activation, project (Han et al. 2021, released code).
 
     Attributes:
       features: output channels.
@@ -151,7 +151,7 @@ DEPTHS = (1, 2, 2, 3, 3, 5)
 
 
 def rexnet(width: float = 1.0, divisor: int = 1) -> partial[ReXNet]:
-    """A ReXNet of scaled width: 16 channels, and in every block 180 / 16 more (Han et al. 2021, section 4.2).
+    """A ReXNet of scaled width: 16 channels, and in every block 180 / 16 more (Han et al. 2021, released code).
 
     Args:
       width: multiplier of all channels.
@@ -167,7 +167,7 @@ def rexnet(width: float = 1.0, divisor: int = 1) -> partial[ReXNet]:
     return partial(ReXNet, widths=widths, stem=stem, head=head, divisor=divisor, attention=se)
 
 
-_P = "Han et al. 2021, table 5 and released code; timm"
+_P = "Han et al. 2021, released code; timm"
 _R = "timm, after Han et al. 2021"
 
 VARIANTS: dict[str, Variant] = {
