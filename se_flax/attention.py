@@ -30,7 +30,7 @@ Array = jax.Array
 class SqueezeExcite(ChannelAttention):
     """Squeeze-and-excitation: x * gate(W2 act(W1 squeeze(x))) (Hu et al. 2020, section 3).
 
-    Parameters: `<names[0]>/kernel` [1, 1, C, M], `<names[1]>/kernel` [1, 1, M, C], and their biases.
+    Parameters: `<names[0]>/kernel` [1, 1, C, M], `<names[1]>/kernel` [1, 1, M, C], their biases; `bn` with a `norm`.
 
     Attributes:
       reduction: hidden width M = C / reduction, the paper's r. Ignored when `fraction` or `width` is given.
@@ -44,6 +44,7 @@ class SqueezeExcite(ChannelAttention):
       kernel_init: initialiser of both kernels.
       bias_init: initialiser of both biases.
       names: of the two layers, to match the names in checkpoints of other projects.
+      norm: norm class or partial after the first layer, as in ReXNet (Han et al. 2021, released code); None for none.
       dtype: accepted for uniformity; the gate is always float32 and the output has the input's dtype.
 
     Raises:
@@ -61,6 +62,7 @@ class SqueezeExcite(ChannelAttention):
     kernel_init: Initializer = he_normal
     bias_init: Initializer = nn.initializers.zeros_init()
     names: tuple[str, str] = ("fc1", "fc2")
+    norm: Callable[..., Any] | None = None
     dtype: Any = None
 
     def hidden_width(self, channels: int) -> int:
@@ -76,17 +78,23 @@ class SqueezeExcite(ChannelAttention):
         """As in `ChannelAttention`."""
         return self.squeeze == "mean"
 
+    @property
+    def norms_gates(self) -> bool:
+        """As in `ChannelAttention`."""
+        return self.norm is not None
+
     def descriptor(self, x: Array, mask: Array | None = None) -> Array:
         """Args: as `__call__`. Returns: float32 [N, 1, 1, C]; the shape of x without a squeeze."""
         return F.squeeze(x, self.squeeze, mask)
 
     @nn.compact
-    def gates(self, z: Array, *, base_channels: int | None = None) -> Array:
+    def gates(self, z: Array, *, base_channels: int | None = None, train: bool = False) -> Array:
         """The gates of a descriptor.
 
         Args:
           z: float32 descriptor of the map's rank, such as [N, 1, 1, C]; for `squeeze="none"`, of the map's shape.
           base_channels: channel count that the reduction refers to; None for C.
+          train: the `norm` uses the batch's statistics.
 
         Returns:
           float32, the shape of z.
@@ -96,7 +104,11 @@ class SqueezeExcite(ChannelAttention):
         layer = (self.use_bias, self.kernel_init, self.bias_init)
         reduce_ = PointwiseParams(*layer, name=self.names[0])(channels, hidden)
         expand = PointwiseParams(*layer, name=self.names[1])(hidden, channels)
-        return F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate)
+        if self.norm is None:
+            return F.excite(z, *reduce_, *expand, activation=self.activation, gate=self.gate)
+        y = self.norm(name="bn")(F.pointwise(gathered(z, -1), *reduce_), train=train)
+        y = F.lookup(F.ACTIVATIONS, self.activation, "activation")(y)
+        return F.lookup(F.GATES, self.gate, "gate")(F.pointwise(y, *expand))
 
 
 class EffectiveSE(ChannelAttention):

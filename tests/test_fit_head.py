@@ -69,7 +69,7 @@ def test_the_penalty_is_the_better_one_on_held_out_examples(spread, penalty):
         assert np.mean(np.argmax(points @ probe.kernel + probe.bias, 1) == labels) == 1
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", [name for name in SMALLEST if not name.startswith("repvit")])
 def test_the_classifiers_input_gives_its_logits(name):
     model = se_flax.create_model(name, num_classes=CLASSES)
     images = np.random.default_rng(0).normal(size=(2, small_side(name), small_side(name), 3)).astype(np.float32)

@@ -1,6 +1,8 @@
 """Folding norms into convolutions: the same logits, fewer variables, and what must stay."""
 
+import re
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
@@ -12,6 +14,10 @@ from parity import compare
 
 import se_flax
 from se_flax import UserError
+from se_flax.nn.conv import Conv
+from se_flax.nn.norm import BatchNorm
+from se_flax.nn.parallel import Branch, ParallelBlock
+from se_flax.nn.residual import ConvNorm
 
 
 def made(name, side=64, **attributes):
@@ -59,12 +65,80 @@ def test_a_fused_network_gives_the_same_logits_and_maps_without_norms(name, side
         ("sepreresnet164", 32, {"depth": 1, "placement": "pre", "stages": (3, 4)}, 4),
         ("efficientnet_cc_b0_4e", 64, {}, 24),
         ("skresnet18", 64, {}, 8),
+        ("ghostnet_050", 64, {}, 1),  # the stem's convolution is a feature map
     ],
 )
 def test_norms_that_follow_no_single_convolution_stay(name, side, attributes, left):
     model, variables, images = made(name, side, **attributes)
     fused, folded = se_flax.fuse(model, variables)
     assert len(norms(folded)) == left
+    (expected, features), (given, maps) = (
+        compare.compiled(partial(network.apply, return_features=True), its, images)
+        for network, its in ((model, variables), (fused, folded))
+    )
+    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(maps[0], features[0], rtol=0, atol=1e-5 * np.abs(features[0]).max())
+
+
+class Sum(ParallelBlock):
+    """A sum of all kinds of branches, and a norm after it."""
+
+    strides: int = 1
+    kernels: tuple = (5, 3, 1)
+    skip: bool = True
+    conv: Any = Conv
+    norm: Any = BatchNorm
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        channels = x.shape[-1]
+        conv = partial(self.conv, 8, strides=self.strides, groups=2)
+        branches = [Branch(conv(kernel_size=k, name=f"c{k}"), self.norm(name=f"n{k}")) for k in self.kernels]
+        nested = ConvNorm(8, self.conv, self.norm, 3, self.strides, groups=2, name="nested")
+        plain = Branch(self.conv(8, 1, strides=self.strides, groups=2, use_bias=True, name="plain"))
+        skips = [Branch(norm=self.norm(name="skip")), Branch()] if self.skip else []
+        assert channels == 8
+        return self.norm(name="last")(self.add_branches(x, *branches, nested, plain, *skips, train=train), train=train)
+
+
+def sum_made(**attributes):
+    model = Sum(**attributes)
+    x = np.random.default_rng(0).normal(size=(2, 11, 9, 8)).astype(np.float32)
+    return model, random_variables(model, x), x
+
+
+@pytest.mark.parametrize("attributes", [{}, {"strides": 2, "skip": False}], ids=["skips", "strides"])
+def test_a_sum_of_convolutions_becomes_one(attributes, monkeypatch):
+    """Kernels of all sizes around one centre, a norm alone and the identity, and the norm after the sum."""
+    monkeypatch.setattr(Sum, "in_channels", 8, raising=False)
+    model, variables, x = sum_made(**attributes)
+    fused, folded = se_flax.fuse(model, variables)
+    assert {"/".join(path) for path in flax.traverse_util.flatten_dict(folded)} == {
+        "params/c5/kernel",
+        "params/c5/bias",
+    }
+    expected = model.apply(variables, x)
+    np.testing.assert_allclose(fused.apply(folded, x), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_sum_whose_first_kernel_is_not_the_largest_stays(monkeypatch):
+    monkeypatch.setattr(Sum, "in_channels", 8, raising=False)
+    model, variables, x = sum_made(kernels=(1, 3))
+    fused, folded = se_flax.fuse(model, variables)
+    # Of its norms only those after a convolution are gone: the skip's and the sum's stay.
+    assert norms(folded) == {("skip",), ("last",)}
+    expected = model.apply(variables, x)
+    np.testing.assert_allclose(fused.apply(folded, x), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_network_trained_with_branches_has_one_convolution_for_each_sum():
+    model, variables, images = made("ghostnetv3_050", 64)
+    fused, folded = se_flax.fuse(model, variables)
+    assert norms(folded) == {("bn1",)}
+    kinds = {re.sub(r"\d+_\d+", "", path[0]) for path in flax.traverse_util.flatten_dict(folded["params"])}
+    assert kinds == {"conv_stem", "bn1", "blocks_", "conv_head", "classifier"}
+    kept = {path[-3] for path in flax.traverse_util.flatten_dict(folded["params"]) if "rpr" in "/".join(path)}
+    assert kept == {"primary_rpr_conv_0", "cheap_rpr_conv_0", "dw_rpr_conv_0"}
     expected = compare.compiled(model.apply, variables, images)
     given = compare.compiled(fused.apply, folded, images)
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -13,7 +13,7 @@ import pytest
 from parity import compare
 
 import se_flax
-from se_flax.backbones import efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
+from se_flax import backbones
 
 FIXTURES, SPECS = compare.FIXTURES, compare.SPECS
 ALL = "SE_FLAX_ALL" in os.environ
@@ -34,10 +34,14 @@ KINDS = {
     "ese_vovnet39b_evos",
     "fbnetv3_b",
     "gc_efficientnetv2_rw_t",
+    "ghostnet_050",
+    "ghostnetv2_100",
+    "ghostnetv3_050",
     "hardcorenas_a",
     "inception_resnet_v2",
     "inception_v3",
     "lcnet_035",
+    "lcnetv2_small",
     "legacy_senet154",
     "legacy_seresnet18",
     "legacy_seresnext26_32x4d",
@@ -46,9 +50,16 @@ KINDS = {
     "mobilenetv3_large_150d",
     "mobilenetv3_rw",
     "mobilenetv3_small_050",
+    "regnetv_040",
     "regnety_002",
     "regnety_008_tv",
+    "regnetz_040_h",
+    "repghostnet_080",
+    "repvit_m1",
+    "repvit_m1_1",
     "resnest26d",
+    "rexnet_100",
+    "rexnetr_100",
     "semnasnet_050",
     "seresnet34",
     "seresnet50",
@@ -69,12 +80,17 @@ COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
 CHOSEN = {
     "ecaresnet26t",
     "ese_vovnet19b_slim_dw",
+    "ghostnet_050",
     "hardcorenas_a",
     "lcnet_035",
+    "lcnetv2_small",
     "legacy_seresnet18",
     "mobilenetv3_large_100",
     "mobilenetv3_small_050",
     "regnety_002",
+    "repghostnet_080",
+    "repvit_m1",
+    "rexnet_100",
     "seresnet50",
     "skresnet18",
     "test_efficientnet",
@@ -87,24 +103,20 @@ CHOSEN = {
 
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
-    with_attention = {
-        "senet": 9,
-        "resnet": 32,
-        "efficientnet": 62,
-        "mobilenetv3": 20,
-        "regnet": 11,
-        "vovnet": 7,
-        "tresnet": 4,
-    }
-    assert families == with_attention | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 97
+    with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14}
+    residual = {"vovnet": 7, "tresnet": 4}
+    mobile = {"rexnet": 8, "ghostnet": 7, "repghost": 6, "repvit": 4, "lcnetv2": 3}
+    assert families == with_attention | residual | mobile | {"inception_v3": 1, "inception_resnet_v2": 1}
+    assert len(STEPS) == 125
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
-    families = efficientnet, mnasnet, mobilenetv3, resnest, senet, sknet, tresnet, vovnet
-    networks = {name for family in families for name in family.VARIANTS if "minimal" not in name}  # Keras's alone
+    families = "efficientnet ghostnet lcnetv2 mnasnet mobilenetv3 regnet repghost repvit resnest rexnet senet sknet"
+    families += " tresnet vovnet"
+    tables = (getattr(backbones, family).VARIANTS for family in families.split())
+    networks = {name for table in tables for name in table if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}
 
 

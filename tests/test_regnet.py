@@ -1,11 +1,15 @@
-"""RegNet-Y's widths against the paper's table, and attention at the places that the paper does not use."""
+"""RegNet-Y's widths against the paper's table, attention at the places that the paper does not use, and V and Z."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import se_flax
 from se_flax import UserError
+from se_flax.backbones.regnet import InvertedRegNetBlock, PreActRegNetBlock, project_bare
+from se_flax.nn.conv import Conv
+from se_flax.nn.norm import BatchNorm
 
 # Radosavovic et al. 2020, figure 16 (RegNetY): widths, blocks and channels per group of the four stages.
 PAPER = {
@@ -30,8 +34,8 @@ def test_torchvision_keeps_nine_tenths_of_a_width():
     assert [width for width, _, _ in se_flax.create_model("regnety_080_tv").layout] == [224, 448, 896, 2016]
 
 
-def count(**attributes):
-    model = se_flax.create_model("regnety_002", num_classes=0, **attributes)
+def count(name="regnety_002", **attributes):
+    model = se_flax.create_model(name, num_classes=0, **attributes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
@@ -61,3 +65,50 @@ def test_a_stage_that_is_not_there_is_refused():
         UserError, match=r"got attention stages \(6,\), but 6 is not a stage of blocks; allowed: 2, 3, 4"
     ):
         count(stages=(6,))
+
+
+def test_attention_of_regnet_z_is_four_times_wider_than_its_block():
+    small = {"layout": ((16, 3, 4), (32, 1, 4), (64, 2, 4))}
+    outputs = [16, 16, 16, 32, 64, 64]
+    inputs = [32, *outputs[:-1]]
+    plain = count("regnetz_005", **small, attention=None)
+    assert count("regnetz_005", **small) - plain == sum(gates(4 * w, i) for w, i in zip(outputs, inputs, strict=True))
+    same = [w for w, i in zip(outputs, inputs, strict=True) if w == i]  # elsewhere there is no shortcut to gate
+    assert count("regnetz_005", **small, placement="identity") - plain == sum(gates(w, w) for w in same)
+
+
+def test_regnet_v_is_regnet_y_with_its_norms_moved():
+    """Attention, blocks and convolutions are equal; the norms of the shortcuts are gone, those of the inputs new."""
+    y, v = (se_flax.create_model(name) for name in ("regnety_040", "regnetv_040"))
+    assert y.layout == v.layout and y.block_paths == v.block_paths
+    small = {"layout": ((16, 2, 8), (24, 2, 8))}
+    plain = [count(name, **small, attention=None) for name in ("regnety_040", "regnetv_040")]
+    assert plain[0] - plain[1] == 2 * (32 + 3 * (16 + 24) - (32 + 16 + 16 + 24))
+    for placement in ("pre", "3x3", "standard", "identity", "post"):
+        found = [count(name, **small, placement=placement) for name in ("regnety_040", "regnetv_040")]
+        assert found[0] - plain[0] == found[1] - plain[1] > 0
+
+
+def apply(block, x):
+    variables = block.init(jax.random.key(0), x)
+    return block.apply(variables, x)
+
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 6, 8)), jnp.float32)
+PARTS = {"conv": Conv, "norm": BatchNorm}
+
+
+def test_an_inverted_block_starts_as_the_identity_where_it_has_a_shortcut():
+    np.testing.assert_array_equal(apply(InvertedRegNetBlock(8, **PARTS), X), X)  # no activation after the sum
+    for block in (InvertedRegNetBlock(8, **PARTS, strides=2), InvertedRegNetBlock(4, **PARTS)):
+        assert np.abs(apply(block, X)).max() > 0.1  # else nothing would reach the next block
+
+
+def test_the_shortcut_of_a_pre_activation_block_starts_after_its_first_norm():
+    """Without a branch (its last kernel zero), the block is norm and activation, projected where the shape changes."""
+    block = PreActRegNetBlock(8, **PARTS)
+    variables = block.init(jax.random.key(0), X)
+    variables["params"]["conv3"]["kernel"] *= 0
+    np.testing.assert_allclose(block.apply(variables, X), np.maximum(X / np.sqrt(1 + 1e-5), 0), rtol=1e-6)
+    block = PreActRegNetBlock(16, **PARTS, strides=2, downsample=project_bare)
+    assert block.init(jax.random.key(0), X)["params"]["downsample"]["kernel"].shape == (1, 1, 8, 16)

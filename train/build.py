@@ -204,4 +204,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         **{name: rate for name, rate in rates.items() if rate},
         **attributes,
     )
-    return model.clone(norm=_told(model.norm, _axis(config), config.lean))
+    told: dict[str, Any] = {"norm": _told(model.norm, _axis(config), config.lean)}
+    attention = model.attention
+    if isinstance(attention, partial) and attention.keywords.get("norm"):
+        norm = _told(attention.keywords["norm"], _axis(config), lean=False)
+        told["attention"] = partial(attention, norm=norm)
+    return model.clone(**told)

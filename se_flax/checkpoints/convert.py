@@ -248,6 +248,8 @@ def _stem(model: Network, shapes: Mapping[Path, Any]) -> set[Path]:
 def _classes(head: Mapping[Path, Any], given: Mapping[str, Shape], layout: Layout) -> int | None:
     """Number of classes of the classifier among arrays of given shapes; None without a classifier."""
     for path, leaf in head.items():
+        if path[-1] != "kernel":  # a norm before it has as many values as there are features
+            continue
         shape = given.get(layout.key(path), ())
         for classes in shape:
             if tuple(layout.shape(path, (*leaf.shape[:-1], classes))) == shape:

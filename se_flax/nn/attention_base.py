@@ -51,9 +51,11 @@ class ChannelAttention(Attention):
     Attributes:
       squeezes_mean: whether the gates depend only on the channels' means, so that norm, activation and gate can be one
         step (`se_flax.nn.norm_attention`).
+      norms_gates: whether there is a norm among the layers of `gates`, which then takes `train`.
     """
 
     squeezes_mean: ClassVar[Any] = True
+    norms_gates: ClassVar[Any] = False
 
     def pool(
         self, x: Array, factor: Array | None = None, offset: Array | None = None, act: Function | None = None
@@ -81,6 +83,12 @@ class ChannelAttention(Attention):
         """The gates of a descriptor. Returns: float32, broadcastable to the map."""
         raise NotImplementedError(f"{type(self).__name__} defines no gates")
 
+    @nn.nowrap
+    def gates_of(self, z: Array, *, train: bool, base_channels: int | None = None) -> Array:
+        """`gates`, told of `train` if a norm needs it. Returns: float32, broadcastable to the map."""
+        told = {"train": train} if self.norms_gates else {}
+        return self.gates(z, base_channels=base_channels, **told)
+
     def __call__(
         self,
         x: Array,
@@ -94,7 +102,7 @@ class ChannelAttention(Attention):
 
         Args:
           x: [N, ..., C]; [L, C], [H, W, C] or [D, H, W, C] with `batch_axis=False`.
-          train: the batch norm of a `CBAM` uses the batch's statistics.
+          train: the batch norm of a `CBAM`, or between the layers of a `SqueezeExcite`, uses the batch's statistics.
           base_channels: channel count that a reduction refers to; None for C.
           mask: [N, ...] without the channels, True or 1 where x holds data, 0 where it holds padding; [N, L] for a
             batch of sequences of several lengths. The squeeze leaves padding out; the gates multiply all of x.
@@ -118,5 +126,4 @@ class ChannelAttention(Attention):
         self, x: Array, *, train: bool = False, base_channels: int | None = None, mask: Array | None = None
     ) -> Array:
         """As `__call__`, of a map with the axis of images."""
-        del train
-        return F.scale(x, self.gates(self.descriptor(x, mask), base_channels=base_channels))
+        return F.scale(x, self.gates_of(self.descriptor(x, mask), train=train, base_channels=base_channels))

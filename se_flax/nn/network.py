@@ -93,16 +93,7 @@ class Network(nn.Module, kw_only=True):
         """
         images = check_images(images, self.in_channels)
         maps = self.trunk(images.astype(self.dtype or images.dtype), train)
-        x = self.pooled(list(maps.values())[-1], train)
-        x = classify(
-            x,
-            self.classifier,
-            self.num_classes,
-            path=self.head_path,
-            kernel_init=self.classifier_init,
-            drop_rate=self.head_drop_rate,
-            train=train,
-        )
+        x = self.classified(self.pooled(list(maps.values())[-1], train), train)
         return (x, _feature_maps(tuple(maps))(*maps.values())) if return_features else x
 
     def trunk(self, x: Array, train: bool) -> dict[str, Array]:
@@ -121,6 +112,18 @@ class Network(nn.Module, kw_only=True):
         """Global average pooling, and the layers around it where a family has any; returns float32 [N, C]."""
         del train
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+    def classified(self, x: Array, train: bool) -> Array:
+        """Dropout and classifier. Args: x [N, C]. Returns: float32 [N, num_classes], or x without classes."""
+        return classify(
+            x,
+            self.classifier,
+            self.num_classes,
+            path=self.head_path,
+            kernel_init=self.classifier_init,
+            drop_rate=self.head_drop_rate,
+            train=train,
+        )
 
     @property
     def head_drop_rate(self) -> float:

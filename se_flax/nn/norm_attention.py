@@ -8,6 +8,7 @@ combines them: norms return their coefficients, attention modules their gates, a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,17 +57,18 @@ def norm_act_attend(
         return y if attention is None else attention(y, train=train, base_channels=base_channels)
     dtype = norm.dtype or x.dtype
     x, factor, offset, means = norm.coefficients(x, train=train, per_image=act is None)
+    gates_of = partial(attention.gates_of, train=train, base_channels=base_channels)
     u: Any = x.written() if isinstance(x, DeferredConv) and means is None else x
     if factor is None or offset is None:  # the norm was folded into the convolution before it
         u = u.astype(jnp.float32)
         u = u if act is None else act(u)
         z = input_mean() if input_mean is not None and act is None else attention.pool(u)
-        return (u * attention.gates(z, base_channels=base_channels)).astype(dtype)
+        return (u * gates_of(z)).astype(dtype)
     if act is not None:
-        gates = attention.gates(attention.pool(u, factor, offset, Function(act)), base_channels=base_channels)
+        gates = gates_of(attention.pool(u, factor, offset, Function(act)))
         return gate_after_act(u, factor, offset, gates, act, dtype)
     assert means is not None
-    gates = attention.gates(means, base_channels=base_channels)
+    gates = gates_of(means)
     factor, offset = (jax.lax.broadcast_to_rank(each, gates.ndim) for each in (factor, offset))
     return norm.affine(x, gates * factor, gates * offset)
 

@@ -74,3 +74,28 @@ def blur_pool(x: Array, mode: str = "constant") -> Array:
         before, here, after = (jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3))
         x = (before + 2 * here + after) * 0.25
     return x
+
+
+def unpool_nearest(x: Array, height: int, width: int) -> Array:
+    """A map of half the size, rounded down, at the full size: pixel i of n takes pixel floor(i * (n // 2) / n).
+
+    Args:
+      x: [N, height // 2, width // 2, C].
+      height: of the result.
+      width: of the result.
+
+    Returns:
+      [N, height, width, C].
+    """
+    x = check_array(x, "unpool_nearest", "[N, H, W, C]")
+    sides = (height, width)
+    if not all(isinstance(side, int) for side in sides):  # symbolic: even or odd is not known
+        for axis, side in enumerate(sides, 1):
+            x = jnp.take(x, jnp.arange(side) * x.shape[axis] // side, axis)
+        return x
+    n, h, w, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, channels)).reshape(n, 2 * h, 2 * w, channels)
+    for axis, side in enumerate(sides, 1):
+        if side % 2:
+            x = jnp.concatenate([jax.lax.slice_in_dim(x, 0, 1, axis=axis), x], axis)
+    return x

@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, norm and activation as one submodule, `conv` and `bn`, where checkpoints nest them so.
+    """Convolution, norm and activation as one submodule, where checkpoints nest them so.
 
     Attributes:
       features: output channels.
@@ -162,6 +162,7 @@ class ConvNorm(nn.Module):
       groups: of the convolution.
       dilation: of the convolution.
       act: activation; None for none.
+      names: of the convolution and the norm in it.
     """
 
     features: int
@@ -172,6 +173,7 @@ class ConvNorm(nn.Module):
     groups: int = 1
     dilation: int = 1
     act: Callable[[Array], Array] | None = None
+    names: tuple[str, str] = ("conv", "bn")
 
     @nn.compact
     def __call__(
@@ -194,9 +196,9 @@ class ConvNorm(nn.Module):
             strides=self.strides,
             groups=self.groups,
             dilation=self.dilation,
-            name="conv",
+            name=self.names[0],
         )(x)
-        norm = self.norm(name="bn")
+        norm = self.norm(name=self.names[1])
         return norm_act_attend(norm, attention, x, train=train, act=self.act, base_channels=base_channels)
 
 

@@ -158,7 +158,7 @@ def check_loss_and_statistics(name, value, stats):
     for key, projection in reference["stats"].items():
         given = stats[key]
         error = abs(np.vdot(synthetic.probe(key, given.shape), given) - projection)
-        assert error <= 1e-5 * np.linalg.norm(given), f"{key}: {error}"
+        assert error <= 2e-5 * np.linalg.norm(given), f"{key}: {error}"
 
 
 def gradient_errors(name, grads, reference=None):

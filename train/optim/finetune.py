@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import se_flax
 from se_flax.errors import UserError, respelled
 from se_flax.images.class_folders import canonical
+from se_flax.nn.network import lies_in
 from train.build import attention_attributes
 from train.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION, NETWORK, Config
 
@@ -60,11 +61,11 @@ def load(config: Config, num_classes: int) -> Any:
 
 def _without_bias(loaded: Any) -> Any:
     """The checkpoint without the classifier's bias, which a `CosineClassifier` does not have."""
-    head = loaded.model.head_path
     params = flax.traverse_util.flatten_dict(dict(loaded.variables["params"]))
-    bias = params.pop((*head, "bias"), jnp.zeros(1))
+    layers = [path[:-1] for path in params if lies_in(path, loaded.model.head_path) and path[-1] == "kernel"]
+    biases = [params.pop((*layer, "bias"), jnp.zeros(1)) for layer in layers]
     note = f"{loaded.name}: the classifier's bias was left out, as cosines have none"
-    notes = (*loaded.notes, note) if jnp.any(bias != 0) else loaded.notes
+    notes = (*loaded.notes, note) if any(jnp.any(bias != 0) for bias in biases) else loaded.notes
     variables = {**loaded.variables, "params": flax.traverse_util.unflatten_dict(params)}
     return dataclasses.replace(loaded, variables=variables, notes=notes)
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from se_flax.errors import UserError
 from se_flax.nn.network import Network
 from train.config import Data
 from train.data.loader import eval_batches
@@ -63,8 +65,14 @@ def fitted_head(
       Kernel and bias of the classifier, by path.
 
     Raises:
-      UserError: an image could not be read and `data.bad_images` is `error`.
+      UserError: an image could not be read and `data.bad_images` is `error`; the network's head is more than one dense
+        layer.
     """
+    if (*model.head_path, "kernel") not in flax.traverse_util.flatten_dict(dict(variables["params"])):
+        raise UserError(
+            f"optim.fit_head fits one dense classifier, but the head of {type(model).__name__} has several layers; "
+            "leave optim.fit_head out"
+        )
     features, labels = _features(model, variables, splits, data, say)
     probe = fit(features, labels, len(splits.class_names))
     say(_described(probe, len(features)))
