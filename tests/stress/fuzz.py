@@ -32,7 +32,7 @@ BEGIN, FINISH = "<!-- written by make fuzz -->\n", "<!-- end of what make fuzz w
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.jsonl"
 PACKAGES = ("safetensors", "h5py", "torch", "orbax-checkpoint", "tensorstore", "pillow", "numpy")
 CRASHES = 20  # of one target
-INPUTS = 2_500  # of one process: libraries lose some memory with every file that they refuse
+INPUTS = 1_000  # of one process: libraries lose some memory with every file that they refuse
 
 
 @dataclass

@@ -138,7 +138,10 @@ class Child:
         folder.mkdir()
         begun, found = time.monotonic(), ""
         error: BaseException | None = None
-        faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
+        try:
+            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
+        except RuntimeError:  # no memory for a thread, see `guided`
+            self.finish()
         self.guard.watching = True
         try:
             self.target.run(data, folder)
@@ -246,8 +249,11 @@ def guided(atheris: Any, child: Child, seeds: list[bytes], seed: int) -> None:
         rng = random.Random(number)
         if rng.random() < 0.15:
             return bytes(atheris.Mutate(data, most))
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            data = child.target.mutate(bytes(data), rng)
+        try:
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                data = child.target.mutate(bytes(data), rng)
+        except MemoryError:  # no input's fault: libraries lose memory, and the process is renewed
+            child.finish()
         return data[:most]
 
     flags = [
