@@ -31,6 +31,7 @@ SECONDS = 900.0  # of a run, on a machine that may have other work
 SLACK = 5  # seconds, from the time without a heartbeat to the end of a process that writes a stack trace
 # How a host ends that has lost another: by our sentence if its collective breaks, or by JAX's, which aborts it.
 LEAVES = ((1, "error: another host was lost"), (-signal.SIGABRT, "This most likely indicates that another task died"))
+TOO_SLOW = "Gloo context initialization failed: DEADLINE_EXCEEDED"  # JAX's limit, for the CPU alone
 ROUNDING = 1e-4  # of figures: sums over devices in another order, over twelve steps
 
 
@@ -132,6 +133,9 @@ class Stress:
         print(f"{name}: {layout} ...", flush=True)
         workdir = self.work / name
         ended = wait(workdir, start(workdir, self.data, layout))
+        if any(TOO_SLOW in said for said in ended.said):  # before the first step, on a machine with other work
+            print(f"{name}: a host was late by more than 30 s; again ...", flush=True)
+            ended = wait(workdir, start(workdir, self.data, layout))
         for index, (code, said) in enumerate(zip(ended.codes, ended.said, strict=True)):
             if code:
                 raise SystemExit(f"{name}: host {index} of {layout} ended with {code}:\n{said[-3000:]}")
