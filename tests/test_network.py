@@ -48,6 +48,7 @@ BLOCKS = {
     "regnety_002": 13,  # Radosavovic et al. 2020, table 8: 1, 1, 4, 7
     "rexnet_100": 1 + 2 + 2 + 3 + 3 + 5 + 1,  # released model, with the convolution after its blocks
     "skresnet18": 8,
+    "test_nfnet": 4,
     "tresnet_m": 3 + 4 + 11 + 3,  # Ridnik et al. 2021, table 1
     "vgg11_bn": 11 - 2,  # Simonyan and Zisserman 2015, table 1
     "wrn16_8": 6,

@@ -19,6 +19,10 @@ FIXTURES, SPECS = compare.FIXTURES, compare.SPECS
 ALL = "SE_FLAX_ALL" in os.environ
 STEPS = [name for name in FIXTURES if "train" in compare.fixture(name)]
 KINDS = {
+    "dm_nfnet_f0",
+    "nf_regnet_b0",
+    "nf_seresnet26",
+    "test_nfnet",
     "ecaresnet26t",
     "ecaresnet50d_pruned",
     "ecaresnext26t_32x4d",
@@ -78,6 +82,7 @@ KINDS = {
 COMPUTED = [name for name in FIXTURES if ALL or name in KINDS]
 # A training step takes up to ten times as long as an evaluation.
 CHOSEN = {
+    "test_nfnet",
     "ecaresnet26t",
     "ese_vovnet19b_slim_dw",
     "ghostnet_050",
@@ -104,17 +109,17 @@ CHOSEN = {
 def test_there_are_fixtures_of_every_family():
     families = collections.Counter(compare.fixture(name)["family"] for name in FIXTURES)
     with_attention = {"senet": 9, "resnet": 32, "efficientnet": 62, "mobilenetv3": 20, "regnet": 14}
-    residual = {"vovnet": 7, "tresnet": 4}
+    residual = {"vovnet": 7, "tresnet": 4, "nfnet": 19}
     mobile = {"rexnet": 8, "ghostnet": 7, "repghost": 6, "repvit": 4, "lcnetv2": 3}
     assert families == with_attention | residual | mobile | {"inception_v3": 1, "inception_resnet_v2": 1}
-    assert len(STEPS) == 125
+    assert len(STEPS) == 132
     assert set(FIXTURES) >= KINDS >= CHOSEN <= set(STEPS)
     assert set(FIXTURES) <= set(se_flax.list_models())
 
 
 def test_every_network_of_timms_families_has_a_reference():
     families = "efficientnet ghostnet lcnetv2 mnasnet mobilenetv3 regnet repghost repvit resnest rexnet senet sknet"
-    families += " tresnet vovnet"
+    families += " nfnet tresnet vovnet"
     tables = (getattr(backbones, family).VARIANTS for family in families.split())
     networks = {name for table in tables for name in table if "minimal" not in name}  # Keras's alone
     assert networks <= {*FIXTURES, *SPECS}

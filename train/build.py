@@ -173,7 +173,7 @@ def training_loss(config: Config) -> str:
 def _told(norm: Any, axis: str | None, lean: bool) -> Any:
     """The network's own norm; a batch norm is told over which replicas its statistics go, and what it may leave out."""
     kind: Any = norm.func if isinstance(norm, partial) else norm
-    if not issubclass(kind, se_flax.BatchNorm):
+    if kind is None or not issubclass(kind, se_flax.BatchNorm):
         return norm
     told = partial(norm, axis_name=axis)
     return partial(told, defer_conv=True) if lean else told

@@ -195,15 +195,16 @@ def sizes_in(name: str, shapes: Mapping[str, Shape], layout: Layout, attributes:
     classes = _classes(_head(model, size, ours), shapes, layout)
     found = {} if classes is None else {"num_classes": classes}
     for path in _stem(model, ours):
-        shape, per_pixel = shapes.get(layout.key(path), ()), ours[path].shape[-2:-1]
-        pixels = per_pixel[0] // model.in_channels if per_pixel else 1
+        if len(ours[path].shape) != 4:  # beside the kernel
+            continue
+        shape, pixels = shapes.get(layout.key(path), ()), ours[path].shape[-2] // model.in_channels
         fitting = [
             n // pixels
             for n in shape
             if n % pixels == 0
             and tuple(layout.shape(path, _with_channels(ours[path].shape, n // pixels, model.in_channels))) == shape
         ]
-        found |= {"in_channels": fitting[0]} if fitting and len(shape) == 4 else {}
+        found |= {"in_channels": fitting[0]} if fitting else {}
     return found
 
 

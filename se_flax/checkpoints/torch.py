@@ -11,6 +11,7 @@ in torch's name is doubled (`repeat_1.0` <-> `repeat__1_0`):
 | `params .../kernel`, rank 2 | `weight` | IO <-> OI |
 | `params .../experts`, rank 5 | `weight`, rank 2 | EHWIO <-> E, (OIHW flattened) |
 | `params .../scale` | `weight` | as is |
+| `params .../gain` | `gain` | O <-> O111 |
 | `params .../bias` | `bias` | as is |
 | `batch_stats .../mean`, `.../var` | `running_mean`, `running_var` | as is |
 
@@ -68,6 +69,8 @@ def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     if path[-1] == "experts":
         return (shape[0], math.prod(shape[1:]))
+    if path[-1] == "gain":
+        return (*shape, 1, 1, 1)
     axes = _TO_TORCH.get(len(shape)) if path[-1] == "kernel" else None
     return tuple(shape[a] for a in axes) if axes else tuple(shape)
 
@@ -84,6 +87,8 @@ def to_torch_layout(path: Path, value: np.ndarray) -> np.ndarray:
     """
     if path[-1] == "experts":
         return np.ascontiguousarray(value.transpose(0, 4, 3, 1, 2)).reshape(torch_shape(path, value.shape))
+    if path[-1] == "gain":
+        return value.reshape(torch_shape(path, value.shape))
     axes = _TO_TORCH.get(value.ndim) if path[-1] == "kernel" else None
     return np.ascontiguousarray(value.transpose(axes)) if axes else value
 
@@ -102,6 +107,8 @@ def from_torch_layout(path: Path, value: np.ndarray, shape: tuple[int, ...]) -> 
     if path[-1] == "experts":
         experts, height, width, inputs, outputs = shape
         return value.reshape(experts, outputs, inputs, height, width).transpose(0, 3, 4, 2, 1)
+    if path[-1] == "gain":
+        return value.reshape(shape)
     axes = _TO_OURS.get(value.ndim) if path[-1] == "kernel" else None
     return value.transpose(axes) if axes else value
 
