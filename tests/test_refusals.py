@@ -112,8 +112,10 @@ NN = {
     "EvoNormS0": of_map(functools.partial(norm.EvoNormS0(4).init, KEY), wrong=NO_IMAGES),
     "group_moments": of_map(lambda x: norm.group_moments(x, 4), wrong=NO_IMAGES),
     "max_pool": of_map(pooling.max_pool, wrong=NO_IMAGES),
+    "caffe_max_pool": of_map(pooling.caffe_max_pool, wrong=NO_IMAGES),
     "avg_pool": of_map(lambda x: pooling.avg_pool(x, 2, 2), wrong=NO_IMAGES),
     "blur_pool": of_map(pooling.blur_pool, wrong=NO_IMAGES),
+    "unpool_nearest": of_map(lambda x: pooling.unpool_nearest(x, 8, 9), wrong=NO_IMAGES),
     "CosineClassifier": of_map(functools.partial(head.CosineClassifier(3).init, KEY), (2, 8), [(), (8,), (2, 4, 8)]),
     "Dense": of_map(functools.partial(head.Dense(3).init, KEY), (2, 8), [()]),
 }
