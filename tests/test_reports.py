@@ -23,7 +23,8 @@ def test_every_network_with_a_fixture_is_in_the_parity_table_and_within_its_boun
     assert fixtures & set(se_flax.list_models()) == rows.keys()
     for name, row in rows.items():
         assert max(row["logits"], row["features"]) < 1e-4, name
-        assert row.get("loss", 0.0) < 1e-5 and row.get("statistics", 0.0) < 1e-4, name
+        tolerance = parity.compare.DEEP.get(name, 1e-5)
+        assert row.get("loss", 0.0) < tolerance and row.get("statistics", 0.0) < 1e-4, name
         # Where float32 flips the sign of a ReLU unit, float64 decides.
         assert row.get("gradients_double", row.get("gradients_worst", 0.0)) < 1e-3, name
 

@@ -96,8 +96,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
     recipe = [w for w in words if w.startswith("--config=")]
     overrides = [w for w in words if w.startswith("--config.")]
     workdir = [w for w in words if w.startswith("--workdir=")]
+    known_words = {*recipe, *overrides, *workdir}
     for word in words:
-        if word not in recipe + overrides + workdir:
+        if word not in known_words:
             raise UserError(f"unknown argument {word!r}; {_meant(word, recipe)}")
     if not recipe or not workdir:
         missing = "--config=configs/<recipe>.py" if not recipe else "--workdir=<directory>"

@@ -36,15 +36,15 @@ def _unpack(data: bytes, folder: Path) -> None:
     """Writes files of an archive; one that a file system cannot have, or that leads out of the folder, is left out."""
     try:
         content = mutations.members(data)
-    except Exception as error:
-        raise UserError("no folder") from error
+    except Exception:
+        raise UserError("no folder") from None
     for name, raw in content:
         path = folder / name
         if ".." in path.parts or not path.is_relative_to(folder):
             continue
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            if not path.parent.resolve().is_relative_to(folder.resolve()):
-                continue  # behind a link
+            if path.is_symlink() or not path.parent.resolve().is_relative_to(folder.resolve()):
+                continue  # a link, or behind one
             path.parent.mkdir(parents=True, exist_ok=True)
             if raw.startswith(b"-> "):
                 path.symlink_to(raw[3:].decode())
