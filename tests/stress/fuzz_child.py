@@ -138,10 +138,7 @@ class Child:
         folder.mkdir()
         begun, found = time.monotonic(), ""
         error: BaseException | None = None
-        try:
-            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
-        except RuntimeError:  # no memory for a thread, see `guided`
-            self.finish()
+        self.watch()
         self.guard.watching = True
         try:
             self.target.run(data, folder)
@@ -154,7 +151,7 @@ class Child:
         finally:
             self.guard.watching = False
             # What follows has a limit too: the next mutation, in which a library may hang as well.
-            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
+            self.watch()
         seconds = time.monotonic() - begun
         self.report["seconds"] = max(self.report["seconds"], seconds)
         self.report["inputs"] += 1
@@ -169,6 +166,13 @@ class Child:
             self.save()
         over = time.monotonic() - self.begun > self.options.seconds
         if self.report["inputs"] >= self.options.inputs or over:
+            self.finish()
+
+    def watch(self) -> None:
+        """Ends the process in a minute, unless it is called again."""
+        try:
+            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
+        except RuntimeError:  # no memory for a thread, see `guided`
             self.finish()
 
     def elsewhere(self, data: bytes) -> None:
