@@ -107,7 +107,7 @@ class Child:
         self.log = (self.work / "log").open("w")
 
     def prepare(self) -> list[bytes]:
-        """Runs the seeds, after which everything is imported, then takes memory and rights away."""
+        """Runs the seeds, after which everything is imported, then takes rights away."""
         seeds: list[bytes] = self.module.seeds_of(self.target, self.inside / "seed")
         reasons = []
         for seed in seeds:
@@ -122,8 +122,6 @@ class Child:
             raise reasons[0]
         os.chdir(self.inside)
         self.guard = Guard(self.work)
-        used = int(_status("VmSize")) * _MIB
-        resource.setrlimit(resource.RLIMIT_AS, (used + self.target.mebibytes * _MIB,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.first = _status("VmRSS")
         with contextlib.suppress(OSError):
@@ -140,6 +138,7 @@ class Child:
         error: BaseException | None = None
         self.watch()
         self.guard.watching = True
+        self.limit(self.target.mebibytes)
         try:
             self.target.run(data, folder)
             self.report["accepted"] += 1
@@ -150,6 +149,7 @@ class Child:
             error, found = caught, type(caught).__name__
         finally:
             self.guard.watching = False
+            self.limit(None)
             # What follows has a limit too: the next mutation, in which a library may hang as well.
             self.watch()
         seconds = time.monotonic() - begun
@@ -170,10 +170,14 @@ class Child:
 
     def watch(self) -> None:
         """Ends the process in a minute, unless it is called again."""
-        try:
-            faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
-        except RuntimeError:  # no memory for a thread, see `guided`
-            self.finish()
+        faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True, file=self.log)
+
+    def limit(self, mebibytes: int | None) -> None:
+        """Bounds the memory that is taken from now on; None takes the bound away, for what makes the next input."""
+        most = resource.RLIM_INFINITY
+        if mebibytes is not None:
+            most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + mebibytes * _MIB
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
     def elsewhere(self, data: bytes) -> None:
         """Files that C code wrote beside the folder, which no audit hook sees."""
@@ -253,11 +257,8 @@ def guided(atheris: Any, child: Child, seeds: list[bytes], seed: int) -> None:
         rng = random.Random(number)
         if rng.random() < 0.15:
             return bytes(atheris.Mutate(data, most))
-        try:
-            for _ in range(rng.choice((1, 1, 2, 3))):
-                data = child.target.mutate(bytes(data), rng)
-        except MemoryError:  # no input's fault: libraries lose memory, and the process is renewed
-            child.finish()
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            data = child.target.mutate(bytes(data), rng)
         return data[:most]
 
     flags = [
