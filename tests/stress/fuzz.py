@@ -45,7 +45,7 @@ class Result:
       accepted: those that it read.
       refused: those that it refused with one sentence.
       findings: a line each.
-      mib: most memory beyond the imports and seeds.
+      mib: most memory that an input took.
       seconds: of the slowest input.
       skipped: why there were no inputs.
       conditions: date, machine, versions, seed, and what guided the mutations.

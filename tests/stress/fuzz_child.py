@@ -123,9 +123,6 @@ class Child:
         os.chdir(self.inside)
         self.guard = Guard(self.work)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        self.first = _status("VmRSS")
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
         return seeds
 
     def one(self, data: bytes) -> None:
@@ -137,6 +134,9 @@ class Child:
         begun, found = time.monotonic(), ""
         error: BaseException | None = None
         self.watch()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        first = _status("VmRSS")
         self.guard.watching = True
         self.limit(self.target.mebibytes)
         try:
@@ -154,6 +154,7 @@ class Child:
             self.watch()
         seconds = time.monotonic() - begun
         self.report["seconds"] = max(self.report["seconds"], seconds)
+        self.report["mib"] = max(self.report["mib"], _status("VmHWM") - first)
         self.report["inputs"] += 1
         if found:
             self.finding(found, data, error)
@@ -205,7 +206,6 @@ class Child:
 
     def save(self) -> None:
         """Writes the report."""
-        self.report["mib"] = max(0.0, _status("VmHWM") - self.first)
         (self.work / "report.new").write_text(json.dumps(self.report))
         os.replace(self.work / "report.new", self.work / "report.json")
 
