@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,8 @@ def as_table(results: Sequence[Result]) -> str:
     lines.append("")
     for conditions in dict.fromkeys(each.conditions for each in results):
         names = [each.name for each in results if each.conditions == conditions]
-        lines.append(f"- {conditions}: {', '.join(names)}.")
+        line = f"- {conditions}: {', '.join(names)}."
+        lines.append(textwrap.fill(line, 126, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines) + "\n"
 
 
