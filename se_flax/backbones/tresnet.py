@@ -123,14 +123,14 @@ class TResNet(StagedNetwork, kw_only=True):
     Attributes:
       depths: blocks per stage.
       width: features of the first stage.
-      blocks: class of the blocks of every stage.
+      block_classes: class of the blocks of every stage.
       inner_act: activation inside the blocks; `act` follows their sums.
       stem_act: activation of the stem.
     """
 
     depths: tuple[int, ...]
     width: int = 64
-    blocks: tuple[ModuleDef, ...] = (TBasicBlock, TBasicBlock, TBottleneck, TBottleneck)
+    block_classes: tuple[ModuleDef, ...] = (TBasicBlock, TBasicBlock, TBottleneck, TBottleneck)
     stages: tuple[int, ...] | None = (2, 3, 4)
     inner_act: Activation = LEAKY
     stem_act: Activation = STEM_LEAKY
@@ -149,7 +149,7 @@ class TResNet(StagedNetwork, kw_only=True):
         stem = partial(ConvNorm, self.width, **{**parts, "act": self.stem_act}, kernel_size=3)
         attentions = self.attention_by_stage(len(self.depths))
         rates, stages = iter(self.drop_path_rates(sum(self.depths))), []
-        for stage, (depth, block) in enumerate(zip(self.depths, self.blocks, strict=True)):
+        for stage, (depth, block) in enumerate(zip(self.depths, self.block_classes, strict=True)):
             block = partial(
                 block, self.width * 2**stage, **parts, inner_act=self.inner_act, attention=attentions[stage]
             )
@@ -165,7 +165,7 @@ def at_least_64(width: float) -> int:
 
 SE = partial(SqueezeExcite, fraction=0.25, rounding=at_least_64)
 V1 = partial(TResNet, attention=SE)
-V2 = partial(V1, blocks=(TBottleneck,) * 4)
+V2 = partial(V1, block_classes=(TBottleneck,) * 4)
 _R = "Ridnik et al. 2021, table 2; timm"
 
 VARIANTS: dict[str, Variant] = {

@@ -109,7 +109,7 @@ class VoVNet(StagedNetwork, kw_only=True):
       widths: of the layers in the blocks of every stage.
       features: output channels of the stages.
       depths: blocks per stage.
-      layers: 3x3 layers in a block.
+      block_layers: 3x3 layers in a block.
       stem: features of the first three convolutions, of strides 2, 1 and 2.
       unit: class or partial of the layers, `ConvNorm` or `SeparableConvNorm`.
     """
@@ -117,7 +117,7 @@ class VoVNet(StagedNetwork, kw_only=True):
     widths: tuple[int, ...] = (128, 160, 192, 224)
     features: tuple[int, ...] = (256, 512, 768, 1024)
     depths: tuple[int, ...] = (1, 1, 1, 1)
-    layers: int = 5
+    block_layers: int = 5
     stem: tuple[int, int, int] = (64, 64, 128)
     unit: ModuleDef = ConvNorm
 
@@ -139,7 +139,7 @@ class VoVNet(StagedNetwork, kw_only=True):
         attentions = self.attention_by_stage(len(self.depths))
         reduces = self.unit is SeparableConvNorm
         for s, (width, features, depth) in enumerate(zip(self.widths, self.features, self.depths, strict=True)):
-            block = partial(Aggregation, features, width, self.layers, self.unit, reduces, **parts)
+            block = partial(Aggregation, features, width, self.block_layers, self.unit, reduces, **parts)
             blocks = tuple(
                 partial(
                     block,
@@ -154,7 +154,7 @@ class VoVNet(StagedNetwork, kw_only=True):
 
 
 V2 = partial(VoVNet, attention=EffectiveSE)
-V19 = partial(V2, layers=3)
+V19 = partial(V2, block_layers=3)
 SLIM: dict[str, Any] = {"widths": (64, 80, 96, 112), "features": (112, 256, 384, 512)}
 DW: dict[str, Any] = {"unit": SeparableConvNorm, "stem": (64, 64, 64)}
 EVO: dict[str, Any] = {"norm": partial(EvoNormS0, groups=32), "act": ACTIVATIONS["identity"]}
